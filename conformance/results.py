@@ -1,0 +1,195 @@
+"""Run files: one JSON Lines file per run, one fsynced line per result.
+
+Line 1 is a `Header`, then one `Result` per case and target, last a `Footer`. A run that was killed
+has no footer and keeps every line it wrote; a torn last line is reported and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from conformance.targets.protocol import Chunking, ParseResult, TargetInfo
+
+Verdict = Literal["pass", "fail", "xfail", "xpass", "skip", "inconclusive", "error", "timeout"]
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of run-file lines."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(Record):
+    """One broken rule."""
+
+    rule: str
+    """Short name: `expected`, `stream-equals-whole`, `marker-leak`, `indices`, `arguments-json`,
+    `nothing-lost`, `raised`, `prompt`, `prompt-ids`, …"""
+    message: str
+    """One sentence for people."""
+    expected: Any = None
+    got: Any = None
+    chunking: Chunking | None = None
+    """Smallest chunking that breaks the rule, for streamed problems."""
+    chunks: tuple[str, ...] | None = None
+    """The text of those chunks."""
+
+
+class StreamEvidence(Record):
+    """How far streaming was explored for a case."""
+
+    kind: Literal["certified", "sampled", "unsupported"]
+    unit: Literal["tokens", "characters"] = "tokens"
+    pieces: int = 0
+    chunkings: str = "0"
+    """How many chunkings the verdict covers, as a decimal string."""
+    states: int = 0
+    reason: str = ""
+    """Why it is not a certificate."""
+
+
+class Evidence(Record):
+    """What was sent and what came back; the case page shows it."""
+
+    input: str = ""
+    """The output to parse, or the messages as JSON."""
+    prompt: str = ""
+    expected: Any = None
+    got: Any = None
+    stream: StreamEvidence | None = None
+    policy: str | None = None
+    """Name of the accepted answer that the target gave; `unlisted` if none."""
+    spans: Any = None
+
+
+class Result(Record):
+    """Verdict of one case on one target."""
+
+    type: Literal["result"] = "result"
+    suite: str
+    case: str
+    target: str
+    """The target's spec, such as `vllm@0.32.0`."""
+    kind: str
+    area: str
+    verdict: Verdict
+    reason: str = ""
+    """Why it was skipped, expected to fail, or errored; one line."""
+    problems: tuple[Problem, ...] = ()
+    evidence: Evidence = Evidence()
+    expectation: str | None = None
+    """Where the expectation stands: `file:line`."""
+    stderr: str = ""
+    """Tail of the worker's standard error, for `error` and `timeout`."""
+    duration: float = 0.0
+    """Seconds."""
+    digest: str
+    """Digest of the case as loaded; `--resume` reuses a result only under the same digest."""
+    repeat: str
+    """One shell line that repeats this case on this target."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Identity inside a run."""
+        return (self.suite, self.case, self.target)
+
+
+class PlannedCase(Record):
+    """One entry of the manifest: what the run set out to do. Denominators come from here."""
+
+    suite: str
+    case: str
+    target: str
+    kind: str
+    area: str
+    title: str
+    source: tuple[str, ...]
+    digest: str
+
+
+class Header(Record):
+    """First line of a run file: who ran what, where."""
+
+    type: Literal["header"] = "header"
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    started: str
+    """ISO 8601, UTC."""
+    harness: str
+    """Version of this package."""
+    commit: str | None = None
+    """Git commit of the working tree, with `+dirty` when it had changes."""
+    argv: tuple[str, ...] = ()
+    targets: dict[str, TargetInfo] = Field(default_factory=dict)
+    """By spec."""
+    unavailable: dict[str, str] = Field(default_factory=dict)
+    """Targets that could not be used: spec to reason."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Allow-listed facts: Python, platform, CPU count, package versions."""
+    suites: dict[str, str] = Field(default_factory=dict)
+    """Suite id to the digest of its file."""
+    manifest: tuple[PlannedCase, ...] = ()
+    resumed_from: str | None = None
+
+
+class Footer(Record):
+    """Last line: the run came to its end."""
+
+    type: Literal["footer"] = "footer"
+    finished: str
+    duration: float
+    counts: dict[str, dict[str, int]]
+    """Target spec to verdict to number."""
+    exit_code: int
+
+
+Line = Annotated[Header | Result | Footer, Field(discriminator="type")]
+
+
+def exit_code(verdicts: list[Verdict]) -> int:
+    """Exit code of a set of verdicts.
+
+    2 when nothing was collected; 1 for any fail, xpass, error or timeout; else 3 for any
+    inconclusive; else 0.
+    """
+    if not verdicts:
+        return 2
+    if any(v in ("fail", "xpass", "error", "timeout") for v in verdicts):
+        return 1
+    return 3 if "inconclusive" in verdicts else 0
+
+
+class Run(Record):
+    """A whole run file, read back."""
+
+    header: Header
+    results: tuple[Result, ...]
+    footer: Footer | None = None
+    torn: str = ""
+    """What was wrong with the last line, if it was cut."""
+
+    def latest(self) -> dict[tuple[str, str, str], Result]:
+        """Results by key; a later line replaces an earlier one."""
+        return {r.key: r for r in self.results}
+
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Evidence",
+    "Footer",
+    "Header",
+    "Line",
+    "ParseResult",
+    "PlannedCase",
+    "Problem",
+    "Record",
+    "Result",
+    "Run",
+    "StreamEvidence",
+    "Verdict",
+    "exit_code",
+]

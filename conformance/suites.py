@@ -1,0 +1,175 @@
+"""Suite files: pydantic models, discriminated by `kind`.
+
+A suite is one YAML file under `suites/`. `conformance.loading` turns files into these models and
+maps every validation error back to its line; `conformance schema suites` prints their JSON Schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
+SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
+SourceRef = Annotated[
+    str,
+    StringConstraints(pattern=r"^([RTCAMPSLBNX]\d{2}|spec [0-9.]+|check \d+|[\w.-]+/[\w.-]+#\d+|https://\S+)$"),
+]
+"""Where a case comes from: a catalogue id (`R05`, `X11`), a section of the fact sheet (`spec 6.5`),
+a cross-cutting check (`check 7`), an issue (`vllm-project/vllm#38855`) or a URL."""
+
+PROMPTS: dict[str, str] = {
+    "model": "<bos><|turn>user\nHi<turn|>\n<|turn>model\n",
+    "thinking": "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n",
+    "closed-channel": "<bos><|turn>user\nHi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+    "open-channel": (
+        "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n"
+        '<|tool_call>call:f{}<tool_call|><|tool_response>response:f{value:<|"|>ok<|"|>}<tool_response|>'
+        "<|channel>thought\n"
+    ),
+}
+"""Names that a case may use for `prompt`: what the template leaves at the end of the prompt."""
+
+
+class Strict(BaseModel):
+    """Base: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlainText(Strict):
+    """A stretch of output made of ordinary tokens, even where it spells a marker."""
+
+    plain: str
+
+
+class ExpectedCall(Strict):
+    """A call that must come out; arguments are compared as JSON values, numbers by value."""
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class ExpectedParse(Strict):
+    """Fields after parsing. Absent means empty. Text is compared after trimming whitespace (X11)."""
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[ExpectedCall, ...] = ()
+
+
+class Answer(ExpectedParse):
+    """One accepted answer of a contested case."""
+
+    name: CaseId
+    who: str
+    """Which engines, tests or maintainers hold this answer."""
+
+
+class CaseBase(Strict):
+    """What every case has, whatever its kind."""
+
+    id: CaseId
+    title: str = Field(min_length=8)
+    """One sentence: the rule that the case checks."""
+    source: tuple[SourceRef, ...] = Field(min_length=1)
+    control_of: CaseId | None = None
+    """This case is the negative control of that one: nearly the same input, the rule must not fire."""
+    tags: tuple[CaseId, ...] = ()
+
+
+class ParserCase(CaseBase):
+    """Judge the parsing of one output, whole and streamed."""
+
+    output: str | tuple[str | PlainText, ...]
+    prompt: str = "model"
+    """A key of `PROMPTS`, or a literal prompt (it then holds `<|turn>`)."""
+    thinking: bool | None = None
+    tools: str | tuple[dict[str, Any], ...] = ()
+    """A key of the suite's `toolsets`, or tools in OpenAI's form."""
+    tool_choice: Literal["auto", "none"] = "auto"
+    expect: ExpectedParse | None = None
+    policy: tuple[Answer, ...] | None = None
+    """Accepted answers of a contested case; exactly one of `expect` and `policy` is given."""
+    keep: tuple[str, ...] = ()
+    """Texts that must survive in some field, whatever the answer (hard rule "nothing lost")."""
+    allow_markers: bool = False
+    """Marker text in a field is right here; otherwise it is a leak. Implied by an expected field."""
+    stream_exempt: str = ""
+    """Why stream and whole may differ here (a recorded parity exception); empty: they may not."""
+
+    @model_validator(mode="after")
+    def _one_verdict(self) -> ParserCase:
+        if (self.expect is None) == (self.policy is None):
+            raise ValueError("give exactly one of `expect` (agreed answer) and `policy` (contested)")
+        if self.policy is not None and len(self.policy) < 2:
+            raise ValueError("`policy` needs at least two accepted answers; with one, use `expect`")
+        return self
+
+
+class ExpectedPrompt(Strict):
+    """What rendering must give. `prompt` is the exact text; the other fields are partial rules."""
+
+    prompt: str | None = None
+    ids: tuple[int, ...] | None = None
+    """Exact token ids under the harness's tokenizer, whose ids for known tokens are the published ones."""
+    contains: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    endswith: str | None = None
+    counts: dict[str, int] = Field(default_factory=dict)
+    """Exact number of occurrences of each text."""
+    error: bool = False
+    """The conversation must be refused."""
+
+    @model_validator(mode="after")
+    def _something(self) -> ExpectedPrompt:
+        if not self.model_fields_set:
+            raise ValueError("`expect` is empty: state at least one rule")
+        if self.error and self.model_fields_set != {"error"}:
+            raise ValueError("`error: true` stands alone: a refused conversation has no prompt")
+        return self
+
+
+class TemplateCase(CaseBase):
+    """Judge the prompt rendered from a conversation."""
+
+    messages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    tools: str | tuple[dict[str, Any], ...] = ()
+    thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    add_generation_prompt: bool = True
+    families: tuple[Literal["large", "e"], ...] = ("large", "e")
+    """The case is judged for each of these families; `expect_e` overrides `expect` for `e`."""
+    expect: ExpectedPrompt
+    expect_e: ExpectedPrompt | None = None
+
+
+class SuiteBase(Strict):
+    """Head of a suite file."""
+
+    id: SuiteId
+    """The file's path below `suites/` without extension, such as `parser/reasoning`."""
+    title: str
+    description: str
+    area: CaseId
+    """Row of the dashboard: `reasoning`, `tool-calls`, `recovery`, `typing`, `template`, …"""
+    toolsets: dict[CaseId, tuple[dict[str, Any], ...]] = Field(default_factory=dict)
+
+
+class ParserSuite(SuiteBase):
+    """Suite of kind `parser`."""
+
+    kind: Literal["parser"]
+    cases: tuple[ParserCase, ...] = Field(min_length=1)
+
+
+class TemplateSuite(SuiteBase):
+    """Suite of kind `template`."""
+
+    kind: Literal["template"]
+    cases: tuple[TemplateCase, ...] = Field(min_length=1)
+
+
+Suite = Annotated[ParserSuite | TemplateSuite, Field(discriminator="kind")]
+Case = ParserCase | TemplateCase

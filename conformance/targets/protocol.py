@@ -1,0 +1,236 @@
+"""What the harness asks of a target: request and answer types, and the `Target` protocol.
+
+1. Every type here is JSON in and JSON out, so one request runs in process or across a pipe.
+2. A target answers what its engine says. Judging, trimming and comparing is the checks' work.
+3. A target that lacks a capability says so in `TargetInfo.capabilities`; it is then never asked.
+4. An engine's exception is raised as `EngineError`; a dead worker as `WorkerDied`; a missed
+   deadline as `TargetTimeout`. Nothing else leaves a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Capability = Literal["parse", "parse_stream", "certify", "render"]
+"""`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
+chunking, needs copyable parser state. `render`: messages to prompt text."""
+
+PieceUnit = Literal["tokens", "characters"]
+
+
+class Model(BaseModel):
+    """Base of all protocol types: immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetInfo(Model):
+    """Who answers: shown on the dashboard and kept in the run's header."""
+
+    name: str
+    """Registry name, such as `vllm`."""
+    version: str
+    """Version of the engine itself, such as `0.32.0`, as read inside its environment."""
+    capabilities: tuple[Capability, ...]
+    stream_unit: PieceUnit = "tokens"
+    """Finest cut the engine's own streaming interface can meet: `characters` where it takes text
+    alone, `tokens` where it takes token ids with the text."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Package versions and platform facts that may change a verdict."""
+    note: str = ""
+    """What exactly is driven, e.g. the entry point's dotted name."""
+
+
+class Piece(Model):
+    """One unit of a finished output: a token with the text it adds, or a single character.
+
+    A token's text may be empty (it holds part of a character that the next token completes).
+    A character's `ids` is empty.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    special: bool = False
+    """True for a control token of the vocabulary. Plain text that merely spells a marker is False."""
+
+
+class ParseRequest(Model):
+    """A finished model output, and what the engine's serving layer would know about it."""
+
+    output: str
+    """The generated text, markers included (`skip_special_tokens=False`)."""
+    pieces: tuple[Piece, ...]
+    """`output` cut into tokens; the texts concatenate to `output`."""
+    prompt: str
+    """Rendered prompt that was answered; its tail decides the parser's first state."""
+    prompt_ids: tuple[int, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    """Declared tools in OpenAI's form: `{"type": "function", "function": {...}}`."""
+    thinking: bool | None = None
+    """`enable_thinking` of the request; None when the client left it out."""
+    tool_choice: Literal["auto", "none"] = "auto"
+
+
+class ToolCall(Model):
+    """One call of a whole (not streamed) answer."""
+
+    name: str
+    arguments: str
+    """JSON text, as an OpenAI server would send it."""
+
+
+class Span(Model):
+    """A stretch of the output and what became of it: `[start, end)` in characters."""
+
+    start: int
+    end: int
+    role: Literal["reasoning", "content", "call_name", "call_arguments", "marker", "dropped"]
+    reason: str = ""
+    """Why the text was dropped; empty for the other roles."""
+
+
+class ParseResult(Model):
+    """What the engine makes of a whole output. None and "" both mean that a field is absent."""
+
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    spans: tuple[Span, ...] | None = None
+    """Where every character went, from targets that can tell."""
+
+
+class ToolCallDelta(Model):
+    """Part of a call in a stream, merged by `index` as OpenAI clients do."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class Delta(Model):
+    """One streamed message of the engine."""
+
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+class Chunking(Model):
+    """How a stream is cut: chunk k ends after piece `cuts[k]`; the last chunk ends the output.
+
+    `lag` holds the text back by that many characters behind its token ids, as detokenisers do;
+    the rest comes with the last chunk.
+    """
+
+    name: str
+    unit: PieceUnit = "tokens"
+    cuts: tuple[int, ...] = ()
+    """Strictly increasing piece counts, each in 1..n-1. Empty: everything in one chunk."""
+    lag: int = 0
+
+
+class StreamRequest(Model):
+    """The same output, streamed several times from a fresh parser."""
+
+    request: ParseRequest
+    chunkings: tuple[Chunking, ...]
+
+
+class StreamResult(Model):
+    """What came out of one chunking: all deltas in order, or the error that ended it."""
+
+    deltas: tuple[Delta, ...] = ()
+    error: str | None = None
+    """`Type: message` when the parser raised; the deltas before it are kept."""
+
+
+class CertifyRequest(Model):
+    """Visit every chunking of the output by merging equal parser states."""
+
+    request: ParseRequest
+    unit: PieceUnit
+    max_states: int = 100_000
+    max_seconds: float = 5.0
+
+
+class Outcome(Model):
+    """One distinct streamed result, and the smallest chunking that led to it."""
+
+    result: ParseResult
+    cuts: tuple[int, ...]
+    chunkings: str
+    """How many of the 2^(n-1) chunkings end here, as a decimal string (it outgrows 64 bits)."""
+    error: str | None = None
+    ragged: bool = False
+    """The merged call indices were not 0..n-1 in order of appearance."""
+
+
+class Certificate(Model):
+    """Result of a search over all chunkings."""
+
+    unit: PieceUnit
+    pieces: int
+    states: int
+    """Distinct (position, parser state, output so far) triples visited."""
+    complete: bool
+    """False: a limit was met or the state is opaque; the outcomes prove nothing then."""
+    reason: str = ""
+    """Why the search is not complete."""
+    outcomes: tuple[Outcome, ...] = ()
+
+
+class RenderRequest(Model):
+    """Messages to prompt."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    thinking: bool | None = None
+    """None: the flag is omitted from the template's variables."""
+    add_generation_prompt: bool = True
+    preserve_thinking: bool | None = None
+    family: Literal["large", "e"] = "large"
+    """Which official template: 12B/26B/31B (`large`) or E2B/E4B (`e`)."""
+
+
+class RenderResult(Model):
+    """The prompt as text, with its ids where the target tokenises."""
+
+    prompt: str
+    token_ids: tuple[int, ...] | None = None
+
+
+@runtime_checkable
+class Target(Protocol):
+    """An implementation under test. Methods exist for all; call only those it has as capability."""
+
+    spec: str
+    """How the user names it: `reference`, `vllm@0.32.0`."""
+
+    def describe(self) -> TargetInfo:
+        """Name, versions, capabilities."""
+        ...
+
+    def parse(self, request: ParseRequest) -> ParseResult:
+        """Parse a whole output."""
+        ...
+
+    def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
+        """Parse the output once per chunking; one result each, in order."""
+        ...
+
+    def certify(self, request: CertifyRequest) -> Certificate:
+        """Search all chunkings."""
+        ...
+
+    def render(self, request: RenderRequest) -> RenderResult:
+        """Render messages to a prompt; a conversation the template refuses raises `EngineError`."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and files. Safe to call twice."""
+        ...
