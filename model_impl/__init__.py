@@ -1,0 +1,1 @@
+"""Gemma 4 in plain PyTorch, with its chat format. Never imports `conformance`."""

@@ -1,0 +1,39 @@
+"""Checks: one module per suite kind. `judge` is the only way in."""
+
+from __future__ import annotations
+
+from conformance.checks import parser as parser_check
+from conformance.checks import template as template_check
+from conformance.checks.base import CheckOutcome
+from conformance.suites import Case, ParserCase, ParserSuite, TemplateCase, TemplateSuite
+from conformance.targets.protocol import Target
+
+
+def judge(
+    case: Case,
+    suite: ParserSuite | TemplateSuite,
+    target: Target,
+    *,
+    seed: int = 0,
+    thorough: bool = True,
+) -> CheckOutcome:
+    """Judge one case on one target.
+
+    Args:
+        case: The case; its type matches the suite's kind.
+        suite: The suite it stands in, for toolsets.
+        target: Who is asked.
+        seed: Seeds the sampled chunkings, so that a failing run can be repeated.
+        thorough: Search all chunkings where the target allows it; otherwise sample them, which is quicker.
+
+    Raises:
+        EngineError, WorkerDied, TargetTimeout: from the target.
+    """
+    if isinstance(suite, ParserSuite) and isinstance(case, ParserCase):
+        return parser_check.judge(case, suite, target, seed=seed, thorough=thorough)
+    if isinstance(suite, TemplateSuite) and isinstance(case, TemplateCase):
+        return template_check.judge(case, suite, target)
+    raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
+
+
+__all__ = ["CheckOutcome", "judge"]

@@ -1,0 +1,26 @@
+"""What a check returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from conformance.results import Evidence, Problem, Verdict
+
+
+@dataclass(frozen=True)
+class CheckOutcome:
+    """Judgement of one case on one target, before expectations are applied.
+
+    A check never raises on bad target output: whatever the engine said becomes a `Problem`. Errors of
+    the transport (`WorkerDied`, `TargetTimeout`) pass through; the runner turns them into verdicts.
+    """
+
+    verdict: Verdict
+    problems: tuple[Problem, ...] = ()
+    evidence: Evidence = field(default_factory=Evidence)
+    reason: str = ""
+
+    @classmethod
+    def from_problems(cls, problems: list[Problem], evidence: Evidence) -> CheckOutcome:
+        """`fail` if any rule is broken, else `pass`."""
+        return cls("fail" if problems else "pass", tuple(problems), evidence)

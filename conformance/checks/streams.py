@@ -1,0 +1,208 @@
+"""Exploring how a target streams one output: by certificate where possible, else by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from conformance.chunking import chunk_texts, lagging, sampled, shrink
+from conformance.errors import EngineError
+from conformance.results import Problem, StreamEvidence
+from conformance.targets.protocol import (
+    CertifyRequest,
+    Chunking,
+    Outcome,
+    ParseRequest,
+    ParseResult,
+    Piece,
+    PieceUnit,
+    StreamRequest,
+    StreamResult,
+    Target,
+    TargetInfo,
+    ToolCall,
+)
+from conformance.tokenization import characters
+
+MAX_CERTIFIED_CHARACTERS = 96
+"""Longer outputs are certified by tokens, and sampled by characters besides."""
+
+MAX_SECONDS = 5.0
+MAX_STATES = 100_000
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One streamed answer, put together by call index."""
+
+    result: ParseResult
+    indices: tuple[int, ...] = ()
+    ids: tuple[str, ...] = ()
+    error: str | None = None
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What was found, and how far it reaches."""
+
+    evidence: StreamEvidence
+    problems: tuple[Problem, ...] = ()
+
+
+Judge = Callable[[Streamed], list[Problem]]
+
+
+def explore(
+    request: ParseRequest,
+    target: Target,
+    info: TargetInfo,
+    *,
+    seed: int,
+    thorough: bool,
+    judge: Judge,
+) -> Exploration:
+    """Stream an output in every way that can be had; report each broken rule with its smallest chunking."""
+    if "parse_stream" not in info.capabilities:
+        return Exploration(StreamEvidence(kind="unsupported", reason="the target does not stream"))
+    explorer = _Explorer(request, target, info, seed, judge)
+    evidence = explorer.certify(attempt=thorough)
+    if evidence.kind != "certified":
+        evidence = explorer.sample(evidence)
+    elif info.stream_unit == "tokens":
+        explorer.sample_chunkings(lagging(request.pieces, seed=seed))
+    elif evidence.unit == "tokens":
+        explorer.sample_chunkings(sampled(characters(request.output), "characters", seed=seed))
+    return Exploration(evidence, tuple(explorer.problems.values()))
+
+
+class _Explorer:
+    def __init__(
+        self, request: ParseRequest, target: Target, info: TargetInfo, seed: int, judge: Judge
+    ) -> None:
+        self._request = request
+        self._target = target
+        self._info = info
+        self._seed = seed
+        self._judge = judge
+        self.problems: dict[str, Problem] = {}
+
+    def certify(self, *, attempt: bool) -> StreamEvidence:
+        """Search all chunkings, in the finest unit that the target can meet and the budget allows."""
+        unit: PieceUnit = "tokens"
+        if self._info.stream_unit == "characters" and len(self._request.output) <= MAX_CERTIFIED_CHARACTERS:
+            unit = "characters"
+        pieces = self._pieces(unit)
+        if not attempt or "certify" not in self._info.capabilities:
+            reason = "the target's parser state cannot be copied" if attempt else "a quick run"
+            return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
+        try:
+            certificate = self._target.certify(
+                CertifyRequest(
+                    request=self._request, unit=unit, max_states=MAX_STATES, max_seconds=MAX_SECONDS
+                )
+            )
+        except EngineError as error:
+            return StreamEvidence(
+                kind="sampled", unit=unit, pieces=len(pieces), reason=f"the search failed: {error}"
+            )
+        if not certificate.complete:
+            return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=certificate.reason)
+        for outcome in certificate.outcomes:
+            if self._judge(_of_outcome(outcome)):
+                chunking = Chunking(name="smallest that leads here", unit=unit, cuts=outcome.cuts)
+                self._report(chunking, self._stream([chunking])[0])
+        return StreamEvidence(
+            kind="certified",
+            unit=unit,
+            pieces=certificate.pieces,
+            chunkings=str(1 << max(certificate.pieces - 1, 0)),
+            states=certificate.states,
+        )
+
+    def sample(self, evidence: StreamEvidence) -> StreamEvidence:
+        """Stream the sampled chunkings; return the evidence with their number."""
+        chunkings = sampled(self._request.pieces, "tokens", seed=self._seed)
+        if self._info.stream_unit == "characters":
+            chunkings += sampled(characters(self._request.output), "characters", seed=self._seed)
+        else:
+            chunkings += lagging(self._request.pieces, seed=self._seed)
+        self.sample_chunkings(chunkings)
+        return evidence.model_copy(update={"chunkings": str(len(chunkings))})
+
+    def sample_chunkings(self, chunkings: Sequence[Chunking]) -> None:
+        """Stream these; keep the simplest failure of each rule, shrunk."""
+        failures: dict[str, Chunking] = {}
+        for chunking, streamed in zip(chunkings, self._stream(chunkings), strict=True):
+            for problem in self._judge(streamed):
+                best = failures.get(problem.rule)
+                if best is None or (len(chunking.cuts), chunking.lag) < (len(best.cuts), best.lag):
+                    failures[problem.rule] = chunking
+        for rule, chunking in failures.items():
+            if rule in self.problems:
+                continue
+            smallest = shrink(chunking, lambda cs, rule=rule: self._fails(cs, rule))  # type: ignore[misc]
+            self._report(smallest, self._stream([smallest])[0], only=rule)
+
+    def _fails(self, chunkings: Sequence[Chunking], rule: str) -> list[bool]:
+        return [any(p.rule == rule for p in self._judge(s)) for s in self._stream(chunkings)]
+
+    def _stream(self, chunkings: Sequence[Chunking]) -> list[Streamed]:
+        if not chunkings:
+            return []
+        request = StreamRequest(request=self._request, chunkings=tuple(chunkings))
+        return [assemble(result) for result in self._target.parse_stream(request)]
+
+    def _report(self, chunking: Chunking, streamed: Streamed, *, only: str | None = None) -> None:
+        chunks = tuple(text for text, _ in chunk_texts(self._pieces(chunking.unit), chunking))
+        for problem in self._judge(streamed):
+            if only in (None, problem.rule) and self._simpler(problem.rule, chunking):
+                self.problems[problem.rule] = problem.model_copy(
+                    update={"chunking": chunking, "chunks": chunks}
+                )
+
+    def _simpler(self, rule: str, chunking: Chunking) -> bool:
+        known = self.problems.get(rule)
+        return known is None or known.chunking is None or len(chunking.cuts) < len(known.chunking.cuts)
+
+    def _pieces(self, unit: PieceUnit) -> Sequence[Piece]:
+        return self._request.pieces if unit == "tokens" else characters(self._request.output)
+
+
+def assemble(stream: StreamResult) -> Streamed:
+    """Merge deltas by call index, as OpenAI clients do."""
+    reasoning: list[str] = []
+    content: list[str] = []
+    calls: dict[int, list[str]] = {}
+    ids: list[str] = []
+    for delta in stream.deltas:
+        reasoning.append(delta.reasoning or "")
+        content.append(delta.content or "")
+        for part in delta.tool_calls:
+            call = calls.setdefault(part.index, ["", ""])
+            call[0] += part.name or ""
+            call[1] += part.arguments or ""
+            if part.id and part.id not in ids[-1:]:
+                ids.append(part.id)
+    indices = tuple(calls)
+    return Streamed(
+        result=ParseResult(
+            reasoning="".join(reasoning) or None,
+            content="".join(content) or None,
+            tool_calls=tuple(ToolCall(name=name, arguments=arguments) for name, arguments in calls.values()),
+        ),
+        indices=indices,
+        ids=tuple(ids),
+        error=stream.error,
+        ragged=list(indices) != list(range(len(indices))),
+    )
+
+
+def _of_outcome(outcome: Outcome) -> Streamed:
+    streamed = Streamed(result=outcome.result, error=outcome.error, ragged=outcome.ragged)
+    return replace(
+        streamed, indices=tuple(range(len(outcome.result.tool_calls))) if not outcome.ragged else ()
+    )
+
+
+__all__ = ["Exploration", "Streamed", "assemble", "explore"]

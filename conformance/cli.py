@@ -1,0 +1,65 @@
+"""`conformance …`: the command line. The only place that ends the process.
+
+Exit codes: 2 wrong use, broken suites or nothing collected; else 1 any fail, xpass, error or
+timeout; else 3 any inconclusive; else 0.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import conformance
+from conformance.commands.faults import faults_group
+from conformance.commands.listing import list_command
+from conformance.commands.new_case import new_case_command
+from conformance.commands.report import report_command
+from conformance.commands.run import run_command
+from conformance.commands.schema import schema_command
+from conformance.commands.show import show_command
+from conformance.commands.targets import targets_group
+from conformance.errors import ConformanceError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(conformance.__version__, prog_name="conformance")
+def cli() -> None:
+    """Conformance of Gemma 4 implementations: run suites on targets, and report."""
+
+
+for command in (
+    run_command,
+    list_command,
+    show_command,
+    report_command,
+    targets_group,
+    schema_command,
+    new_case_command,
+    faults_group,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors of the user become one message."""
+    try:
+        code = cli.main(arguments, prog_name="conformance", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except ConformanceError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return 2
+    return code if isinstance(code, int) else 0

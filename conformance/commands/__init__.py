@@ -1,0 +1,1 @@
+"""The commands of `conformance`, one module each; `conformance.cli` puts them together."""

@@ -1,0 +1,247 @@
+"""What commands print: models of their `--json` output, and how both forms reach the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from conformance.explain import visible
+from conformance.results import Result, Verdict
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
+)
+
+
+class Output(BaseModel):
+    """Base of what `--json` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SuiteRow(Output):
+    """One suite file."""
+
+    id: str
+    title: str
+    kind: str
+    area: str
+    cases: int
+    path: str
+
+
+class CaseRow(Output):
+    """One case."""
+
+    address: str
+    title: str
+    kind: str
+    area: str
+    source: tuple[str, ...]
+    contested: bool
+    """Engines do not agree on the answer; the case names several."""
+    control_of: str | None
+    tags: tuple[str, ...]
+    path: str
+    line: int
+
+
+class TargetRow(Output):
+    """One target that can be named."""
+
+    spec: str
+    default: bool
+    """It runs when no target is named."""
+    usable: bool
+    reason: str
+    """Why it cannot be used, and what to do."""
+
+
+class SourceRow(Output):
+    """One source, and the cases that come from it."""
+
+    source: str
+    cases: tuple[str, ...]
+
+
+class ListOutput(Output):
+    """Output of `conformance list`; sections that were not asked for are absent."""
+
+    suites: tuple[SuiteRow, ...] | None = None
+    cases: tuple[CaseRow, ...] | None = None
+    targets: tuple[TargetRow, ...] | None = None
+    sources: tuple[SourceRow, ...] | None = None
+
+
+class ExpectationRow(Output):
+    """A known failure of a target on a case."""
+
+    target: str
+    versions: str
+    rules: tuple[str, ...]
+    reason: str
+    source: str
+    finding: str | None
+    review: str
+    where: str
+
+
+class ShowOutput(Output):
+    """Output of `conformance show`."""
+
+    address: str
+    title: str
+    kind: str
+    area: str
+    path: str
+    line: int
+    digest: str
+    case: dict[str, Any]
+    """The case as loaded."""
+    controls: tuple[str, ...]
+    """Cases that are negative controls of this one."""
+    expectations: tuple[ExpectationRow, ...]
+    results: tuple[Result, ...]
+    """Of the run file, if one was given."""
+
+
+class AreaCounts(Output):
+    """Verdicts of one target in one area."""
+
+    target: str
+    area: str
+    counts: dict[Verdict, int]
+
+
+class ProblemRow(Output):
+    """A result that fails the run, or leaves it open."""
+
+    address: str
+    target: str
+    verdict: Verdict
+    reason: str
+    rules: tuple[str, ...]
+    repeat: str
+
+
+class RunOutput(Output):
+    """Output of `conformance run`."""
+
+    run_file: str
+    site: str | None
+    exit_code: int
+    complete: bool
+    """Whether every planned case has a result."""
+    planned: int
+    areas: tuple[AreaCounts, ...]
+    problems: tuple[ProblemRow, ...]
+    unavailable: dict[str, str]
+    """Targets that could not be used, and why."""
+
+
+class ReportOutput(Output):
+    """Output of `conformance report`."""
+
+    run_file: str
+    index: str
+    results: int
+
+
+class TargetsOutput(Output):
+    """Output of `conformance targets` and its subcommands, except `doctor`."""
+
+    targets: tuple[TargetRow, ...]
+
+
+class DoctorRow(Output):
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class DoctorOutput(Output):
+    """Output of `conformance targets doctor`."""
+
+    checks: tuple[DoctorRow, ...]
+
+
+class NewCaseOutput(Output):
+    """Output of `conformance new-case`."""
+
+    address: str
+    path: str
+    created: bool
+    """The suite file is new."""
+    reference: Any
+    """What the bundled implementation answers; written down as the expectation, for review."""
+
+
+class FaultRow(Output):
+    """A known bug that can be switched on in the bundled implementation."""
+
+    id: str
+    title: str
+    source: tuple[str, ...]
+    kind: str
+    area: str
+    detected: bool | None = None
+    """Whether some case failed by a rule while it was on; null when it was not run."""
+    localised: bool | None = None
+    """Whether a case of the fault's own area was among them."""
+    by_source: bool | None = None
+    """Whether a case that cites the fault's source was among them."""
+    caught_by: tuple[str, ...] = ()
+    """Addresses of the cases that noticed it."""
+    cases: int | None = None
+    """How many cases ran."""
+
+
+class FaultsOutput(Output):
+    """Output of `conformance faults`."""
+
+    faults: tuple[FaultRow, ...]
+
+
+OUTPUTS: dict[str, type[Output]] = {
+    "list": ListOutput,
+    "show": ShowOutput,
+    "run": RunOutput,
+    "report": ReportOutput,
+    "targets": TargetsOutput,
+    "doctor": DoctorOutput,
+    "new-case": NewCaseOutput,
+    "faults": FaultsOutput,
+}
+"""Model of each command's output, under the name of its schema."""
+
+
+def emit_json(output: Output) -> None:
+    """Print an output as JSON."""
+    click.echo(output.model_dump_json(indent=2, exclude_unset=isinstance(output, ListOutput)))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of plain text."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        result.add_column(column, overflow="fold")
+    for row in rows:
+        result.add_row(*(escape(visible(cell)) for cell in row))
+    return result
+
+
+def console() -> Console:
+    """Console of standard output; wide where it is no terminal, so that logs keep whole lines."""
+    screen = Console(file=sys.stdout, highlight=False)
+    if not screen.is_terminal:
+        screen = Console(file=sys.stdout, highlight=False, width=160)
+    return screen

@@ -1,0 +1,33 @@
+"""`conformance report`: the dashboard of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from conformance import runfile
+from conformance.commands import output
+from conformance.commands.output import ReportOutput, json_option
+from conformance.commands.selection import select
+
+DEFAULT_SITE = Path("reports/site")
+
+
+@click.command("report")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True)
+@click.option("--suites", "paths", multiple=True, metavar="PATH", help="Suite files or folders of your own.")
+@json_option
+def report_command(run_file: Path, out: Path, paths: tuple[str, ...], as_json: bool) -> None:
+    """Write the dashboard of RUN_FILE as static HTML."""
+    from conformance.report import write_site
+
+    run = runfile.read(run_file)
+    if run.torn:
+        click.echo(f"note: {run_file}: {run.torn}", err=True)
+    index = write_site(run, out, suites=select(paths).suites) / "index.html"
+    if as_json:
+        output.emit_json(ReportOutput(run_file=str(run_file), index=str(index), results=len(run.latest())))
+    else:
+        click.echo(f"dashboard: {index}")

@@ -1,0 +1,39 @@
+"""`conformance schema`: JSON Schemas of every file and output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from conformance import expectations, loading, runfile
+from conformance.commands.output import OUTPUTS, Output
+
+
+def _output_schema(model: type[Output]) -> dict[str, Any]:
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+
+
+def schemas() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name of each schema to what makes it; `conformance/schemas/NAME.schema.json` holds a copy."""
+    files = {
+        "suite": loading.json_schema,
+        "expectations": expectations.json_schema,
+        "run-file": runfile.json_schema,
+    }
+    outputs = {name: (lambda model=model: _output_schema(model)) for name, model in OUTPUTS.items()}
+    return files | outputs
+
+
+def schema_text(name: str) -> str:
+    """One schema as it is printed and committed."""
+    return json.dumps(schemas()[name](), indent=2, ensure_ascii=False) + "\n"
+
+
+@click.command("schema")
+@click.argument("name", type=click.Choice(sorted(schemas())))
+def schema_command(name: str) -> None:
+    """Print the JSON Schema of a suite, an expectations file, a line of a run file, or an output."""
+    click.echo(schema_text(name), nl=False)

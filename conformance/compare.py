@@ -1,0 +1,93 @@
+"""Comparing what targets say: JSON by value, text by its trimmed form."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import Any
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON with every number exact (`Decimal`), refusing NaN and Infinity.
+
+    Raises:
+        ValueError: The text is not JSON, or nests too deeply to be read.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
+
+
+def json_equal(a: Any, b: Any) -> bool:
+    """Equality of JSON values: numbers by exact value (5 == 5.0), booleans never equal numbers."""
+    stack = [(a, b)]
+    while stack:
+        x, y = stack.pop()
+        if isinstance(x, bool) or isinstance(y, bool) or x is None or y is None:
+            if x is not y:
+                return False
+        elif isinstance(x, int | float | Decimal) and isinstance(y, int | float | Decimal):
+            if _exact(x) != _exact(y):
+                return False
+        elif isinstance(x, dict) and isinstance(y, dict):
+            if x.keys() != y.keys():
+                return False
+            stack.extend((x[k], y[k]) for k in x)
+        elif isinstance(x, list | tuple) and isinstance(y, list | tuple):
+            if len(x) != len(y):
+                return False
+            stack.extend(zip(x, y, strict=True))
+        elif type(x) is not type(y) or x != y:
+            return False
+    return True
+
+
+def _exact(number: float | Decimal) -> Decimal:
+    return Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
+
+
+def same_text(a: str | None, b: str | None) -> bool:
+    """Equality after trimming; None and "" are the same absence (catalogue X11)."""
+    return (a or "").strip() == (b or "").strip()
+
+
+def complete_json(text: str) -> str:
+    """Close the strings and brackets that a cut JSON text left open.
+
+    Servers send the arguments of a call that was cut by the token limit as cut JSON; closing it makes
+    it comparable. Text that is complete, or broken in another way, comes back unchanged.
+    """
+    stack: list[str] = []
+    in_string = escaped = False
+    for char in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == '"':
+                in_string = False
+        elif char == '"':
+            in_string = True
+        elif char in "{[":
+            stack.append("}" if char == "{" else "]")
+        elif char in "}]" and stack:
+            stack.pop()
+    if in_string:
+        text = (text[:-1] if escaped else text) + '"'
+    closers = "".join(reversed(stack))
+    if not closers:
+        return text
+    body = text.rstrip().rstrip(",")
+    for candidate in (body, body + ":null", body + "null"):
+        try:
+            json.loads(candidate + closers)
+        except (ValueError, RecursionError):
+            continue
+        return candidate + closers
+    return text

@@ -1,0 +1,207 @@
+"""Known failures: `suites/expectations/<target>.yaml`.
+
+1. An expectation names cases, a version range of the target, and the rules that are known to break.
+2. It is strict. A failure that breaks any other rule is still a `fail`; a pass is an `xpass`.
+3. At most one expectation holds for a case at a version.
+4. A review date that has passed only warns.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, Field, StringConstraints
+
+from conformance import yamlfile
+from conformance.discovery import EXPECTATIONS_FOLDER
+from conformance.loading import LoadedSuites
+from conformance.suites import SourceRef, Strict
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+def _specifiers(text: str) -> str:
+    try:
+        specifiers = SpecifierSet(text)
+    except InvalidSpecifier as error:
+        raise ValueError(f"{error}; write a range like '>=0.24,<0.33'") from None
+    if any(specifier.operator == "===" for specifier in specifiers):
+        raise ValueError("`===` compares text, not versions; use `==`")
+    return text
+
+
+class Entry(Strict):
+    """One known failure."""
+
+    cases: tuple[str, ...] = Field(min_length=1)
+    """Case addresses, `suite-id::case-id`. A pattern with `*` must match at least two cases."""
+    versions: Annotated[str, AfterValidator(_specifiers)] = ""
+    """Version range of the target, such as `>=0.24,<0.33`; absent for every version."""
+    rules: tuple[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], ...] = Field(min_length=1)
+    """The rules that are known to break; `error` and `timeout` stand for those verdicts."""
+    reason: str = Field(min_length=8)
+    """One sentence: what the target does wrong."""
+    source: SourceRef
+    finding: Annotated[str, StringConstraints(pattern=r"^F-\d{3}$")] | None = None
+    """Heading in docs/findings.md, for failures that were found with this harness."""
+    repeat: str = Field(min_length=8)
+    """One shell line that shows the failure."""
+    review: dt.date
+    """When somebody should look whether it still holds."""
+
+
+class ExpectationFile(Strict):
+    """What one file holds."""
+
+    target: str
+    """Registry name of the target, and the file's name."""
+    expectations: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """An entry, applied to the cases it names."""
+
+    entry: Entry
+    target: str
+    where: str
+    """`file:line`."""
+    addresses: frozenset[str]
+
+    def holds_for(self, address: str, version: str) -> bool:
+        """Whether it speaks about this case at this version."""
+        return address in self.addresses and _in_range(self.entry.versions, version)
+
+    def overdue(self, today: dt.date) -> bool:
+        """Whether its review date has passed."""
+        return self.entry.review < today
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """All known failures of all targets."""
+
+    all: tuple[Expectation, ...] = ()
+
+    def find(self, address: str, target: str, version: str) -> Expectation | None:
+        """The one expectation for a case on a target (by registry name) at a version."""
+        for expectation in self.all:
+            if expectation.target == target and expectation.holds_for(address, version):
+                return expectation
+        return None
+
+    def overdue(self, today: dt.date) -> tuple[Expectation, ...]:
+        """Those whose review date has passed."""
+        return tuple(e for e in self.all if e.overdue(today))
+
+
+def load(suites: LoadedSuites) -> Expectations:
+    """Load the expectations beside some suites.
+
+    Args:
+        suites: Every suite of the roots concerned: a pattern that matches none of their cases is an error.
+
+    Raises:
+        SuiteError: with file and line.
+    """
+    found: list[Expectation] = []
+    for root in sorted({suite.root for suite in suites}):
+        folder = root / EXPECTATIONS_FOLDER
+        known = tuple(case.address for suite in suites if suite.root == root for case in suite.cases)
+        for path in sorted(folder.glob("*.yaml")):
+            found += _load_file(path, known)
+    return Expectations(tuple(found))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of expectation files, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **ExpectationFile.model_json_schema(),
+    }
+
+
+def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
+    document = yamlfile.read(path)
+    if not isinstance(document.value, dict):
+        raise document.error((), "an expectation file is a mapping with `target` and `expectations`")
+    content = document.validate(ExpectationFile)
+    if content.target != path.stem:
+        raise document.error(
+            ("target",), f"{content.target!r} must equal the file's name, {path.stem!r}; change one of them"
+        )
+    result: list[Expectation] = []
+    for index, entry in enumerate(content.expectations):
+        addresses: set[str] = set()
+        for position, pattern in enumerate(entry.cases):
+            loc = ("expectations", index, "cases", position)
+            addresses |= _addresses(document, loc, pattern, known)
+        line = document.line(("expectations", index))
+        new = Expectation(entry, content.target, f"{_short(path)}:{line}", frozenset(addresses))
+        for old in result:
+            both = old.addresses & new.addresses
+            version = _common_version(old.entry.versions, new.entry.versions)
+            if both and version is not None:
+                raise document.error(
+                    ("expectations", index),
+                    f"{min(both)} at version {version} is also named by {old.where}; "
+                    "make their `versions` disjoint or merge them",
+                )
+        result.append(new)
+    return result
+
+
+def _addresses(
+    document: yamlfile.Document, loc: yamlfile.Loc, pattern: str, known: Sequence[str]
+) -> set[str]:
+    matches = {address for address in known if fnmatch.fnmatchcase(address, pattern)}
+    if not matches:
+        raise document.error(loc, f"{pattern!r} matches no case; a case is named `suite-id::case-id`")
+    if len(matches) == 1 and _GLOB.search(pattern):
+        raise document.error(loc, f"{pattern!r} matches one case only; write {matches.pop()!r}")
+    return matches
+
+
+def _short(path: Path) -> str:
+    """The file's path below its suites folder's parent: the same on every machine."""
+    return "/".join(path.parts[-3:])
+
+
+def _in_range(specifiers: str, version: str) -> bool:
+    if not specifiers:
+        return True
+    try:
+        return SpecifierSet(specifiers).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False  # a range says nothing about a version that has no order
+
+
+def _common_version(first: str, second: str) -> str | None:
+    """A version that lies in both ranges, or None.
+
+    Ranges change only at the versions they mention, so it is enough to try those and a neighbour
+    on each side.
+    """
+    sets = (SpecifierSet(first), SpecifierSet(second))
+    candidates = {Version("0"), Version("99999")}
+    for specifier in _specifier_versions(sets):
+        base = Version(specifier.removesuffix(".*"))
+        candidates |= {
+            base,
+            Version(f"{base.base_version}.dev0"),
+            Version(f"{base.base_version}.0.0.1"),
+        }
+    common = [v for v in sorted(candidates) if all(s.contains(v, prereleases=True) for s in sets)]
+    return str(common[0]) if common else None
+
+
+def _specifier_versions(sets: Iterable[SpecifierSet]) -> Iterable[str]:
+    return (specifier.version for specifiers in sets for specifier in specifiers)

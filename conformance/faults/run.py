@@ -1,0 +1,122 @@
+"""Which cases notice which fault: run the quick suites with each fault switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from conformance.errors import ConformanceError
+from conformance.expectations import Expectations
+from conformance.faults.base import Fault
+from conformance.loading import LoadedSuites
+from conformance.results import Verdict
+from conformance.runner import TargetPool, run_case
+
+REFERENCE = "reference"
+_CASE_SECONDS = 10.0
+_ALARMS: tuple[Verdict, ...] = ("fail", "error", "timeout", "xpass")
+
+
+class Catch(BaseModel):
+    """One case that noticed a fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    case: str
+    """`suite-id/case-id`."""
+    area: str
+    verdict: Verdict
+    rules: tuple[str, ...]
+
+
+class Detection(BaseModel):
+    """What the suites made of one fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fault: str
+    title: str
+    source: tuple[str, ...]
+    area: str
+    module: str
+    detected: bool
+    """Some case failed by a rule; a crash or a timeout alone does not count."""
+    localised: bool
+    """Some case of the fault's own area was among them."""
+    by_source: bool
+    """Some case that cites one of the fault's catalogue ids was among them."""
+    caught_by: tuple[Catch, ...]
+    cases: int
+    """How many cases ran."""
+
+
+class BaselineError(ConformanceError):
+    """The reference fails without any fault, so a failing case would prove nothing."""
+
+
+def detect(
+    faults: Sequence[Fault],
+    suites: LoadedSuites,
+    expectations: Expectations,
+    *,
+    progress: Callable[[Fault, Detection], None] | None = None,
+) -> list[Detection]:
+    """Run every case of the fault's kind against the reference with the fault on.
+
+    Streams are sampled here, not certified: a fault that only one chunking in a million shows is
+    looked for by the ordinary run.
+
+    Raises:
+        BaselineError: A case fails with no fault switched on.
+    """
+    kinds = {fault.kind for fault in faults}
+    clean = _failures(kinds, suites, expectations)
+    if clean:
+        raise BaselineError(
+            f"the reference fails {clean[0].case} with no fault switched on; run "
+            f"`conformance run {clean[0].case}` and mend that first"
+        )
+    found = []
+    for fault in faults:
+        with fault.applied():
+            caught = _failures({fault.kind}, suites, expectations)
+        found.append(_detection(fault, caught, suites))
+        if progress is not None:
+            progress(fault, found[-1])
+    return found
+
+
+def _failures(kinds: set[str], suites: LoadedSuites, expectations: Expectations) -> list[Catch]:
+    pool = TargetPool(timeout=_CASE_SECONDS)
+    caught = []
+    try:
+        for loaded in suites.cases:
+            if loaded.suite.suite.kind not in kinds:
+                continue
+            result = run_case(loaded, REFERENCE, pool, expectations, thorough=False)
+            if result.verdict in _ALARMS:
+                rules = tuple(dict.fromkeys(p.rule for p in result.problems))
+                caught.append(
+                    Catch(case=loaded.address, area=result.area, verdict=result.verdict, rules=rules)
+                )
+    finally:
+        pool.close()
+    return caught
+
+
+def _detection(fault: Fault, caught: list[Catch], suites: LoadedSuites) -> Detection:
+    judged = [c for c in caught if c.verdict == "fail"]
+    sources = {case.address: set(case.case.source) for case in suites.cases}
+    return Detection(
+        fault=fault.id,
+        title=fault.title,
+        source=fault.source,
+        area=fault.area,
+        module=fault.module,
+        detected=bool(judged),
+        localised=any(c.area == fault.area for c in judged),
+        by_source=any(sources[c.case] & set(fault.source) for c in judged),
+        caught_by=tuple(caught),
+        cases=sum(case.suite.suite.kind == fault.kind for case in suites.cases),
+    )

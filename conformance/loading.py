@@ -1,0 +1,250 @@
+"""Suite files to models: discovery, validation with line numbers, case digests and addresses.
+
+A case is named by its address, `parser/reasoning::label-is-dropped`, everywhere: on the command
+line, in expectations and in reports. A suite's id is its path below the suites' root, so the root
+follows from the file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from conformance import resources, yamlfile
+from conformance.discovery import EXPECTATIONS_FOLDER
+from conformance.errors import SuiteError, UsageError
+from conformance.results import SCHEMA_VERSION
+from conformance.suites import PROMPTS, Case, ParserCase, ParserSuite, Suite, TemplateSuite
+
+_KINDS: dict[str, type[ParserSuite | TemplateSuite]] = {"parser": ParserSuite, "template": TemplateSuite}
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A case, where it stands, and what its results are filed under."""
+
+    suite: LoadedSuite
+    case: Case
+    line: int
+    digest: str
+
+    @property
+    def address(self) -> str:
+        """`parser/reasoning::label-is-dropped`."""
+        return f"{self.suite.suite.id}::{self.case.id}"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedSuite:
+    """A suite file."""
+
+    suite: ParserSuite | TemplateSuite
+    path: Path
+    digest: str
+    """SHA-256 of the file."""
+    lines: tuple[int, ...]
+    """Line of each case, in the order of `suite.cases`."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that suite ids are relative to."""
+        return self.path.parents[self.suite.id.count("/")]
+
+    @cached_property
+    def cases(self) -> tuple[LoadedCase, ...]:
+        """All cases in file order."""
+        return tuple(
+            LoadedCase(self, case, line, case_digest(case, self.suite))
+            for case, line in zip(self.suite.cases, self.lines, strict=True)
+        )
+
+    def case(self, case_id: str) -> LoadedCase:
+        """The case with this id.
+
+        Raises:
+            UsageError: the suite has none.
+        """
+        for loaded in self.cases:
+            if loaded.case.id == case_id:
+                return loaded
+        raise UsageError(f"{self.path}: no case {case_id!r}; `conformance list cases` names them all")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedSuites:
+    """Several suites, in order of their ids."""
+
+    suites: tuple[LoadedSuite, ...]
+
+    def __iter__(self) -> Iterator[LoadedSuite]:
+        return iter(self.suites)
+
+    @cached_property
+    def cases(self) -> tuple[LoadedCase, ...]:
+        """All cases of all suites."""
+        return tuple(case for suite in self.suites for case in suite.cases)
+
+    def match(self, pattern: str) -> tuple[LoadedCase, ...]:
+        """Cases whose address, or whose suite's id, matches a shell-style pattern."""
+        return tuple(
+            case
+            for case in self.cases
+            if fnmatch.fnmatchcase(case.address, pattern) or fnmatch.fnmatchcase(case.suite.suite.id, pattern)
+        )
+
+
+def load_suites(paths: Sequence[Path] | None = None) -> LoadedSuites:
+    """Load suite files.
+
+    Args:
+        paths: Files, or folders that are searched for `*.yaml`; None for the bundled suites.
+
+    Raises:
+        SuiteError: a file is broken, or two files have the same id.
+        UsageError: a path does not exist, or nothing was found.
+    """
+    roots = [resources.suites_dir()] if paths is None else list(paths)
+    files = sorted({file.resolve() for path in roots for file in _files(path)})
+    if not files:
+        raise UsageError(f"no suite files (*.yaml) under {', '.join(map(str, roots))}")
+    loaded = sorted((load_suite(file) for file in files), key=lambda suite: suite.suite.id)
+    seen: dict[str, LoadedSuite] = {}
+    for suite in loaded:
+        other = seen.setdefault(suite.suite.id, suite)
+        if other is not suite:
+            raise SuiteError(f"{suite.path}:1: id: {suite.suite.id!r} is also the id of {other.path}")
+    return LoadedSuites(tuple(loaded))
+
+
+def load_suite(path: Path) -> LoadedSuite:
+    """Load one suite file; an unchanged file is parsed once per process.
+
+    Raises:
+        SuiteError: with file, line, field, what was expected and what to do.
+    """
+    path = path.resolve()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SuiteError(f"{path}: cannot be read: {error.strerror}") from None
+    return _load(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _load(path: Path, _mtime: int, _size: int) -> LoadedSuite:
+    document = yamlfile.read(path)
+    if not isinstance(document.value, dict):
+        raise document.error((), "a suite is a mapping with id, kind, title, description, area and cases")
+    kind = document.value.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise document.error(("kind",), f"expected one of {', '.join(_KINDS)}, got {json.dumps(kind)}")
+    suite = document.validate(_KINDS[kind])
+    _check_id(document, suite)
+    _check_cases(document, suite)
+    lines = tuple(document.line(("cases", i)) for i in range(len(suite.cases)))
+    return LoadedSuite(suite, path, hashlib.sha256(document.text.encode()).hexdigest(), lines)
+
+
+def suite_files(root: Path) -> list[Path]:
+    """Suite files under a folder, without the expectations.
+
+    Raises:
+        SuiteError: a file ends in `.yml`, which would be overlooked.
+    """
+    files = []
+    for path in sorted(root.rglob("*.y*ml")):
+        if path.relative_to(root).parts[0] == EXPECTATIONS_FOLDER or not path.is_file():
+            continue
+        if path.suffix == ".yml":
+            raise SuiteError(f"{path}: suite files end in .yaml; rename it")
+        if path.suffix == ".yaml":
+            files.append(path)
+    return files
+
+
+def resolve_tools(case: Case, suite: ParserSuite | TemplateSuite) -> tuple[dict[str, Any], ...]:
+    """The tools that a case declares, whether by the name of a toolset or in place."""
+    return suite.toolsets[case.tools] if isinstance(case.tools, str) else case.tools
+
+
+def resolve_prompt(case: ParserCase) -> str:
+    """The rendered prompt that a parser case answers."""
+    return PROMPTS.get(case.prompt, case.prompt)
+
+
+def case_digest(case: Case, suite: ParserSuite | TemplateSuite) -> str:
+    """SHA-256 over everything in the suite file that can change the case's verdict."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        "suite": suite.id,
+        "kind": suite.kind,
+        "case": case.model_dump(mode="json"),
+        "tools": resolve_tools(case, suite),
+    }
+    if isinstance(case, ParserCase):
+        content["prompt"] = resolve_prompt(case)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of suite files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(Suite).json_schema()}
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if path.is_dir():
+        return suite_files(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    return [path]
+
+
+def _check_id(document: yamlfile.Document, suite: ParserSuite | TemplateSuite) -> None:
+    depth = suite.id.count("/") + 1
+    actual = "/".join(document.path.with_suffix("").parts[-depth:])
+    if document.path.suffix != ".yaml":
+        raise SuiteError(f"{document.path}: suite files end in .yaml; rename it")
+    if actual != suite.id:
+        raise document.error(
+            ("id",), f"{suite.id!r} must equal the end of the file's path, {actual!r}; change one of them"
+        )
+
+
+def _check_cases(document: yamlfile.Document, suite: ParserSuite | TemplateSuite) -> None:
+    first: dict[str, int] = {}
+    cases: tuple[Case, ...] = suite.cases
+    for index, case in enumerate(cases):
+        earlier = first.setdefault(case.id, index)
+        if earlier != index:
+            line = document.line(("cases", earlier))
+            raise document.error(
+                ("cases", index, "id"),
+                f"duplicate case id {case.id!r}, first used on line {line}; rename one",
+            )
+    for index, case in enumerate(cases):
+        loc = ("cases", index)
+        if case.control_of is not None and (case.control_of not in first or case.control_of == case.id):
+            raise document.error(
+                (*loc, "control_of"),
+                f"{case.control_of!r} is no other case of this suite; name the case that this one controls",
+            )
+        if isinstance(case.tools, str) and case.tools not in suite.toolsets:
+            known = ", ".join(sorted(suite.toolsets)) or "none; add `toolsets:` to the suite"
+            raise document.error(
+                (*loc, "tools"), f"no toolset {case.tools!r} in this suite; there are: {known}"
+            )
+        if isinstance(case, ParserCase) and case.prompt not in PROMPTS and "<|turn>" not in case.prompt:
+            raise document.error(
+                (*loc, "prompt"),
+                f"no prompt is called {case.prompt!r}; use {', '.join(PROMPTS)}, or a literal prompt that "
+                "holds <|turn>",
+            )

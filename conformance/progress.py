@@ -1,0 +1,143 @@
+"""What `conformance run` shows while it runs: a live table on a terminal, plain lines elsewhere.
+
+Everything goes to standard error, so that standard output holds the summary alone. A result is
+shown only after it is safe in the run file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from conformance.explain import explain, visible
+from conformance.plugin import RECORDER
+from conformance.results import Result, Verdict
+
+SHORT: dict[Verdict, tuple[str, str]] = {
+    "pass": ("passed", "green"),
+    "fail": ("failed", "red"),
+    "xfail": ("expected failures", "yellow"),
+    "xpass": ("unexpected passes", "red"),
+    "skip": ("skipped", "dim"),
+    "inconclusive": ("inconclusive", "magenta"),
+    "error": ("errors", "red"),
+    "timeout": ("timeouts", "red"),
+}
+"""Verdict to its plural word and colour."""
+
+BAD: frozenset[Verdict] = frozenset({"fail", "xpass", "error", "timeout"})
+_HEARTBEAT = 10.0
+
+
+class ProgressPlugin:
+    """pytest plugin of the process that shows progress."""
+
+    def __init__(self, console: Console, *, verbose: bool) -> None:
+        self._console = console
+        self._verbose = verbose
+        self._counts: dict[str, Counter[Verdict]] = {}
+        self._live: Live | None = None
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[counts]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._current: Text = Text("collecting suites …", style="dim")
+        self._done = 0
+        self._planned = 0
+        self._last_line = time.monotonic()
+        self.errors: list[str] = []
+        """Broken suites and crashes of the harness itself, for the caller to print."""
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Listen to the recording, and take over the screen."""
+        if hasattr(config, "workerinput"):
+            return
+        config.stash[RECORDER].recording.listeners.append(self._show)
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
+            self._live.start()
+
+    def pytest_unconfigure(self) -> None:
+        """Give the screen back."""
+        if self._live is not None:
+            self._current = Text("")
+            self._live.stop()
+            self._live = None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Number of cases, without workers."""
+        self._start(session.config)
+
+    @pytest.hookimpl(optionalhook=True, trylast=True)
+    def pytest_xdist_node_collection_finished(self, node: pytest.Item) -> None:
+        """Number of cases, with workers."""
+        self._start(node.config)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep the text of a broken suite."""
+        if report.failed:
+            self.errors.append(str(report.longrepr))
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        """Keep the text of a crash of pytest or of this harness."""
+        self.errors.append(str(excrepr))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Name the case that runs."""
+        self._current = Text(visible(nodeid), style="dim", no_wrap=True, overflow="ellipsis")
+
+    def _start(self, config: pytest.Config) -> None:
+        planned = config.stash[RECORDER].recording.planned
+        if self._planned or not planned:
+            return
+        self._planned = len(planned)
+        for target, total in Counter(item.target for item in planned.values()).items():
+            self._counts[target] = Counter()
+            self._tasks[target] = self._bars.add_task(target, total=total, counts=Text(""))
+        if self._live is None:
+            self._line(f"{self._planned} cases on {', '.join(self._tasks)}")
+
+    def _show(self, result: Result) -> None:
+        self._done += 1
+        counts = self._counts.setdefault(result.target, Counter())
+        counts[result.verdict] += 1
+        if result.target in self._tasks:
+            self._bars.update(
+                self._tasks[result.target], completed=counts.total(), counts=verdict_counts(counts)
+            )
+        name = f"{result.suite}::{result.case} [{result.target}]"
+        if result.verdict in BAD:
+            self._line(explain(result) + "\n")
+        elif self._verbose or result.verdict == "inconclusive":
+            self._line(visible(f"{result.verdict} {name}{f': {result.reason}' if result.reason else ''}"))
+        elif self._live is None and time.monotonic() - self._last_line > _HEARTBEAT:
+            self._line(f"{self._done} of {self._planned} done, last: {name}")
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        return Group(self._bars, self._current)
+
+
+def verdict_counts(counts: Counter[Verdict]) -> Text:
+    """`12 passed, 1 failed`, coloured."""
+    parts = [
+        Text(f"{counts[verdict]} {word}", style=style)
+        for verdict, (word, style) in SHORT.items()
+        if counts[verdict]
+    ]
+    return Text(", ").join(parts)

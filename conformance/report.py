@@ -1,0 +1,104 @@
+"""The static dashboard: a folder of HTML pages made from a run file.
+
+`write_site` is the only way in. The pages work from a folder, without JavaScript, and ask for
+nothing outside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from conformance import __version__, resources
+from conformance.errors import ConformanceError
+from conformance.loading import LoadedSuite
+from conformance.reporting.pages import Pages
+from conformance.reporting.view import Site
+from conformance.results import Run
+
+MARKER = ".conformance-site.json"
+"""A folder with this file in it was written here, and may be replaced."""
+
+
+class ReportError(ConformanceError):
+    """The dashboard cannot be written."""
+
+
+def write_site(run: Run, out: Path, suites: Iterable[LoadedSuite] = ()) -> Path:
+    """Write the dashboard of a run.
+
+    The pages are made in a folder beside `out` that takes its place once it is complete, so readers
+    see the old site or the new one.
+
+    Args:
+        run: The run, finished or not.
+        out: Folder of the site. It is made, or replaced if it holds an older site.
+        suites: Suites as loaded now, for their descriptions, negative controls and accepted answers.
+            Facts of a case are used only if the case is still the one that ran.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReportError: `out` is a file, holds something else than a site, or cannot be written.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100  # `resolve` would follow a link that is about to be replaced
+    _check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+        try:
+            _write_pages(run, suites, new)
+            _check_replaceable(out)
+            _put_in_place(new, out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        raise ReportError(f"{out}: the dashboard cannot be written: {error}") from error
+    return out
+
+
+def _write_pages(run: Run, suites: Iterable[LoadedSuite], folder: Path) -> None:
+    for path, html in Pages(Site(run, suites)):
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(html, encoding="utf-8")
+    shutil.copytree(resources.assets_dir(), folder / "assets")
+    marker = {"written_by": "conformance report", "version": __version__, "run_id": run.header.run_id}
+    (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    # `mkdtemp` makes a private folder; a site is for whoever may read its surroundings.
+    folder.chmod(0o755)
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_symlink():
+        raise ReportError(f"{out}: is a symbolic link; name the folder that it points to, or another one")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ReportError(f"{out}: is a file; name a folder for the dashboard")
+    if any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ReportError(
+            f"{out}: holds files that are not a dashboard (there is no {MARKER} in it), and is left alone; "
+            "name a new folder, or empty this one"
+        )
+
+
+def _put_in_place(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    kept = old / out.name
+    out.rename(kept)
+    try:
+        new.rename(out)
+    except OSError:
+        kept.rename(out)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,337 @@
+"""The parts of a case page: texts, fields, differences, chunks and annotated input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from markupsafe import Markup
+
+from conformance.reporting.diff import Sides, compare
+from conformance.reporting.text import HUGE_TEXT, LONG_TEXT, shorten, visible
+from conformance.reporting.view import Case, Entry
+from conformance.results import Problem, StreamEvidence
+from conformance.suites import ParserCase
+from conformance.targets.protocol import Chunking, Span
+
+_PREVIEW = 600
+_MANY_LINES = 80
+_MANY_CHUNKS = 400
+_MANY_BLOCKS = 20
+_ROLES: tuple[str, ...] = get_args(Span.model_fields["role"].annotation)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of text, drawn; a long one also has its beginning, to be shown while it is folded."""
+
+    html: Markup
+    characters: int
+    lines: int
+    preview: Markup | None = None
+    left_out: int = 0
+
+
+def block(text: str, *, signs: bool = True) -> Block:
+    """Draw a text; `signs` as in `visible`."""
+    shown, left_out = shorten(text)
+    lines = text.count("\n") + 1
+    preview = None
+    if len(text) > LONG_TEXT or lines > _MANY_LINES:
+        head = "\n".join(text[:_PREVIEW].split("\n")[:12])
+        preview = visible(head, signs=signs, ends=False)
+    return Block(visible(shown, signs=signs), len(text), lines, preview, left_out)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A named part of an answer."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    """Several for a list of texts."""
+
+
+def is_empty(value: Any) -> bool:
+    """An absent field: None, "" and empty lists mean the same (numbers and False are values)."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def as_text(value: Any) -> str:
+    """A value for people: text as it is, tool calls as name and arguments, the rest as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if _are_calls(value):
+        return "\n".join(f"{call['name']} {_arguments(call.get('arguments'))}" for call in value)
+    return _json(value)
+
+
+def _are_calls(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in value)
+    )
+
+
+def _arguments(value: Any) -> str:
+    """Arguments come as JSON text from engines and as a mapping from suites; draw both alike."""
+    if isinstance(value, str):
+        try:
+            return _json(json.loads(value))
+        except (ValueError, RecursionError):
+            return value
+    return _json(value)
+
+
+def _json(value: Any, *, sort: bool = True) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort, default=str)
+
+
+def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
+    """The parts of an answer that are there; a value without parts is one field without a name."""
+    if isinstance(value, dict):
+        return [
+            Field(str(key), _blocks(part))
+            for key, part in value.items()
+            if not is_empty(part) and key not in skip
+        ]
+    return [] if is_empty(value) else [Field("", _blocks(value))]
+
+
+def _blocks(value: Any) -> tuple[Block, ...]:
+    if isinstance(value, list | tuple) and len(value) <= _MANY_BLOCKS and all(isinstance(v, str) for v in value):
+        return tuple(block(text) for text in value)
+    return (block(as_text(value), signs=isinstance(value, str)),)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One field of what was expected against the same field of what came."""
+
+    name: str
+    sides: Sides
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A chunking, drawn."""
+
+    caption: str
+    parts: tuple[Markup, ...]
+    hidden: int
+
+
+@dataclass(frozen=True)
+class ProblemView:
+    """A broken rule, drawn."""
+
+    problem: Problem
+    comparisons: list[Comparison]
+    agreeing: list[str]
+    expected: list[Field]
+    got: list[Field]
+    """Only where the two cannot be compared field by field."""
+    chunks: Chunks | None
+
+
+def problem_view(problem: Problem) -> ProblemView:
+    """Draw a problem: a comparison where both sides are of one shape, else one after the other."""
+    expected, got = problem.expected, problem.got
+    comparisons: list[Comparison] = []
+    agreeing: list[str] = []
+    apart = False
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for name in [*expected, *(key for key in got if key not in expected)]:
+            left, right = expected.get(name), got.get(name)
+            if is_empty(left) and is_empty(right):
+                continue
+            if as_text(left) == as_text(right):
+                agreeing.append(str(name))
+            else:
+                comparisons.append(_compared(str(name), left, right))
+    elif _comparable(expected, got):
+        comparisons.append(_compared("", expected, got))
+    else:
+        apart = not (is_empty(expected) and is_empty(got))
+    return ProblemView(
+        problem,
+        comparisons,
+        agreeing,
+        fields(expected) if apart else [],
+        fields(got) if apart else [],
+        _chunks(problem),
+    )
+
+
+def _comparable(expected: Any, got: Any) -> bool:
+    if expected is None or got is None:
+        return False
+    text = isinstance(expected, str) and isinstance(got, str)
+    lists = isinstance(expected, list | tuple) and isinstance(got, list | tuple)
+    return (text or lists) and as_text(expected) != as_text(got)
+
+
+def _compared(name: str, left: Any, right: Any) -> Comparison:
+    signs = isinstance(left, str) or isinstance(right, str)
+    quarter = HUGE_TEXT // 4
+    a, b = (shorten(as_text(value), quarter)[0] for value in (left, right))
+    return Comparison(name, compare(a, b, signs=signs))
+
+
+def _chunks(problem: Problem) -> Chunks | None:
+    if problem.chunks is None and problem.chunking is None:
+        return None
+    texts = problem.chunks or ()
+    parts = tuple(visible(shorten(text)[0]) for text in texts[:_MANY_CHUNKS])
+    return Chunks(_chunk_caption(problem.chunking, len(texts)), parts, len(texts) - len(parts))
+
+
+def _chunk_caption(chunking: Chunking | None, chunks: int) -> str:
+    count = f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"
+    if chunking is None:
+        return count
+    number = len(chunking.cuts) + 1
+    said = [chunking.name, f"{number} {'chunk' if number == 1 else 'chunks'}"]
+    if chunking.cuts:
+        shown = ", ".join(map(str, chunking.cuts[:12])) + (", …" if len(chunking.cuts) > 12 else "")
+        said.append(f"cut after {chunking.unit.removesuffix('s')} {shown}")
+    if chunking.lag:
+        said.append(f"text {chunking.lag} characters behind its token ids")
+    return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the input with what became of it; `role` is empty where the target says nothing."""
+
+    html: Markup
+    role: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """The input cut into stretches, or why the target's spans could not be drawn."""
+
+    stretches: list[Stretch]
+    refused: str = ""
+
+
+def annotate(text: str, spans: Any) -> Annotated | None:
+    """Cut the input along a target's spans; None if it gave none."""
+    if spans is None:
+        return None
+    if not isinstance(spans, list | tuple):
+        return Annotated([], "they are not a list")
+    stretches: list[Stretch] = []
+    at = 0
+    for number, span in enumerate(spans):
+        bounds = _bounds(span, at, len(text))
+        if isinstance(bounds, str):
+            return Annotated([], f"span {number} {bounds}")
+        start, end = bounds
+        if start > at:
+            stretches.append(Stretch(visible(text[at:start], ends=False), "", ""))
+        role = str(span.get("role"))
+        html = visible(text[start:end], starts=start == 0 or text[start - 1] == "\n", ends=end == len(text))
+        stretches.append(Stretch(html, role if role in _ROLES else "other", str(span.get("reason") or "")))
+        at = end
+    if at < len(text):
+        stretches.append(Stretch(visible(text[at:]), "", ""))
+    return Annotated(stretches)
+
+
+def _bounds(span: Any, at: int, length: int) -> tuple[int, int] | str:
+    if not isinstance(span, dict):
+        return "is not a mapping"
+    start, end = span.get("start"), span.get("end")
+    if not (type(start) is int and type(end) is int):
+        return "has no integer start and end"
+    if not at <= start < end <= length:
+        return f"covers [{start}, {end}), which is empty, overlaps the one before, or leaves the input"
+    return start, end
+
+
+@dataclass(frozen=True)
+class StreamView:
+    """How far streaming was explored, in words."""
+
+    evidence: StreamEvidence
+    exponent: int | None
+    """The number of chunkings is 2 to this power."""
+    chunkings: str
+
+
+def stream_view(evidence: StreamEvidence | None) -> StreamView | None:
+    """Put a stream's evidence into words."""
+    if evidence is None:
+        return None
+    digits = evidence.chunkings
+    exponent = evidence.pieces - 1
+    # Past this the decimal form is too long to print, and Python refuses to make it.
+    power = 0 <= exponent <= 4_000 and digits == str(2**exponent)
+    if len(digits) > 30:
+        number = f"a number of {len(digits)} digits"
+    else:
+        number = f"{int(digits):,}".replace(",", "\u2009") if digits.isascii() and digits.isdigit() else digits
+    return StreamView(evidence, exponent if power else None, number)
+
+
+@dataclass(frozen=True)
+class AnswerView:
+    """An accepted answer of a contested case, and the targets that gave it."""
+
+    name: str
+    who: str
+    fields: list[Field]
+    given_by: list[Entry]
+
+
+def answers(case: Case) -> list[AnswerView]:
+    """The accepted answers of a contested case, from its suite or else from the evidence."""
+    given: dict[str, list[Entry]] = {}
+    for entry in case.entries:
+        if entry.result is not None and entry.result.evidence.policy is not None:
+            given.setdefault(entry.result.evidence.policy, []).append(entry)
+    listed: list[dict[str, Any]] = []
+    if case.loaded is not None and isinstance(case.loaded.case, ParserCase):
+        listed = [answer.model_dump() for answer in case.loaded.case.policy or ()]
+    else:
+        recorded = first_evidence(case, "expected")
+        if isinstance(recorded, list | tuple):
+            listed = [answer for answer in recorded if isinstance(answer, dict) and "name" in answer]
+    views = [
+        AnswerView(
+            str(answer["name"]),
+            str(answer.get("who") or ""),
+            fields(answer, skip=("name", "who")),
+            given.pop(str(answer["name"]), []),
+        )
+        for answer in listed
+    ]
+    return views + [AnswerView(name, "", [], entries) for name, entries in given.items()]
+
+
+def first_evidence(case: Case, name: str) -> Any:
+    """What the first target with a result recorded under this name; None if nobody did."""
+    for entry in case.entries:
+        if entry.result is not None:
+            value = getattr(entry.result.evidence, name)
+            if not is_empty(value):
+                return value
+    return None
+
+
+def input_text(case: Case) -> str:
+    """The input of a case; conversations are JSON and set out on lines."""
+    text = str(first_evidence(case, "input") or "")
+    if case.kind != "parser" and text[:1] in ("[", "{"):
+        try:
+            return _json(json.loads(text), sort=False)
+        except (ValueError, RecursionError):
+            return text
+    return text

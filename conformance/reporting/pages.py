@@ -1,0 +1,178 @@
+"""Templates and the values they get: one method per kind of page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from conformance import resources
+from conformance.reporting import evidence
+from conformance.reporting.signs import SIGNS
+from conformance.reporting.text import plain, prose
+from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Suite, Target
+
+SHORT_LIST = 40
+"""Rows of a list on the overview; the rest is on the page that it links to."""
+
+_ISSUE = re.compile(r"^([\w.-]+/[\w.-]+)#(\d+)$", re.ASCII)
+_URL = re.compile(r"^https://[A-Za-z0-9.-]+(?::\d+)?(?:/[^\s\"'<>\\]*)?$")
+
+
+def _printed(value: Any) -> Any:
+    """What a template prints: markup as it is, text with unseen characters named; never None."""
+    if hasattr(value, "__html__"):
+        return value
+    if value is None:
+        raise TypeError("a template printed None; test for it first")
+    return plain(str(value))
+
+
+def source_url(source: str) -> str | None:
+    """Where a case's source can be read; None for sections and catalogue ids."""
+    issue = _ISSUE.match(source)
+    if issue:
+        return f"https://github.com/{issue[1]}/issues/{issue[2]}"
+    return source if _URL.match(source) else None
+
+
+def moment(stamp: str) -> str:
+    """An ISO time for people; anything else is given back as it is."""
+    try:
+        when = datetime.fromisoformat(stamp)
+    except ValueError:
+        return stamp
+    zone = "" if when.tzinfo is None else f" {when.tzname()}"
+    return f"{when.day} {when:%B %Y, %H:%M}{zone}"
+
+
+def seconds(value: float) -> str:
+    """A duration for people."""
+    if value >= 90:
+        return f"{int(value // 60)} min {int(value % 60)} s"
+    return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.0f} ms"
+
+
+def shares(group: Group) -> list[tuple[str, str, str]]:
+    """A group's statuses as stretches of a bar of 100 units: status, start, width."""
+    out, at = [], 0.0
+    for status, count in group.counts.items():
+        width = 100 * count / group.total
+        out.append((status, f"{at:.2f}", f"{width:.2f}"))
+        at += width
+    return out
+
+
+def by_target(entries: Iterable[Entry]) -> dict[Target, list[Entry]]:
+    """Entries grouped by target, in the targets' first order of appearance."""
+    groups: dict[Target, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.target, []).append(entry)
+    return groups
+
+
+def environment() -> Environment:
+    """The templates, with autoescape on and nothing printed that was not made visible."""
+    env = Environment(
+        loader=FileSystemLoader(resources.templates_dir()),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(
+        entries_by_target=lambda entries: {entry.target.spec: entry for entry in entries},
+        moment=moment,
+        prose=prose,
+        seconds=seconds,
+        shares=shares,
+        shell_line=shlex.join,
+        stream_view=evidence.stream_view,
+    )
+    env.globals.update(
+        SIGNS=SIGNS,
+        STREAM_KINDS=STREAM_KINDS,
+        SHORT_LIST=SHORT_LIST,
+        source_url=source_url,
+        by_target=by_target,
+    )
+    return env
+
+
+class Pages:
+    """Renders every page of a site."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._env = environment()
+        self._env.globals["site"] = site
+        self._env.globals["run"] = site.run
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Path below the site's root, and HTML, of each page."""
+        yield "index.html", self._render("index.html", 0)
+        yield "streams.html", self._render("streams.html", 0)
+        yield "policies.html", self._render("policies.html", 0)
+        for status in self._site.counts:
+            yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])
+        for target in self._site.targets:
+            yield target.page, self._render("target.html", 1, target=target)
+        for suite in self._site.suites:
+            yield suite.page, self._render("suite.html", 1, suite=suite)
+            ordered = suite.ordered()
+            for number, case in enumerate(ordered):
+                before = ordered[number - 1] if number else None
+                after = ordered[number + 1] if number + 1 < len(ordered) else None
+                yield case.page, self._case(case, before, after)
+
+    def _case(self, case: Case, before: Case | None, after: Case | None) -> str:
+        source = evidence.input_text(case)
+        prompt = evidence.first_evidence(case, "prompt")
+        return self._render(
+            "case.html",
+            2,
+            case=case,
+            before=before,
+            after=after,
+            controls=_controls(case, case.suite),
+            controlled=_controlled(case, case.suite),
+            source=evidence.block(source, signs=case.kind == "parser") if source else None,
+            prompt=evidence.block(str(prompt)) if prompt else None,
+            expected=[] if case.contested else evidence.fields(evidence.first_evidence(case, "expected")),
+            answers=evidence.answers(case) if case.contested else [],
+            views=[_entry_view(entry) for entry in case.entries],
+        )
+
+    def _render(self, template: str, depth: int, **values: Any) -> str:
+        return self._env.get_template(template).render(root=Markup("../" * depth), **values)
+
+
+def _controls(case: Case, suite: Suite) -> list[Case]:
+    return [other for other in suite.cases if other.control_of == case.id and other is not case]
+
+
+def _controlled(case: Case, suite: Suite) -> Case | None:
+    return next((other for other in suite.cases if other.id == case.control_of and other is not case), None)
+
+
+def _entry_view(entry: Entry) -> dict[str, Any]:
+    """What a case page shows for one target."""
+    result = entry.result
+    if result is None:
+        return {"entry": entry, "result": None}
+    return {
+        "entry": entry,
+        "result": result,
+        "problems": [evidence.problem_view(problem) for problem in result.problems],
+        "got": evidence.fields(result.evidence.got),
+        "annotated": evidence.annotate(result.evidence.input, result.evidence.spans),
+        "stream": evidence.stream_view(result.evidence.stream),
+        "stderr": evidence.block(result.stderr) if result.stderr else None,
+        "repeat": result.repeat,
+    }

@@ -1,0 +1,218 @@
+"""Write, read and resume run files. Their lines are the models of `conformance.results`.
+
+1. Every line is on disk (fsync) before anything about it is shown.
+2. A writer holds a lock on its file, so two runs cannot interleave.
+3. A run that goes on in the same file adds a header with `resumed_from`; a target that is first
+   heard of during a run adds a header with that target. Headers of one file are merged in order.
+4. Only the last line may be torn, and only by a writer that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from conformance import __version__
+from conformance.errors import RunFileError
+from conformance.results import SCHEMA_VERSION, Footer, Header, Line, Result, Run
+
+MAX_LINE = 64 * 1024 * 1024
+_LINE: TypeAdapter[Header | Result | Footer] = TypeAdapter(Line)
+
+
+class RunWriter:
+    """Appends to a run file. Use as a context manager, or call `close`."""
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """Open the file.
+
+        Args:
+            path: The file; it must not exist, except to resume.
+            resume: Go on with an existing file; a torn last line is cut off.
+
+        Raises:
+            RunFileError: it exists (or, to resume, does not), is in use, or cannot be written.
+        """
+        self.path = path
+        flags = os.O_RDWR | (0 if resume else os.O_CREAT | os.O_EXCL)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, flags, 0o644)
+        except FileExistsError:
+            raise RunFileError(
+                f"{path} exists; go on with it by --resume {path}, or write to another file"
+            ) from None
+        except FileNotFoundError:
+            raise RunFileError(f"{path}: there is no such run to resume") from None
+        except OSError as error:
+            raise RunFileError(f"{path}: cannot be written: {error.strerror}") from None
+        self._file = os.fdopen(descriptor, "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise RunFileError(f"{path} is being written by another run") from None
+        if resume:
+            self._cut_torn_line()
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, line: Header | Result | Footer) -> None:
+        """Append one line and wait until it is on disk."""
+        self._file.write(line.model_dump_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file and release its lock. Safe to call twice."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut_torn_line(self) -> None:
+        data = self._file.read()
+        if data and not data.endswith(b"\n"):
+            self._file.truncate(data.rfind(b"\n") + 1)
+
+
+def read(path: Path) -> Run:
+    """Read a run file back.
+
+    Raises:
+        RunFileError: it cannot be read, or a line other than a torn last one is wrong.
+    """
+    content = _read(path)
+    return Run(
+        header=_merge(content.headers),
+        results=tuple(stored.result for stored in content.results),
+        footer=content.footer,
+        torn=content.torn,
+    )
+
+
+def read_stored(path: Path) -> dict[tuple[str, str, str], StoredResult]:
+    """The last result of each case and target, with what produced it.
+
+    Raises:
+        RunFileError: as `read`.
+    """
+    return {stored.result.key: stored for stored in _read(path).results}
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A result of an earlier session, and the versions that were in use when it was written."""
+
+    result: Result
+    harness: str
+    target_version: str | None
+
+    def reusable(self, digest: str, target_version: str) -> bool:
+        """Whether running the case again would only repeat it."""
+        return (
+            self.result.digest == digest
+            and self.target_version == target_version
+            and self.harness == __version__
+            and self.result.verdict not in ("error", "timeout")
+        )
+
+
+@dataclass
+class _Content:
+    headers: list[Header] = field(default_factory=list)
+    results: list[StoredResult] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    footer: Footer | None = None
+    torn: str = ""
+
+
+def _read(path: Path) -> _Content:
+    content = _Content()
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while data := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(data) > MAX_LINE:
+                    raise RunFileError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes")
+                if not data.endswith(b"\n"):
+                    content.torn = f"line {number} was cut off after {len(data)} bytes and is ignored"
+                    break
+                _take(path, number, _parse(path, number, data), content)
+    except OSError as error:
+        raise RunFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not content.headers:
+        reason = f"; {content.torn}" if content.torn else ""
+        raise RunFileError(f"{path}: the file holds no complete header{reason}")
+    return content
+
+
+def _take(path: Path, number: int, line: Header | Result | Footer, content: _Content) -> None:
+    if isinstance(line, Header):
+        _check_header(path, number, line, content.headers)
+        content.headers.append(line)
+        content.versions |= {spec: info.version for spec, info in line.targets.items()}
+        content.footer = None
+    elif not content.headers:
+        raise RunFileError(f"{path}:{number}: a run file begins with its header")
+    elif content.footer is not None:
+        raise RunFileError(f"{path}:{number}: a line follows the run's last line")
+    elif isinstance(line, Result):
+        harness = content.headers[-1].harness
+        content.results.append(StoredResult(line, harness, content.versions.get(line.target)))
+    else:
+        content.footer = line
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of one line of a run file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_LINE.json_schema()}
+
+
+def _parse(path: Path, number: int, data: bytes) -> Header | Result | Footer:
+    try:
+        return _LINE.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunFileError(
+            f"{path}:{number}: {place + ': ' if place else ''}{first['msg']}; "
+            "this is not a run file of this version, or it was changed by hand"
+        ) from None
+
+
+def _check_header(path: Path, number: int, header: Header, earlier: list[Header]) -> None:
+    if header.schema_version != SCHEMA_VERSION:
+        raise RunFileError(
+            f"{path}:{number}: schema version {header.schema_version}; this harness reads {SCHEMA_VERSION}"
+        )
+    if earlier and header.run_id != earlier[0].run_id:
+        raise RunFileError(f"{path}:{number}: run {header.run_id} inside the file of {earlier[0].run_id}")
+
+
+def _merge(headers: list[Header]) -> Header:
+    """The first header, with what later ones add."""
+    first = headers[0]
+    manifest = {(p.suite, p.case, p.target): p for header in headers for p in header.manifest}
+    return first.model_copy(
+        update={
+            "targets": {spec: info for header in headers for spec, info in header.targets.items()},
+            "unavailable": {s: reason for header in headers for s, reason in header.unavailable.items()},
+            "suites": {suite: digest for header in headers for suite, digest in header.suites.items()},
+            "manifest": tuple(manifest.values()),
+            "commit": headers[-1].commit,
+            "harness": headers[-1].harness,
+            "resumed_from": next((h.resumed_from for h in headers if h.resumed_from), None),
+        }
+    )

@@ -1,0 +1,265 @@
+"""Run one case on one target: the only way a verdict comes about.
+
+A target that raises, dies, hangs or exits costs one case. Targets stay open between cases, a few
+at a time, and one that cannot be started is not started again for every case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from conformance import checks, resources
+from conformance.checks import CheckOutcome
+from conformance.errors import ConformanceError, EngineError, TargetTimeout, WorkerDied
+from conformance.expectations import Expectation, Expectations
+from conformance.loading import LoadedCase
+from conformance.results import PlannedCase, Result
+from conformance.targets import registry
+from conformance.targets.protocol import Target, TargetInfo
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds that one request to a target, or one whole case on an in-process target, may take."""
+
+_MAX_OPEN = 2
+_MAX_REQUESTS = 20
+_STDERR_TAIL = 4000
+
+
+class _DeadlineExceeded(BaseException):
+    """The case took too long. Not an `Exception`, so that code under test does not swallow it."""
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """A started target and what it says about itself."""
+
+    target: Target
+    info: TargetInfo
+
+
+class TargetPool:
+    """Targets in use, opened when first asked for; the least recently used one makes room."""
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.timeout = timeout
+        self._open: OrderedDict[str, OpenTarget] = OrderedDict()
+        self._failed: dict[str, ConformanceError] = {}
+
+    def get(self, spec: str) -> OpenTarget:
+        """The open target for a resolved spec.
+
+        Raises:
+            ConformanceError: it cannot be started; the same error again at each call.
+        """
+        if spec in self._failed:
+            raise self._failed[spec]
+        if spec not in self._open:
+            while len(self._open) >= _MAX_OPEN:
+                self._open.popitem(last=False)[1].target.close()
+            try:
+                with _deadline(self.timeout * 10):
+                    self._open[spec] = _open(spec, self.timeout)
+            except ConformanceError as error:
+                self._failed[spec] = error
+                raise
+            except _DeadlineExceeded:
+                self._failed[spec] = TargetTimeout(f"{spec} did not start within {self.timeout * 10:g} s")
+                raise self._failed[spec] from None
+        self._open.move_to_end(spec)
+        return self._open[spec]
+
+    def discard(self, spec: str) -> None:
+        """Close one target, whose state is in doubt; it is opened afresh when next asked for."""
+        if spec in self._open:
+            self._open.pop(spec).target.close()
+
+    def close(self) -> None:
+        """Close all targets."""
+        while self._open:
+            self._open.popitem()[1].target.close()
+
+
+def _open(spec: str, timeout: float) -> OpenTarget:
+    target = registry.open_target(spec, timeout=timeout)
+    try:
+        return OpenTarget(target, target.describe())
+    except BaseException:
+        target.close()
+        raise
+
+
+def run_case(
+    loaded: LoadedCase,
+    spec: str,
+    pool: TargetPool,
+    expectations: Expectations,
+    *,
+    thorough: bool = True,
+) -> Result:
+    """Judge a case on a target and apply what is expected of that target.
+
+    Never raises for anything the target does.
+    """
+    started = time.perf_counter()
+    expectation: Expectation | None = None
+    stderr = ""
+    try:
+        opened = pool.get(spec)
+        expectation = expectations.find(loaded.address, target_name(spec), opened.info.version)
+        with _deadline(_case_limit(spec, pool.timeout)):
+            outcome = checks.judge(loaded.case, loaded.suite.suite, opened.target, thorough=thorough)
+    except TargetTimeout as error:
+        outcome, stderr = CheckOutcome("timeout", reason=str(error)), error.stderr_tail
+    except WorkerDied as error:
+        outcome, stderr = CheckOutcome("error", reason=str(error)), error.stderr_tail
+    except EngineError as error:
+        outcome, stderr = CheckOutcome("error", reason=str(error)), error.traceback
+    except _DeadlineExceeded:
+        pool.discard(spec)
+        outcome = CheckOutcome("timeout", reason=f"no verdict within {pool.timeout:g} s")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this case only
+        pool.discard(spec)
+        outcome = CheckOutcome("error", reason=f"{type(error).__name__}: {error}")
+        stderr = traceback.format_exc()
+    return _result(loaded, spec, outcome, expectation, stderr, time.perf_counter() - started)
+
+
+def rejudge(loaded: LoadedCase, stored: Result, info: TargetInfo, expectations: Expectations) -> Result:
+    """The verdict of a stored result under the expectations of today."""
+    verdict = {"xfail": "fail", "xpass": "pass"}.get(stored.verdict, stored.verdict)
+    reason = "" if verdict != stored.verdict or stored.expectation else stored.reason
+    outcome = CheckOutcome(verdict, stored.problems, stored.evidence, reason)  # type: ignore[arg-type]
+    expectation = expectations.find(loaded.address, target_name(stored.target), info.version)
+    return _result(loaded, stored.target, outcome, expectation, stored.stderr, stored.duration)
+
+
+def failed_result(planned: PlannedCase, repeat: str, reason: str) -> Result:
+    """Verdict `error` for a case whose process died without a result."""
+    return Result(
+        **planned.model_dump(include={"suite", "case", "target", "kind", "area", "digest"}),
+        verdict="error",
+        reason=reason,
+        repeat=repeat,
+    )
+
+
+def skipped_result(loaded: LoadedCase, spec: str, reason: str) -> Result:
+    """Verdict `skip` for a case whose target cannot be used here."""
+    return _result(loaded, spec, CheckOutcome("skip", reason=reason), None, "", 0.0)
+
+
+def plan(loaded: LoadedCase, spec: str) -> PlannedCase:
+    """The manifest's entry for a case on a target."""
+    return PlannedCase(
+        suite=loaded.suite.suite.id,
+        case=loaded.case.id,
+        target=spec,
+        kind=loaded.suite.suite.kind,
+        area=loaded.suite.suite.area,
+        title=loaded.case.title,
+        source=loaded.case.source,
+        digest=loaded.digest,
+    )
+
+
+def repeat_line(loaded: LoadedCase, spec: str) -> str:
+    """One shell line that runs this case on this target again."""
+    name = loaded.address
+    if loaded.suite.root != resources.suites_dir():
+        path = loaded.suite.path
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(Path.cwd())
+        name = f"{path}::{loaded.case.id}"
+    return f"conformance run {shlex.quote(name)} --target {shlex.quote(spec)}"
+
+
+def apply_expectation(outcome: CheckOutcome, expectation: Expectation | None) -> CheckOutcome:
+    """Turn a check's own verdict into the one that counts."""
+    if expectation is None or outcome.verdict in ("skip", "inconclusive"):
+        return outcome
+    entry = expectation.entry
+    if outcome.verdict == "pass":
+        reason = f"passes, but {expectation.where} expects it to fail: {entry.reason}"
+        return replace(outcome, verdict="xpass", reason=reason)
+    broken = {problem.rule for problem in outcome.problems}
+    if outcome.verdict in ("error", "timeout"):
+        broken = {outcome.verdict}
+    beyond = broken - set(entry.rules)
+    if beyond:
+        reason = f"breaks more than {expectation.where} expects: {', '.join(sorted(beyond))}"
+        return replace(outcome, reason=f"{outcome.reason}; {reason}" if outcome.reason else reason)
+    return replace(outcome, verdict="xfail", reason=entry.reason)
+
+
+def target_name(spec: str) -> str:
+    """Registry name of a resolved spec: `vllm` of `vllm@0.32.0`."""
+    return spec.partition("@")[0]
+
+
+def in_process(spec: str) -> bool:
+    """Whether a target runs in this process: the bundled one, and factories named by import path."""
+    return target_name(spec) == "reference" or registry.is_factory(spec)
+
+
+def _case_limit(spec: str, timeout: float) -> float:
+    """Seconds for one case. Targets in other processes keep their own limit for each request."""
+    return timeout if in_process(spec) else timeout * _MAX_REQUESTS
+
+
+def _result(
+    loaded: LoadedCase,
+    spec: str,
+    outcome: CheckOutcome,
+    expectation: Expectation | None,
+    stderr: str,
+    duration: float,
+) -> Result:
+    final = apply_expectation(outcome, expectation)
+    return Result(
+        suite=loaded.suite.suite.id,
+        case=loaded.case.id,
+        target=spec,
+        kind=loaded.suite.suite.kind,
+        area=loaded.suite.suite.area,
+        verdict=final.verdict,
+        reason=" ".join(final.reason.split()),
+        problems=final.problems,
+        evidence=final.evidence,
+        expectation=expectation.where if expectation is not None else None,
+        stderr=stderr[-_STDERR_TAIL:],
+        duration=round(duration, 6),
+        digest=loaded.digest,
+        repeat=repeat_line(loaded, spec),
+    )
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Interrupt the body after so many seconds; only the main thread can be interrupted.
+
+    The alarm repeats, in case the body swallows the first one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise _DeadlineExceeded
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

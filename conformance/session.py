@@ -1,0 +1,142 @@
+"""What the suite items of one process share: targets, expectations, and results to reuse."""
+
+from __future__ import annotations
+
+import datetime as dt
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from conformance import expectations, runfile, runner
+from conformance.errors import ConformanceError, UsageError
+from conformance.expectations import Expectations
+from conformance.loading import LoadedCase, load_suites
+from conformance.results import Result
+from conformance.runner import TargetPool
+from conformance.targets import registry
+from conformance.targets.protocol import TargetInfo
+
+
+class ReviewDue(UserWarning):
+    """The review date of an expectation has passed."""
+
+
+class Done(BaseModel):
+    """A result on its way to the process that writes the run file."""
+
+    result: Result
+    info: TargetInfo | None
+    stored: bool
+    """The run file that is being resumed holds exactly this result already."""
+
+    def to_json(self) -> str:
+        """As text, which every transport between processes carries."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Done:
+        """Back from text."""
+        return cls.model_validate_json(text)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Targets of a run, resolved."""
+
+    specs: tuple[str, ...]
+    unavailable: dict[str, str]
+    """Of the defaults: those that are not installed, and how to install them."""
+
+
+def select_targets(wanted: Sequence[str] | None) -> Selection:
+    """Resolve the targets that were asked for, or the defaults.
+
+    Raises:
+        TargetError: a target is unknown, or was asked for by name and cannot be used.
+    """
+    unavailable = {}
+    specs = tuple(dict.fromkeys(registry.resolve(spec) for spec in wanted or registry.default_targets()))
+    for spec in specs:
+        reason = registry.unavailable(spec)
+        if reason and wanted:
+            raise UsageError(f"{spec} cannot be used: {reason}")
+        if reason:
+            unavailable[spec] = f"{spec} cannot be used: {reason}"
+    return Selection(specs, unavailable)
+
+
+class SuiteSession:
+    """Runs cases; made once per process.
+
+    Args:
+        targets: Specs as the user gave them; None for the defaults.
+        timeout: Seconds for one request.
+        resume: Run file whose results are reused.
+        expect_failures: False to report known failures as failures.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[str] | None,
+        timeout: float,
+        resume: str | None,
+        *,
+        expect_failures: bool = True,
+    ) -> None:
+        selection = select_targets(targets)
+        self.specs = selection.specs
+        self.unavailable = selection.unavailable
+        self.pool = TargetPool(timeout)
+        self._stored = runfile.read_stored(Path(resume)) if resume else {}
+        self._expect_failures = expect_failures
+        self._expectations: dict[Path, Expectations] = {}
+
+    @staticmethod
+    def check_options(run: str | None, resume: str | None) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UsageError: both a new run file and one to resume.
+        """
+        if run and resume:
+            raise UsageError("--resume appends to the run it names; leave out the option for a new run file")
+
+    def expectations(self, root: Path) -> Expectations:
+        """Known failures of the suites under a root.
+
+        Raises:
+            SuiteError: an expectation file, or a suite that it may speak about, is broken.
+        """
+        if root not in self._expectations:
+            loaded = expectations.load(load_suites([root])) if self._expect_failures else Expectations()
+            for entry in loaded.overdue(dt.datetime.now(dt.UTC).date()):
+                warnings.warn(
+                    ReviewDue(f"{entry.where}: review was due on {entry.entry.review}; the date only warns"),
+                    stacklevel=2,
+                )
+            self._expectations[root] = loaded
+        return self._expectations[root]
+
+    def run(self, loaded: LoadedCase, spec: str) -> Done:
+        """The result of a case on a target: reused, skipped, or fresh."""
+        if spec in self.unavailable:
+            result = runner.skipped_result(loaded, spec, self.unavailable[spec])
+            return Done(result=result, info=None, stored=False)
+        known = self.expectations(loaded.suite.root)
+        stored = self._stored.get((loaded.suite.suite.id, loaded.case.id, spec))
+        if stored is not None:
+            info = self._info(spec)
+            if info is not None and stored.reusable(loaded.digest, info.version):
+                result = runner.rejudge(loaded, stored.result, info, known)
+                return Done(result=result, info=info, stored=result == stored.result)
+        result = runner.run_case(loaded, spec, self.pool, known)
+        return Done(result=result, info=self._info(spec), stored=False)
+
+    def _info(self, spec: str) -> TargetInfo | None:
+        try:
+            return self.pool.get(spec).info
+        except ConformanceError:
+            return None  # the case's own verdict says why

@@ -1,0 +1,175 @@
+"""The bundled implementation as a target. It runs in this process; nothing else imports `model_impl`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import conformance
+from conformance.chunking import chunk_texts
+from conformance.errors import EngineError
+from conformance.targets.protocol import (
+    Capability,
+    Certificate,
+    CertifyRequest,
+    Chunking,
+    Delta,
+    ParseRequest,
+    ParseResult,
+    Piece,
+    RenderRequest,
+    RenderResult,
+    Span,
+    StreamRequest,
+    StreamResult,
+    TargetInfo,
+    ToolCall,
+    ToolCallDelta,
+)
+from conformance.tokenization import characters, encode
+from conformance.worker.search import certify
+from model_impl.chat import parser as gemma
+from model_impl.chat import render as gemma_render
+from model_impl.chat.markers import Tokens
+from model_impl.errors import ModelError
+
+
+class ReferenceTarget:
+    """`model_impl` behind the target protocol."""
+
+    spec = "reference"
+
+    def describe(self) -> TargetInfo:
+        """All capabilities; the version is the package's own."""
+        return TargetInfo(
+            name="reference",
+            version=conformance.__version__,
+            capabilities=get_args(Capability),
+            stream_unit="characters",
+            environment={"python": platform.python_version()},
+            note="model_impl.chat.parser.Parser, model_impl.chat.render.render",
+        )
+
+    def parse(self, request: ParseRequest) -> ParseResult:
+        """One feed per run of like tokens, and a finish."""
+        message = gemma.parse(
+            [(text, kind) for text, kind in _runs(request.pieces)],
+            request.prompt,
+            tools=request.tools,
+            calls_allowed=request.tool_choice != "none",
+        )
+        return ParseResult(
+            reasoning=message.reasoning or None,
+            content=message.content or None,
+            tool_calls=tuple(ToolCall(name=c.name, arguments=c.arguments) for c in message.tool_calls),
+            spans=tuple(Span(start=s.start, end=s.end, role=s.role, reason=s.reason) for s in message.spans),
+        )
+
+    def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
+        """Stream each chunking through a fresh parser."""
+        return [self._stream(request.request, chunking) for chunking in request.chunkings]
+
+    def certify(self, request: CertifyRequest) -> Certificate:
+        """Search all chunkings of tokens or characters."""
+        pieces = _units(request.request, request.unit)
+        answer = certify(
+            lambda: _Session(request.request),
+            [piece.model_dump() for piece in pieces],
+            unit=request.unit,
+            max_states=request.max_states,
+            max_seconds=request.max_seconds,
+        )
+        return Certificate.model_validate(answer)
+
+    def render(self, request: RenderRequest) -> RenderResult:
+        """Render with the bundled template."""
+        try:
+            prompt = gemma_render.render(
+                request.messages,
+                tools=request.tools or None,
+                thinking=request.thinking,
+                preserve_thinking=request.preserve_thinking,
+                add_generation_prompt=request.add_generation_prompt,
+                family=request.family,
+            )
+        except ModelError as error:
+            raise EngineError(f"{type(error).__name__}: {error}") from error
+        return RenderResult(prompt=prompt, token_ids=encode(prompt))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _stream(self, request: ParseRequest, chunking: Chunking) -> StreamResult:
+        session = _Session(request)
+        deltas: list[Delta] = []
+        chunks = chunk_texts(_units(request, chunking.unit), chunking)
+        for number, (text, ids) in enumerate(chunks, 1):
+            finished = number == len(chunks)
+            deltas.extend(Delta.model_validate(d) for d in session.feed(text, list(ids), finished))
+        return StreamResult(deltas=tuple(deltas))
+
+
+def _units(request: ParseRequest, unit: str) -> Sequence[Piece]:
+    return request.pieces if unit == "tokens" else characters(request.output)
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[str, Tokens]]:
+    """Control tokens one by one, ordinary ones joined."""
+    ordinary: list[str] = []
+    for piece in pieces:
+        if not piece.special:
+            ordinary.append(piece.text)
+            continue
+        if ordinary:
+            yield "".join(ordinary), "ordinary"
+            ordinary = []
+        yield piece.text, "control"
+    if ordinary:
+        yield "".join(ordinary), "ordinary"
+
+
+class _Session:
+    """One stream; knows from the request which characters come from control tokens."""
+
+    def __init__(self, request: ParseRequest) -> None:
+        self._parser = gemma.Parser(
+            request.prompt, tools=request.tools, calls_allowed=request.tool_choice != "none"
+        )
+        self._runs = tuple(_runs(request.pieces))
+        self._run = 0
+        self._offset = 0
+        self.shared: tuple[object, ...] = (request.tools, self._runs)
+
+    def feed(self, text: str, ids: list[int], finished: bool) -> list[dict[str, Any]]:
+        """Feed one chunk, run by run, and finish after the last."""
+        del ids  # the text is cut by runs of like tokens, which says the same
+        deltas = []
+        while text:
+            run, kind = self._runs[self._run]
+            part = text[: len(run) - self._offset]
+            deltas.append(self._parser.feed(part, kind))
+            text = text[len(part) :]
+            self._offset += len(part)
+            if self._offset == len(run):
+                self._run, self._offset = self._run + 1, 0
+        if finished:
+            deltas.append(self._parser.finish())
+        return [_delta(d).model_dump() for d in deltas if d]
+
+
+def _delta(delta: gemma.Delta) -> Delta:
+    return Delta(
+        reasoning=delta.reasoning or None,
+        content=delta.content or None,
+        tool_calls=tuple(
+            ToolCallDelta(
+                index=c.index,
+                id=f"call_{c.index}" if c.name is not None else None,
+                type="function" if c.name is not None else None,
+                name=c.name,
+                arguments=c.arguments,
+            )
+            for c in delta.calls
+        ),
+    )

