@@ -18,7 +18,7 @@ FIXED_SIZES = (2, 3, 4, 5, 7, 10, 16, 20, 32, 64, 256)
 LAGS = (1, 2, 3, 5, 8, 12, 20, 32)
 """Characters that the text stays behind its token ids (catalogue R10)."""
 
-MAX_SINGLE_CUTS = 400
+MAX_SINGLE_CUTS = 200
 RANDOM_CHUNKINGS = 24
 
 

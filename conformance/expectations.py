@@ -148,7 +148,7 @@ def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
         new = Expectation(entry, content.target, f"{_short(path)}:{line}", frozenset(addresses))
         for old in result:
             both = old.addresses & new.addresses
-            version = _common_version(old.entry.versions, new.entry.versions)
+            version = common_version(old.entry.versions, new.entry.versions)
             if both and version is not None:
                 raise document.error(
                     ("expectations", index),
@@ -184,7 +184,7 @@ def _in_range(specifiers: str, version: str) -> bool:
         return False  # a range says nothing about a version that has no order
 
 
-def _common_version(first: str, second: str) -> str | None:
+def common_version(first: str, second: str) -> str | None:
     """A version that lies in both ranges, or None.
 
     Ranges change only at the versions they mention, so it is enough to try those and a neighbour

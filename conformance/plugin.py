@@ -170,8 +170,10 @@ class SuiteFile(pytest.File):
 class CaseItem(pytest.Item):
     """One case on one target."""
 
-    def __init__(self, *, loaded: LoadedCase, target: str, **kwargs: Any) -> None:
-        super().__init__(name=f"{loaded.case.id}[{target}]", **kwargs)
+    def __init__(self, *, parent: SuiteFile, loaded: LoadedCase, target: str, **kwargs: Any) -> None:
+        name = f"{loaded.case.id}[{target}]"
+        # The id is given as text, so that its brackets are read as pytest reads them from its cache.
+        super().__init__(name=name, parent=parent, nodeid=f"{parent.nodeid}::{name}", **kwargs)
         self.loaded = loaded
         self.target = target
         self.payload: str | None = None

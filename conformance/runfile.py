@@ -43,6 +43,9 @@ class RunWriter:
         flags = os.O_RDWR | (0 if resume else os.O_CREAT | os.O_EXCL)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFileError(f"{path.parent}: this folder cannot be made: {error.strerror}") from None
+        try:
             descriptor = os.open(path, flags, 0o644)
         except FileExistsError:
             raise RunFileError(

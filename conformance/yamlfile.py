@@ -29,6 +29,7 @@ MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 200
 MAX_VALUES = 200_000
 _MAX_ERRORS = 10
+_MAX_NAME = 120
 
 Loc = tuple[str | int, ...]
 T = TypeVar("T", bound=BaseModel)
@@ -263,7 +264,8 @@ def _scalar(document: Document, loc: Loc, event: yaml.ScalarEvent) -> Any:
 
 def _dotted(loc: Loc) -> str:
     """`cases[3].expect.content`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    return shown if len(shown) <= _MAX_NAME else f"{shown[:_MAX_NAME]}…"
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:

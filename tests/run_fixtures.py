@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -61,8 +62,8 @@ TARGETS = {
 HOSTILE = [
     "<script>document.title='owned'</script>",
     "</script><script>document.title='owned'</script>",
-    '<img src=x onerror="document.title=\'owned\'">',
-    "\"><svg onload=\"document.title='owned'\">",
+    "<img src=x onerror=\"document.title='owned'\">",
+    '"><svg onload="document.title=\'owned\'">',
     "' onmouseover='document.title=1' x='",
     "</pre></details></section><style>body{display:none}</style>",
     "{{ 7 * 7 }} {% raw %} &lt;b&gt;",
@@ -164,8 +165,8 @@ def _reasoning(city: str, n: int) -> dict[str, Any]:
 
 def _calls(city: str, n: int) -> dict[str, Any]:
     output = (
-        f'<|channel>thought\nI need the weather.<channel|>Let me check.<|tool_call>call:get_weather{{city:<|"|>{city}'
-        f'<|"|>,days:{n}}}<tool_call|>'
+        "<|channel>thought\nI need the weather.<channel|>Let me check."
+        f'<|tool_call>call:get_weather{{city:<|"|>{city}<|"|>,days:{n}}}<tool_call|>'
     )
     call = {"name": "get_weather", "arguments": {"city": city, "days": n}}
     case: dict[str, Any] = {
@@ -243,33 +244,31 @@ _TOOLS = {
     ]
 }
 
-_SUITES: list[tuple[str, str, str, str, Any, int]] = [
-    ("parser/reasoning", "Reasoning channel", "reasoning", "What goes into the thought, and what does not.", _reasoning, 48),
-    ("parser/tool-calls", "Tool calls", "tool-calls", "Calls, their names and their place among text.", _calls, 50),
-    ("parser/typing", "Typed arguments", "typing", "A declared type wins over what the text looks like.", _typing, 40),
-    ("parser/recovery", "Malformed output", "recovery", "Outputs that a model should not have written, but does.", _recovery, 24),
-    ("template/turns", "Turns", "template", "How messages become turns of the prompt.", _template, 40),
-]  # fmt: skip
+_SUITES: list[tuple[str, str, str, Any, int]] = [
+    ("parser/reasoning", "reasoning", "What goes into the thought, and what does not.", _reasoning, 48),
+    ("parser/tool-calls", "tool-calls", "Calls, their names and their place among text.", _calls, 50),
+    ("parser/typing", "typing", "A declared type wins over what the text looks like.", _typing, 40),
+    ("parser/recovery", "recovery", "Outputs a model should not have written, but does.", _recovery, 24),
+    ("template/turns", "template", "How messages become turns of the prompt.", _template, 40),
+]
 
 
 def realistic_suites() -> tuple[LoadedSuite, ...]:
     """Five suites of about 200 cases."""
     suites = []
-    for suite_id, title, area, description, make, size in _SUITES:
+    for suite_id, area, description, make, size in _SUITES:
         values: dict[str, Any] = {
             "id": suite_id,
             "kind": suite_id.split("/")[0],
-            "title": title,
+            "title": suite_id.split("/")[1].replace("-", " ").capitalize(),
             "description": description,
             "area": area,
             "toolsets": _TOOLS,
-            "cases": [
-                {"source": _sources(n), **make(_CITIES[n % len(_CITIES)], n)} for n in range(size)
-            ],
+            "cases": [{"source": _sources(n), **make(_CITIES[n % len(_CITIES)], n)} for n in range(size)],
         }
         model = ParserSuite if values["kind"] == "parser" else TemplateSuite
         suite = model.model_validate(values)
-        digest = f"{abs(hash(suite_id)) % 16**12:012x}" * 5
+        digest = hashlib.sha256(suite_id.encode()).hexdigest()
         suites.append(LoadedSuite(suite, Path(f"suites/{suite_id}.yaml"), digest, tuple(range(1, size + 1))))
     return tuple(suites)
 
@@ -352,7 +351,12 @@ def _judged_parser(plan: PlannedCase, case: dict[str, Any], info: TargetInfo, rn
         )
         return result(plan, "pass", evidence=evidence)
     evidence = Evidence(
-        input=output, prompt=prompt, expected=case["expect"], got=_got(case["expect"]), stream=stream, spans=spans
+        input=output,
+        prompt=prompt,
+        expected=case["expect"],
+        got=_got(case["expect"]),
+        stream=stream,
+        spans=spans,
     )
     if info.name == "reference":
         return result(plan, "pass", evidence=evidence)
@@ -407,7 +411,7 @@ def _broken(plan: PlannedCase, case: dict[str, Any], evidence: Evidence, roll: f
             "error",
             evidence=Evidence(input=evidence.input, prompt=evidence.prompt, expected=evidence.expected),
             reason="worker died: exit status -11",
-            stderr="INFO loading\n\x1b[31mERROR\x1b[0m Segmentation fault\n  File \"parser.py\", line 12\n",
+            stderr='INFO loading\n\x1b[31mERROR\x1b[0m Segmentation fault\n  File "parser.py", line 12\n',
             problems=(Problem(rule="raised", message="The worker ended while it was asked."),),
         )
     if roll < 0.988:
@@ -423,7 +427,11 @@ def _broken(plan: PlannedCase, case: dict[str, Any], evidence: Evidence, roll: f
 
 def _got(expect: dict[str, Any]) -> dict[str, Any]:
     calls = [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in expect["tool_calls"]]
-    return {"reasoning": expect["reasoning"] or None, "content": expect["content"] or None, "tool_calls": calls}
+    return {
+        "reasoning": expect["reasoning"] or None,
+        "content": expect["content"] or None,
+        "tool_calls": calls,
+    }
 
 
 def _stream(info: TargetInfo, pieces: int, rng: random.Random) -> StreamEvidence:
@@ -447,7 +455,9 @@ def _stream(info: TargetInfo, pieces: int, rng: random.Random) -> StreamEvidence
 def _spans(output: str) -> list[dict[str, Any]]:
     spans: list[dict[str, Any]] = []
     role, at = "content", 0
-    for marker in sorted(("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"), key=lambda m: output.find(m)):
+    for marker in sorted(
+        ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"), key=lambda m: output.find(m)
+    ):
         start = output.find(marker, at)
         if start < 0:
             continue
@@ -472,7 +482,9 @@ def killed_run() -> Run:
 
 def empty_run() -> Run:
     """Nothing was planned and no target was usable."""
-    return finished(header((), targets={}, unavailable={"vllm@0.32.0": "its environment is not installed"}), [])
+    return finished(
+        header((), targets={}, unavailable={"vllm@0.32.0": "its environment is not installed"}), []
+    )
 
 
 def wide_run(targets: int) -> Run:
@@ -536,7 +548,7 @@ def hostile_run() -> Run:
                 kind="parser",
                 area=f"{text[:50]}",
                 title=text[:500],
-                source=(text[:200], "javascript:alert(1)", "https://x.example/\"onclick=1"),
+                source=(text[:200], "javascript:alert(1)", 'https://x.example/"onclick=1'),
                 digest="0",
             )
             manifest.append(plan)

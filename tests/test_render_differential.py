@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +19,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from jinja2 import nodes
 
+from conformance.checks import judge
+from conformance.checks.template import turn_problems
+from conformance.errors import EngineError
+from conformance.loading import LoadedCase, load_suites
+from conformance.targets.protocol import RenderRequest, RenderResult, TargetInfo
 from model_impl.chat.render import (
     FAMILIES,
     UNSUPPORTED_REVISIONS,
@@ -39,6 +45,7 @@ OFFICIAL: dict[Family, str] = {
     "large": "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4",
     "e": "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
 }
+SUITES = Path(__file__).parents[1] / "suites" / "template"
 EXAMPLES = 1200
 """Conversations per family and run."""
 
@@ -220,3 +227,56 @@ def test_diffusiongemma_differs_from_the_e_family_only_after_tool_messages() -> 
     assert len(without_tools) >= 300
     for conversation in without_tools:
         assert outcome(other, conversation) == outcome(template_text("e"), conversation), str(conversation)
+
+
+class Official:
+    """The official templates as a target."""
+
+    spec = "official"
+
+    def describe(self) -> TargetInfo:
+        return TargetInfo(name="official", version="2026-07-09", capabilities=("render",))
+
+    def render(self, request: RenderRequest) -> RenderResult:
+        try:
+            prompt = render_template(
+                official_template(OFFICIAL[request.family]),
+                request.messages,
+                tools=request.tools,
+                thinking=request.thinking,
+                preserve_thinking=request.preserve_thinking,
+                add_generation_prompt=request.add_generation_prompt,
+            )
+        except ConversationError as error:
+            raise EngineError(str(error)) from error
+        return RenderResult(prompt=prompt)
+
+
+CASES = load_suites([SUITES]).cases
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.address)
+def test_the_official_templates_pass_every_case(case: LoadedCase) -> None:
+    outcome = judge(case.case, case.suite.suite, Official())  # type: ignore[arg-type]
+    assert outcome.verdict == "pass", outcome.problems
+
+
+def test_every_rule_has_a_negative_control() -> None:
+    for suite in {case.suite for case in CASES}:
+        controlled = {case.control_of for case in suite.suite.cases}
+        rules = {case.id for case in suite.suite.cases if case.control_of is None}
+        assert rules <= controlled, f"{suite.suite.id}: no control of {sorted(rules - controlled)}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_official_prompts_keep_the_hard_rule_on_turns(family: Family) -> None:
+    """The check's rule must raise no alarm on right prompts, whatever the conversation."""
+    prompts = [
+        prompt
+        for conversation in compared(family)
+        if "turn" not in str(conversation)
+        and (prompt := outcome(official_template(OFFICIAL[family]), conversation)) is not None
+    ]
+    assert len(prompts) >= 400
+    for prompt in prompts:
+        assert not list(turn_problems(prompt)), prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_args
 
 from markupsafe import Markup
@@ -33,8 +34,9 @@ class Block:
     left_out: int = 0
 
 
+@lru_cache(maxsize=64)
 def block(text: str, *, signs: bool = True) -> Block:
-    """Draw a text; `signs` as in `visible`."""
+    """Draw a text; `signs` as in `visible`. Targets of one case mostly say the same, hence the cache."""
     shown, left_out = shorten(text)
     lines = text.count("\n") + 1
     preview = None
@@ -103,7 +105,11 @@ def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
 
 
 def _blocks(value: Any) -> tuple[Block, ...]:
-    if isinstance(value, list | tuple) and len(value) <= _MANY_BLOCKS and all(isinstance(v, str) for v in value):
+    if (
+        isinstance(value, list | tuple)
+        and len(value) <= _MANY_BLOCKS
+        and all(isinstance(v, str) for v in value)
+    ):
         return tuple(block(text) for text in value)
     return (block(as_text(value), signs=isinstance(value, str)),)
 
@@ -277,7 +283,9 @@ def stream_view(evidence: StreamEvidence | None) -> StreamView | None:
     if len(digits) > 30:
         number = f"a number of {len(digits)} digits"
     else:
-        number = f"{int(digits):,}".replace(",", "\u2009") if digits.isascii() and digits.isdigit() else digits
+        number = (
+            f"{int(digits):,}".replace(",", "\u2009") if digits.isascii() and digits.isdigit() else digits
+        )
     return StreamView(evidence, exponent if power else None, number)
 
 

@@ -9,13 +9,12 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from conformance import resources
 from conformance.reporting import evidence
-from conformance.reporting.signs import SIGNS
+from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
-from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Suite, Target
+from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
 
 SHORT_LIST = 40
 """Rows of a list on the overview; the rest is on the page that it links to."""
@@ -58,9 +57,10 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.0f} ms"
 
 
-def shares(group: Group) -> list[tuple[str, str, str]]:
+def shares(group: Group) -> list[tuple[Status, str, str]]:
     """A group's statuses as stretches of a bar of 100 units: status, start, width."""
-    out, at = [], 0.0
+    out: list[tuple[Status, str, str]] = []
+    at = 0.0
     for status, count in group.counts.items():
         width = 100 * count / group.total
         out.append((status, f"{at:.2f}", f"{width:.2f}"))
@@ -73,6 +73,14 @@ def by_target(entries: Iterable[Entry]) -> dict[Target, list[Entry]]:
     groups: dict[Target, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.target, []).append(entry)
+    return groups
+
+
+def by_case(entries: Iterable[Entry]) -> dict[Case, list[Entry]]:
+    """Entries grouped by case, in the cases' first order of appearance."""
+    groups: dict[Case, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.case, []).append(entry)
     return groups
 
 
@@ -100,6 +108,7 @@ def environment() -> Environment:
         STREAM_KINDS=STREAM_KINDS,
         SHORT_LIST=SHORT_LIST,
         source_url=source_url,
+        by_case=by_case,
         by_target=by_target,
     )
     return env
@@ -117,12 +126,12 @@ class Pages:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Path below the site's root, and HTML, of each page."""
         yield "index.html", self._render("index.html", 0)
-        yield "streams.html", self._render("streams.html", 0)
         yield "policies.html", self._render("policies.html", 0)
         for status in self._site.counts:
             yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])
         for target in self._site.targets:
             yield target.page, self._render("target.html", 1, target=target)
+            yield target.stream_page, self._render("stream.html", 1, target=target)
         for suite in self._site.suites:
             yield suite.page, self._render("suite.html", 1, suite=suite)
             ordered = suite.ordered()
@@ -140,8 +149,8 @@ class Pages:
             case=case,
             before=before,
             after=after,
-            controls=_controls(case, case.suite),
-            controlled=_controlled(case, case.suite),
+            controls=case.suite.controls.get(case.id, []),
+            controlled=case.suite.by_id.get(case.control_of) if case.control_of else None,
             source=evidence.block(source, signs=case.kind == "parser") if source else None,
             prompt=evidence.block(str(prompt)) if prompt else None,
             expected=[] if case.contested else evidence.fields(evidence.first_evidence(case, "expected")),
@@ -150,15 +159,7 @@ class Pages:
         )
 
     def _render(self, template: str, depth: int, **values: Any) -> str:
-        return self._env.get_template(template).render(root=Markup("../" * depth), **values)
-
-
-def _controls(case: Case, suite: Suite) -> list[Case]:
-    return [other for other in suite.cases if other.control_of == case.id and other is not case]
-
-
-def _controlled(case: Case, suite: Suite) -> Case | None:
-    return next((other for other in suite.cases if other.id == case.control_of and other is not case), None)
+        return self._env.get_template(template).render(root="../" * depth, **values)
 
 
 def _entry_view(entry: Entry) -> dict[str, Any]:

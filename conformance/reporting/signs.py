@@ -43,7 +43,13 @@ _ALL = (
         "A recorded expectation says that this case fails, yet it passed.",
         attention=True,
     ),
-    Sign("error", "!", "error", "The engine or its worker broke down before it could be judged.", attention=True),
+    Sign(
+        "error",
+        "!",
+        "error",
+        "The engine or its worker broke down before it could be judged.",
+        attention=True,
+    ),
     Sign("timeout", "◷", "timeout", "The target did not answer before the deadline.", attention=True),
     Sign("inconclusive", "?", "inconclusive", "The evidence decides neither way.", attention=True),
     Sign("xfail", "⊗", "expected failure", "A rule was broken, as a recorded expectation says."),
@@ -54,7 +60,7 @@ _ALL = (
         "Engines disagree on the right answer; this one is reported, and broke no hard rule. "
         "The run file records the verdict as pass.",
     ),
-    Sign("skip", "–", "skip", "The target lacks what the case needs, or is exempt for a stated reason."),
+    Sign("skip", "\u2013", "skip", "The target lacks what the case needs, or is exempt for a stated reason."),
     Sign("not-run", "○", "not run", "Planned, but the run holds no result for it."),
 )
 SIGNS: dict[Status, Sign] = {sign.status: sign for sign in _ALL}

@@ -51,22 +51,26 @@ HUGE_TEXT = 200_000
 """Characters above which the middle of a text is left out of the page."""
 
 
+# fmt: off
+_CONTROLS = (
+    "NUL", "SOH", "STX", "ETX", "EOT", "ENQ", "ACK", "BEL", "BS", "HT", "LF", "VT", "FF", "CR", "SO", "SI",
+    "DLE", "DC1", "DC2", "DC3", "DC4", "NAK", "SYN", "ETB", "CAN", "EM", "SUB", "ESC", "FS", "GS", "RS", "US",
+)
+# fmt: on
+
+
 def name_of(char: str) -> str:
-    """What stands in for a character that cannot be shown: a control picture, or its code point."""
+    """What stands in for a character that cannot be shown: a control's name, or its code point."""
     code = ord(char)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"U+{code:04X}"
+    if code < len(_CONTROLS):
+        return _CONTROLS[code]
+    return "DEL" if code == 0x7F else f"U+{code:04X}"
 
 
 def plain(text: str) -> str:
     """A string in which every unseen character is replaced by its name. Not yet escaped."""
-    return _UNSEEN_RE.sub(lambda m: _bracketed(m[0]), text)
-
-
-def _bracketed(char: str) -> str:
-    name = name_of(char)
-    return name if len(name) == 1 else f"[{name}]"
+    # `isprintable` is false for everything unseen, and much quicker.
+    return text if text.isprintable() else _UNSEEN_RE.sub(lambda m: f"[{name_of(m[0])}]", text)
 
 
 def prose(text: str) -> Markup:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from conformance.loading import LoadedCase, LoadedSuite
@@ -21,8 +22,8 @@ from conformance.targets.protocol import TargetInfo
 
 StreamKind = Literal["certified", "sampled", "unsupported", "unrecorded"]
 STREAM_KINDS: dict[StreamKind, str] = {
-    "certified": "Every one of the 2^(n−1) chunkings was visited.",
-    "sampled": "A selection of chunkings was tried: the usual ones, every split around a marker, and random ones.",
+    "certified": "Every one of the ways of cutting the output was visited.",
+    "sampled": "A selection of chunkings was tried: the usual ones, splits around markers, and random ones.",
     "unsupported": "The target does not stream.",
     "unrecorded": "No result, or one that ended before streaming was tried.",
 }
@@ -70,6 +71,11 @@ class Target(Group):
         return f"targets/{self.slug}.html"
 
     @property
+    def stream_page(self) -> str:
+        """The page that lists how far streaming was explored, from the site's root."""
+        return f"streams/{self.slug}.html"
+
+    @property
     def install(self) -> str | None:
         """The command that installs it, for engines that are named with a version."""
         return f"conformance targets install {self.spec}" if "@" in self.spec else None
@@ -110,14 +116,23 @@ class Suite(Group):
         """The file is another one than the run's."""
         return self.loaded is not None and self.digest not in ("", self.loaded.digest)
 
+    @cached_property
+    def by_id(self) -> dict[str, Case]:
+        """The cases by id; to be asked for once the suite is complete."""
+        return {case.id: case for case in self.cases}
+
+    @cached_property
+    def controls(self) -> dict[str, list[Case]]:
+        """Negative controls by the id of their case; to be asked for once the suite is complete."""
+        controls: dict[str, list[Case]] = {}
+        for case in self.cases:
+            if case.control_of in self.by_id and case.control_of != case.id:
+                controls.setdefault(case.control_of, []).append(case)
+        return controls
+
     def ordered(self) -> list[Case]:
         """The cases, each followed by its negative controls."""
-        controls: dict[str, list[Case]] = {}
-        ids = {case.id for case in self.cases}
-        for case in self.cases:
-            if case.control_of in ids and case.control_of != case.id:
-                controls.setdefault(case.control_of or "", []).append(case)
-        inner = {control.id for group in controls.values() for control in group}
+        inner = {control.id for group in self.controls.values() for control in group}
         # Cases that only a circle of controls leads to come last, so that none is lost.
         waiting = [case for case in self.cases if case.id not in inner] + self.cases
         waiting.reverse()
@@ -126,7 +141,7 @@ class Suite(Group):
             case = waiting.pop()
             if case.id not in ordered:
                 ordered[case.id] = case
-                waiting.extend(reversed(controls.get(case.id, [])))
+                waiting.extend(reversed(self.controls.get(case.id, [])))
         return list(ordered.values())
 
 

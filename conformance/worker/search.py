@@ -17,10 +17,12 @@ Standard library only: this runs inside the engines' environments.
 from __future__ import annotations
 
 import enum
+import gc
 import io
 import itertools
 import random
 import re
+import struct
 import time
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -36,7 +38,8 @@ class Session(Protocol):
     """One stream through a fresh parser."""
 
     shared: tuple[object, ...]
-    """Objects that the stream never writes to, such as a tokenizer: not copied, compared by identity."""
+    """Objects that the stream never writes to, such as a tokenizer, or containers of them: neither these nor
+    what a container among them holds is copied; they are compared by identity."""
 
     def feed(self, text: str, ids: list[int], finished: bool) -> list[dict[str, Any]]:
         """Hand over one chunk; return the deltas it brings, in the JSON form of `protocol.Delta`."""
@@ -49,10 +52,15 @@ class OpaqueStateError(Exception):
 
 # ---------------------------------------------------------------------------- copying and comparing
 
-_ATOMS = (
-    type(None), bool, int, float, complex, str, bytes, range, type, types.ModuleType,
-    types.BuiltinFunctionType, re.Pattern, enum.Enum, type(Ellipsis), types.MappingProxyType,
+_VALUES = (type(None), bool, int, float, complex, str, bytes, range)
+_CONSTANTS = (type, types.ModuleType, re.Pattern, enum.Enum, type(Ellipsis), type(NotImplemented))
+_CONSTANT_NAMES = frozenset({("_regex", "Pattern")})
+"""Types of the engines' dependencies whose objects never change, by module and name."""
+_WRAPPERS = (
+    tuple, frozenset, types.MappingProxyType, types.FunctionType, types.MethodType,
+    types.BuiltinFunctionType,
 )  # fmt: skip
+_CONTAINERS = (list, deque, dict, Counter, OrderedDict, defaultdict, set)
 Key = Any
 
 
@@ -60,7 +68,8 @@ class _Copier:
     """Copies an object graph and describes it by a hashable key, in one walk."""
 
     def __init__(self, shared: Sequence[object]) -> None:
-        self._shared = {id(o): k for k, o in enumerate(shared)}
+        self._pinned = shared  # keeps the ids below valid
+        self._shared = {id(item): number for number, item in enumerate(_reachable(shared))}
 
     def copy(self, value: Any) -> tuple[Any, Key]:
         """Return a copy and a key; equal keys mean equal graphs."""
@@ -78,64 +87,79 @@ class _Copier:
         identity = id(value)
         if identity in self._shared:
             return value, ("shared", self._shared[identity])
-        if isinstance(value, _ATOMS):
-            return value, ((kind, repr(value)) if kind is float else (kind, _identity_or_value(value)))
+        if _is_constant(value, kind):
+            return value, (kind, identity)
+        if isinstance(value, _VALUES) and not kind.__dictoffset__:
+            return value, (kind, repr(value) if kind is float or kind is complex else value)
         if identity in self._order:
             return self._copies[identity], ("again", self._order[identity])
-        if kind is tuple or kind is frozenset:
-            pairs = [self._walk(v) for v in value]
-            return kind(c for c, _ in pairs), (kind, kind(k for _, k in pairs))
+        if isinstance(value, _WRAPPERS):
+            return self._walk_wrapper(value, kind)
         self._order[identity] = len(self._order)
-        return self._walk_mutable(value, kind, identity)
+        if kind in _CONTAINERS:
+            return self._walk_container(value, kind, identity)
+        if kind is io.StringIO or kind is bytearray:
+            content = value.getvalue() if kind is io.StringIO else bytes(value)
+            copy = self._copies[identity] = kind(content)
+            position = value.tell() if kind is io.StringIO else 0
+            if position:
+                copy.seek(position)
+            return copy, (kind, content, position)
+        return self._walk_object(value, kind, identity)
 
-    def _walk_mutable(self, value: Any, kind: type, identity: int) -> tuple[Any, Key]:
-        if kind is list or kind is deque:
-            copy: Any = [] if kind is list else deque(maxlen=value.maxlen)
-            self._copies[identity] = copy
-            keys = []
-            for item in value:
-                c, k = self._walk(item)
-                copy.append(c)
-                keys.append(k)
-            return copy, (kind, tuple(keys))
-        if kind in (dict, Counter, OrderedDict, defaultdict):
-            copy = kind(value.default_factory) if kind is defaultdict else kind()
-            self._copies[identity] = copy
-            keys = []
+    def _walk_wrapper(self, value: Any, kind: type) -> tuple[Any, Key]:
+        """Copy an immutable object around others; one such object or two equal ones, it is the same."""
+        if isinstance(value, types.FunctionType):
+            _refuse_state_of(value)
+            return value, (kind, id(value))
+        if isinstance(value, types.MethodType):
+            owner, key = self._walk(value.__self__)
+            return types.MethodType(value.__func__, owner), (kind, id(value.__func__), key)
+        if isinstance(value, types.BuiltinFunctionType):
+            owner, key = self._walk(value.__self__)
+            return getattr(owner, value.__name__), (kind, value.__name__, key)
+        if isinstance(value, types.MappingProxyType):
+            (mapping,) = gc.get_referents(value)
+            inner, key = self._walk(mapping)
+            return types.MappingProxyType(inner), (kind, key)
+        if kind.__dictoffset__:
+            raise OpaqueStateError(f"{_name(kind)} has attributes besides its items")
+        pairs = [self._walk(v) for v in value]
+        copies, keys = [c for c, _ in pairs], [k for _, k in pairs]
+        if isinstance(value, tuple):
+            return tuple.__new__(kind, copies), (kind, tuple(keys))
+        return frozenset.__new__(kind, copies), (kind, frozenset(keys))
+
+    def _walk_container(self, value: Any, kind: type, identity: int) -> tuple[Any, Key]:
+        extra: Key = None
+        if kind is deque:
+            copy: Any = deque(maxlen=value.maxlen)
+            extra = value.maxlen
+        elif kind is defaultdict:
+            factory, extra = self._walk(value.default_factory)
+            copy = defaultdict(factory)
+        else:
+            copy = kind()
+        self._copies[identity] = copy
+        keys: list[Key] = []
+        if isinstance(copy, dict):
             for name, item in value.items():
                 (cn, kn), (c, k) = self._walk(name), self._walk(item)
                 copy[cn] = c
                 keys.append((kn, k))
-            return copy, (kind, tuple(keys))
-        if kind is set or kind is bytearray:
-            copy = kind(value)
-            self._copies[identity] = copy
-            return copy, (kind, frozenset(self._walk(v)[1] for v in value) if kind is set else bytes(value))
-        if kind is io.StringIO:
-            copy = io.StringIO()
-            copy.write(value.getvalue())
-            copy.seek(value.tell())
-            self._copies[identity] = copy
-            return copy, (kind, value.getvalue(), value.tell())
-        if isinstance(value, types.MethodType):
-            owner, key = self._walk(value.__self__)
-            return types.MethodType(value.__func__, owner), (kind, value.__func__, key)
-        if isinstance(value, types.FunctionType):
-            if any(not isinstance(_cell(c), (*_ATOMS, types.FunctionType)) for c in value.__closure__ or ()):
-                raise OpaqueStateError(f"function {value.__qualname__} closes over state")
-            return value, (kind, identity)
-        return self._walk_object(value, kind, identity)
+        else:
+            add = copy.add if kind is set else copy.append
+            for item in value:
+                c, k = self._walk(item)
+                add(c)
+                keys.append(k)
+        return copy, (kind, extra, frozenset(keys) if kind is set else tuple(keys))
 
     def _walk_object(self, value: Any, kind: type, identity: int) -> tuple[Any, Key]:
         names = _attribute_names(value, kind)
         if names is None:
-            raise OpaqueStateError(
-                f"an object of type {kind.__module__}.{kind.__qualname__} cannot be compared"
-            )
-        try:
-            copy: Any = object.__new__(kind)
-        except TypeError:
-            raise OpaqueStateError(f"{kind.__module__}.{kind.__qualname__} cannot be copied") from None
+            raise OpaqueStateError(f"an object of type {_name(kind)} cannot be compared")
+        copy: Any = object.__new__(kind)
         self._copies[identity] = copy
         keys: list[Key] = []
         for name in names:
@@ -163,8 +187,50 @@ class _Copier:
         return copies, tuple(keys)
 
 
-def _identity_or_value(value: Any) -> Any:
-    return value if isinstance(value, str | bytes | int | complex | range | enum.Enum) else id(value)
+def _reachable(shared: Sequence[object]) -> list[object]:
+    """The shared objects, and what the plain containers among them hold."""
+    found: list[object] = []
+    seen: set[int] = set()
+    queue = list(shared)
+    while queue:
+        item = queue.pop()
+        if type(item) in _VALUES or id(item) in seen:
+            continue
+        seen.add(id(item))
+        found.append(item)
+        if isinstance(item, dict):
+            queue.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            queue.extend(item)
+    return found
+
+
+def _refuse_state_of(function: types.FunctionType) -> None:
+    """Refuse a function that carries objects of its own: no copy of it could be told from the original."""
+    queue, seen = [function], {id(function)}
+    while queue:
+        inner = queue.pop()
+        held = [_cell(c) for c in inner.__closure__ or ()]
+        held += [*(inner.__defaults__ or ()), *(inner.__kwdefaults__ or {}).values()]
+        held += inner.__dict__.values()
+        for item in held:
+            if isinstance(item, types.FunctionType):
+                if id(item) not in seen:
+                    seen.add(id(item))
+                    queue.append(item)
+            elif type(item) not in _VALUES and not _is_constant(item, type(item)):
+                raise OpaqueStateError(f"function {function.__qualname__} holds state")
+
+
+def _is_constant(value: Any, kind: type) -> bool:
+    """Whether a copy may share this object, as it is one and the same in every stream."""
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, type | types.ModuleType)
+    return isinstance(value, _CONSTANTS) or (kind.__module__, kind.__qualname__) in _CONSTANT_NAMES
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _cell(cell: types.CellType) -> Any:
@@ -176,24 +242,39 @@ def _cell(cell: types.CellType) -> Any:
 
 def _attribute_names(value: Any, kind: type) -> list[str] | None:
     """Attributes that hold the whole state of a Python-level object; None if it has other state."""
-    names = []
+    if any(not base.__flags__ & _HEAPTYPE for base in kind.__mro__[:-1]) or kind.__itemsize__:
+        return None  # inherits from a type written in C, whose fields are out of sight
+    names: list[str] = []
+    slots = 0
     for base in kind.__mro__[:-1]:
-        if not base.__flags__ & _HEAPTYPE:
-            return None  # inherits from a type written in C, whose fields are out of sight
-        slots = base.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
+        declared = base.__dict__.get("__slots__", ())
+        for slot in (declared,) if isinstance(declared, str) else declared:
             if slot in ("__dict__", "__weakref__"):
                 continue
+            slots += 1
             mangled = slot.startswith("__") and not slot.endswith("__")
             name = f"_{base.__name__.lstrip('_')}{slot}" if mangled else slot
             if hasattr(value, name):
                 names.append(name)
+    if kind.__basicsize__ > _python_size(kind, slots):
+        return None  # as above: since Python 3.9 types written in C may be heap types too
     if hasattr(value, "__dict__"):
         names.append("__dict__")
     return names
 
 
-_HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
+_HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made at run time, as class statements do
+_MANAGED_DICT = 1 << 4  # Py_TPFLAGS_MANAGED_DICT: `__dict__` stands outside the object's fixed part
+_POINTER = struct.calcsize("P")
+
+
+def _python_size(kind: type, slots: int) -> int:
+    """Bytes an object needs whose only state is its slots and `__dict__` (what `object` checks to pickle)."""
+    pointers = slots
+    pointers += kind.__dictoffset__ != 0 and not kind.__flags__ & _MANAGED_DICT
+    pointers += kind.__weakrefoffset__ > 0
+    return object.__basicsize__ + pointers * _POINTER
+
 
 # ---------------------------------------------------------------------------- what a client has so far
 
@@ -277,7 +358,7 @@ def certify(
         max_states: Give up beyond this many distinct states.
         max_seconds: Give up after this time.
     """
-    search = _Search(open_session, pieces, max_states, time.monotonic() + max_seconds)
+    search = _Search(open_session, pieces, max_states, max_seconds)
     answer: dict[str, Any] = {"unit": unit, "pieces": len(pieces), "complete": False, "outcomes": []}
     try:
         search.run()
@@ -293,12 +374,13 @@ class _Search:
         open_session: Callable[[], Session],
         pieces: Sequence[dict[str, Any]],
         max_states: int,
-        deadline: float,
+        max_seconds: float,
     ) -> None:
         self._open = open_session
         self._pieces = pieces
         self._max_states = max_states
-        self._deadline = deadline
+        self._seconds = max_seconds
+        self._deadline = time.monotonic() + max_seconds
         self.states = 0
         self._levels: list[dict[Key, _Node]] = [{} for _ in range(len(pieces) + 1)]
         self._steps: dict[tuple[int, int], _Node | Key] = {}
@@ -316,6 +398,15 @@ class _Search:
                 for j in range(i + 1, n + 1) if n else (0,):
                     self._step(i, node, j)
                 node.session = None  # no longer needed; frees memory
+            if i == 0:
+                self._give_up_early(n)
+
+    def _give_up_early(self, n: int) -> None:
+        """Stop if the first position says that the rest cannot be done in time."""
+        left = self._deadline - time.monotonic()
+        estimate = (self._seconds - left) * n / 2
+        if estimate > 2 * self._seconds:
+            raise _LimitError(f"the search would take about {estimate:.0f} s")
 
     def _step(self, i: int, node: _Node, j: int) -> None:
         """Feed pieces i..j to a copy of the node's session."""

@@ -28,6 +28,9 @@ _CLOSERS = "}])"
 _TAIL = " \t\r\n}])"
 """What may stand between the last character of an unclosed string and the end of its call."""
 
+Run = tuple[str, bool]
+"""Text, or a marker (True)."""
+
 
 class ArgumentReader:
     """Reads the arguments of one call, from after its opening bracket to its closing one.
@@ -36,9 +39,12 @@ class ArgumentReader:
         opener: `{`, or `(` of the Python-like form.
         node: Schema of the parameters object, or None.
         log: Told what became of every character, in order.
+        plain_quotes: ASCII quotes that are known not to close, and therefore to be text.
     """
 
-    def __init__(self, opener: str, node: Node | None, log: SpanLog) -> None:
+    def __init__(
+        self, opener: str, node: Node | None, log: SpanLog, plain_quotes: frozenset[str] = frozenset()
+    ) -> None:
         self._log = log
         self._json = JsonWriter("}" if opener == "{" else ")", node)
         self._wrapper = ""
@@ -50,10 +56,11 @@ class ArgumentReader:
         self._brackets: list[str] = []
         self._tail = StringIO()
         self._hold = StringIO()
+        self._strays: list[tuple[int, int]] = []
         self._live = False
         self._quote = ""
         self._escaped = False
-        self._no_quotes: frozenset[str] = frozenset()
+        self.plain_quotes = plain_quotes
 
     # ------------------------------------------------------------------ interface
 
@@ -70,31 +77,32 @@ class ArgumentReader:
     @property
     def may_end_here(self) -> bool:
         """Inside a string: whether the text so far ends like a call whose string was never closed."""
-        return self._phase is Phase.STRING and self._tail.getvalue().rstrip().endswith(self._json.closers[0])
+        return self._phase is Phase.STRING and self._tail.getvalue().rstrip().endswith(
+            self._json.outermost_closer
+        )
 
     def take(self) -> str:
         """JSON text that became certain since the last call."""
         return self._json.take()
 
-    def feed(self, text: str) -> int:
-        """Read text without delimiters; return how many characters were used (all, unless done)."""
-        position = 0
+    def feed(self, text: str, position: int = 0) -> int:
+        """Read text without delimiters from `position`; return where it stopped (the end, unless done)."""
         while position < len(text) and self._phase is not Phase.DONE:
             position = _STEPS[self._phase](self, text, position)
         return position
 
-    def delimiter(self, width: int) -> str:
+    def delimiter(self, width: int) -> list[Run]:
         """Read one string delimiter of `width` characters.
 
         Returns:
-            Text that turned out to lie behind the call's end (a quote that never closed was read
-            again); when that happens the delimiter is not used.
+            What turned out to lie behind the call's end (a quote that never closed was read again);
+            when that happens the delimiter is not used.
         """
         if self._phase is Phase.QUOTED:
             rest = self._read_again()
-            self._no_quotes = frozenset()
             if self.done:
                 return rest
+        self.plain_quotes = frozenset()
         self._settle_open_quote()
         role: Role = "marker"
         reason = ""
@@ -130,21 +138,25 @@ class ArgumentReader:
                 self._settle_after(keep=False)
                 role, reason = "dropped", "delimiter out of place"
         self._log.add(role, width, reason)
-        return ""
+        return []
 
     def stray(self, marker: str) -> None:
         """Read a marker that neither delimits nor ends anything, outside a string."""
-        if self._phase in (Phase.QUOTED, Phase.QUOTE_END):
-            self.feed(marker)
+        if self._phase is Phase.QUOTE_END:
+            self._quote_goes_on()
+        if self._phase is Phase.QUOTED:
+            self._strays.append((self._hold.tell(), len(marker)))
+            self._hold.write(marker)
+            self._escaped = False
             return
         self._settle_after(keep=False)
         self._log.add("dropped", len(marker), "marker inside arguments")
 
-    def end(self) -> str:
+    def end(self) -> list[Run]:
         """The call is over, whatever is open: complete the JSON.
 
         Returns:
-            Text that turned out to lie behind the call's closing bracket.
+            What turned out to lie behind the call's closing bracket.
         """
         if self._phase is Phase.QUOTED:
             rest = self._read_again()
@@ -173,7 +185,7 @@ class ArgumentReader:
         self._json.close_all()
         if closed:
             self._phase = Phase.DONE
-        return ""
+        return []
 
     # ------------------------------------------------------------------ keys
 
@@ -292,9 +304,10 @@ class ArgumentReader:
             self._begin_key()
             if char == "[":
                 self._phase = Phase.VALUE
-        elif char in _QUOTED_STOP and char not in self._no_quotes:
+        elif char in _QUOTED_STOP and char not in self.plain_quotes:
             self._quote = char
             self._hold = StringIO()
+            self._strays = []
             self._escaped = False
             self._phase = Phase.QUOTED
             return start + 1  # recorded when it is known whether the quote closes
@@ -373,16 +386,16 @@ class ArgumentReader:
         """Give the brackets at the end of an unclosed string back to the call; True if all were there."""
         tail = self._tail.getvalue()
         closers = [*self._wrapper, *self._json.closers]
-        taken = 0
-        rest = tail
+        end, taken = len(tail), 0
         for closer in closers:
-            stripped = rest.rstrip()
-            if not stripped.endswith(closer):
+            last = end - 1
+            while last >= 0 and tail[last].isspace():
+                last -= 1
+            if last < 0 or tail[last] != closer:
                 break
-            rest = stripped[:-1]
-            taken += 1
+            end, taken = last, taken + 1
         self._tail = StringIO()
-        self._tail.write(rest if taken else tail)
+        self._tail.write(tail[:end])
         self._close_string()
         return taken == len(closers)
 
@@ -415,9 +428,13 @@ class ArgumentReader:
         if char == "," or (char in _CLOSERS and self._json.closes(char)):
             self._finish_quoted()
             return end
+        self._quote_goes_on()
+        return end
+
+    def _quote_goes_on(self) -> None:
+        """No separator followed the quote, so it is part of the value."""
         self._hold.write(self._quote + self._segment.getvalue())
         self._phase = Phase.QUOTED
-        return end
 
     def _finish_quoted(self) -> None:
         raw = self._hold.getvalue()
@@ -427,15 +444,30 @@ class ArgumentReader:
         self._json.write(type_quoted(unescape(raw) if self._quote == '"' else raw, node))
         self._end_value()
 
-    def _read_again(self) -> str:
-        """No quote closed the value: read it again as a bare one; return text behind the call's end."""
-        text = self._quote + self._hold.getvalue()
-        self._no_quotes |= {self._quote}
+    def _read_again(self) -> list[Run]:
+        """No quote closed the value: read it again as a bare one; return what lies behind the call's end."""
+        runs = self._held_runs()
+        self.plain_quotes |= {self._quote}
         self._begin_bare()
-        used = self.feed(text)
-        if self._phase is Phase.QUOTED:  # the other kind of quote opened inside, and did not close
-            return self._read_again()
-        return text[used:]
+        for number, (text, is_marker) in enumerate(runs):
+            if is_marker:
+                self.stray(text)
+                continue
+            used = self.feed(text)
+            if self.done:
+                return [(text[used:], False), *runs[number + 1 :]]
+        # The other kind of quote may have opened inside, and not have closed either.
+        return self._read_again() if self._phase is Phase.QUOTED else []
+
+    def _held_runs(self) -> list[Run]:
+        """The text since the opening quote, with the markers in it."""
+        text = self._hold.getvalue()
+        runs: list[Run] = [(self._quote, False)]
+        position = 0
+        for start, length in self._strays:
+            runs += [(text[position:start], False), (text[start : start + length], True)]
+            position = start + length
+        return [*runs, (text[position:], False)]
 
     # ------------------------------------------------------------------ bare values
 

@@ -47,6 +47,11 @@ class JsonWriter:
         return self.closer == "]"
 
     @property
+    def outermost_closer(self) -> str:
+        """Input bracket that closes the whole."""
+        return self._frames[0].closer
+
+    @property
     def closers(self) -> list[str]:
         """Input brackets that are still to come, outermost first."""
         return [frame.closer for frame in self._frames]

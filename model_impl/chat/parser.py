@@ -21,8 +21,8 @@ from typing import Any
 import regex
 
 from model_impl.chat import markers as m
-from model_impl.chat.arguments import ArgumentReader
-from model_impl.chat.schema import Node, parameters_of
+from model_impl.chat.arguments import ArgumentReader, Run
+from model_impl.chat.schema import Node, declared, parameters_of
 from model_impl.chat.spans import Span, SpanLog
 
 LABEL = "thought\n"
@@ -30,9 +30,14 @@ LABEL = "thought\n"
 
 _MAX_HEAD = 300
 """Longest text between a call's opener and its bracket; the longest function name APIs allow is 64."""
+_BLANK = r"[\s\x1c-\x1f]"
+"""What `str.isspace` calls blank; the `\\s` of `regex` leaves out the separators U+001C to U+001F."""
 _NAME = r"(?P<name>[\w.:/-]*?[\w./-])"
-_HEAD = regex.compile(rf"\s*+(?P<call>call\s*:|:)?\s*{_NAME}\s*(?P<bracket>[{{(])")
-_STRICT_HEAD = regex.compile(rf"\s*+(?P<call>call\s*:)\s*{_NAME}\s*(?P<bracket>[{{(])")
+_HEAD = regex.compile(rf"{_BLANK}*+(?P<call>call{_BLANK}*:|:)?{_BLANK}*{_NAME}{_BLANK}*(?P<bracket>[{{(])")
+_STRICT_HEAD = regex.compile(
+    rf"{_BLANK}*+(?P<call>call{_BLANK}*:){_BLANK}*{_NAME}{_BLANK}*(?P<bracket>[{{(])"
+)
+_STRAY_CLOSERS = regex.compile(rf"(?P<blanks>{_BLANK}{{0,{_MAX_HEAD}}}+)[}}\])]++")
 
 
 class PromptState(Enum):
@@ -149,6 +154,7 @@ class Parser:
         self._held = StringIO()
         self._drifted_from: _State | None = None
         self._reader: ArgumentReader | None = None
+        self._plain_quotes: frozenset[str] = frozenset()
         self._next_index = 0
         self._incomplete: set[int] = set()
         self._reasoning: list[str] = []
@@ -190,23 +196,24 @@ class Parser:
         if is_marker:
             self._marker(text, tokens)
             return
-        while text:
-            text = self._text(text)
+        position = 0
+        while position < len(text):
+            position = self._text(text, position)
 
-    def _text(self, text: str) -> str:
-        """Read text without markers in the present state; return what the next state shall read."""
+    def _text(self, text: str, position: int) -> int:
+        """Read text without markers in the present state; return where the next state goes on."""
         match self._state:
             case _State.CONTENT:
-                self._say(text)
+                self._say(text[position:])
             case _State.REASONING:
-                self._think(text)
+                self._think(text[position:])
             case _State.START | _State.LABEL:
-                return self._read_label(text)
+                return self._read_label(text, position)
             case _State.HEAD | _State.AFTER_CALL:
-                return self._read_head(text)
+                return self._read_head(text, position)
             case _State.ARGUMENTS:
-                return self._read_arguments(text)
-        return ""
+                return self._read_arguments(text, position)
+        return len(text)
 
     def _marker(self, marker: str, tokens: m.Tokens) -> None:
         if self._state is _State.ARGUMENTS and self._marker_in_arguments(marker, tokens):
@@ -217,24 +224,21 @@ class Parser:
             self._drifted_from = self._state
             self._state = _State.HEAD
             return
-        in_reasoning = self._state in (_State.REASONING, _State.LABEL)
         if marker == m.CHANNEL_CLOSE and self._state is _State.START and self._held.getvalue() == LABEL[:-1]:
             self._drop_held("channel label")
         self._end_of_part()
         if marker == m.CALL_OPEN:
-            self._log.add("marker", len(marker))
             self._state = _State.HEAD
-            return
-        if marker == m.CHANNEL_OPEN:
+        elif marker == m.CHANNEL_OPEN:
             self._state = _State.LABEL
-        elif marker == m.CHANNEL_CLOSE or not in_reasoning:
+        elif marker == m.CHANNEL_CLOSE:
             self._state = _State.CONTENT
-        else:
-            self._state = _State.REASONING
         self._log.add("marker", len(marker))
 
     def _end_of_part(self) -> None:
-        """Settle what is held: a marker or the end of the output follows."""
+        """Settle what is held: a marker or the end of the output follows. Leaves reasoning or content."""
+        while self._state is _State.ARGUMENTS:  # text read again may have begun another call
+            self._end_arguments()
         match self._state:
             case _State.START:
                 self._say(self._take_held())
@@ -250,9 +254,6 @@ class Parser:
             case _State.AFTER_CALL:
                 self._after_call_text(self._take_held())
                 self._state = _State.CONTENT
-            case _State.ARGUMENTS:
-                self._end_arguments()
-                self._end_of_part()
 
     # ------------------------------------------------------------------ fields
 
@@ -286,49 +287,56 @@ class Parser:
 
     # ------------------------------------------------------------------ the label
 
-    def _read_label(self, text: str) -> str:
+    def _read_label(self, text: str, position: int) -> int:
         """Hold text while it may become the label; at the start of the output it also opens reasoning."""
-        held = self._take_held() + text
-        if held.startswith(LABEL):
-            self._log.add("dropped", len(LABEL), "channel label")
+        held = self._held.getvalue()
+        end = position + len(LABEL) - len(held)
+        if LABEL.startswith(held + text[position:end]):
+            self._held.write(text[position:end])
+            if end <= len(text):
+                self._drop_held("channel label")
+                self._state = _State.REASONING
+            return min(end, len(text))
+        if self._state is _State.START:
+            self._state = _State.CONTENT
+            self._say(self._take_held())
+        else:
             self._state = _State.REASONING
-            return held[len(LABEL) :]
-        if LABEL.startswith(held):
-            self._held.write(held)
-            return ""
-        self._state = _State.CONTENT if self._state is _State.START else _State.REASONING
-        return held
+            self._think(self._take_held())
+        return position
 
     # ------------------------------------------------------------------ calls
 
-    def _read_head(self, text: str) -> str:
+    def _read_head(self, text: str, position: int) -> int:
         """Hold text until it is a call's name and bracket, or can no longer become one."""
+        if self._state is _State.AFTER_CALL and (closers := self._stray_closers(text, position)):
+            self._drop_held("unbalanced closing bracket")
+            self._log.add("dropped", len(closers), "unbalanced closing bracket")
+            return position + len(closers)
         held = self._take_held()
-        if self._state is _State.AFTER_CALL and not held:
-            text = self._skip_after_call(text)
-            if not text:
-                return ""
         strict = self._drifted_from is not None or self._state is _State.AFTER_CALL
-        room = _MAX_HEAD - len(held)
-        head, rest = held + text[:room], text[room:]
+        end = min(len(text), position + _MAX_HEAD - len(held))
+        head = held + text[position:end]
         match = (_STRICT_HEAD if strict else _HEAD).match(head, partial=True)
         if match is None or not self._may_open(match, head):
             self._held.write(head)
             self._no_call()
-            return rest
+            return end
         if match.partial:
             self._held.write(head)
-            return rest
+            return end
         if self._drifted_from is not None:
             self._log.add("marker", len(m.CALL_OPEN_DRIFTED))
             self._drifted_from = None
-        self._begin_call(match)
-        return head[match.end() :] + rest
+        if self._calls_allowed:
+            self._begin_call(match)
+        else:
+            self._held.write(match.group())
+            self._no_call()
+        return position + match.end() - len(held)
 
     def _may_open(self, match: regex.Match[str], head: str) -> bool:
         """Whether this (partial) head is a call's, or may still become one."""
-        if not self._calls_allowed:
-            return False
         if match.partial:
             return len(head) < _MAX_HEAD
         # `name (…)` without `call:` is how prose reads, unless the name is a declared one.
@@ -342,7 +350,7 @@ class Parser:
         self._log.add("marker", match.end() - match.end("name"))
         schema = parameters_of(self._tools, name)
         node = Node(schema, schema) if schema is not None else None
-        self._reader = ArgumentReader(match["bracket"], node, self._log)
+        self._reader = ArgumentReader(match["bracket"], node, self._log, self._plain_quotes)
         self._incomplete.add(self._next_index)
         self._calls.append(CallDelta(self._next_index, name, self._reader.take()))
         self._next_index += 1
@@ -356,7 +364,7 @@ class Parser:
         return name
 
     def _declares(self, name: str) -> bool:
-        return any(tool.get("function", tool).get("name") == name for tool in self._tools)
+        return declared(self._tools, name) is not None
 
     def _no_call(self) -> None:
         """What followed the opener is no call: it is text."""
@@ -372,34 +380,33 @@ class Parser:
 
     # ------------------------------------------------------------------ arguments
 
-    def _read_arguments(self, text: str) -> str:
+    def _read_arguments(self, text: str, position: int) -> int:
         reader = self._expect_reader()
-        used = reader.feed(text)
+        position = reader.feed(text, position)
         self._emit_arguments(reader)
         if reader.done:
             self._close_call()
-        return text[used:]
+        return position
 
     def _marker_in_arguments(self, marker: str, tokens: m.Tokens) -> bool:
         """Let the reader have the marker; False when it ends the call and is still to be read."""
         reader = self._expect_reader()
+        rest: list[Run] = []
         if marker == m.QUOTE:
             rest = reader.delimiter(len(marker))
         elif reader.in_string and (
             marker not in m.CALL_ENDING or (tokens == "unknown" and not reader.may_end_here)
         ):
             reader.feed(marker)
-            rest = ""
         elif marker in m.CALL_ENDING:
             self._end_arguments()
             return False
         else:
             reader.stray(marker)
-            rest = ""
         self._emit_arguments(reader)
         if reader.done:
             self._close_call()
-            self._run(rest, False, tokens)
+            self._read_rest(rest, reader.plain_quotes)
             self._marker(marker, tokens)
         return True
 
@@ -412,7 +419,17 @@ class Parser:
         else:
             self._reader = None
             self._state = _State.AFTER_CALL
-        self._run(rest, False, "ordinary")
+        self._read_rest(rest, reader.plain_quotes)
+
+    def _read_rest(self, rest: Sequence[Run], plain_quotes: frozenset[str]) -> None:
+        """Read what an unclosed quote had swallowed; in the calls in it that quote is known not to close.
+
+        Without that knowledge each call would hold and read again all that follows it.
+        """
+        self._plain_quotes = plain_quotes
+        for text, is_marker in rest:
+            self._run(text, is_marker, "unknown")
+        self._plain_quotes = frozenset()
 
     def _emit_arguments(self, reader: ArgumentReader) -> None:
         text = reader.take()
@@ -424,11 +441,13 @@ class Parser:
         self._reader = None
         self._state = _State.AFTER_CALL
 
-    def _skip_after_call(self, text: str) -> str:
-        """Drop closing brackets right after a call: they belong to nothing."""
-        rest = text.lstrip("}])")
-        self._log.add("dropped", len(text) - len(rest), "unbalanced closing bracket")
-        return rest
+    def _stray_closers(self, text: str, position: int) -> str:
+        """Closing brackets after a call, and the blanks before them: they belong to nothing."""
+        held = self._held.getvalue()
+        match = _STRAY_CLOSERS.match(text, position)
+        if match is None or len(held) + len(match["blanks"]) >= _MAX_HEAD or (held and not held.isspace()):
+            return ""
+        return match.group()
 
     def _after_call_text(self, text: str) -> None:
         """Text between a call's bracket and its closer: blanks are layout, the rest is content."""

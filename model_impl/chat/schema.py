@@ -10,24 +10,25 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 Schema = Mapping[str, Any]
 
 _JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\Z")
 _LOOSE_NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?([eE][+-]?[0-9]+)?\Z")
+_INDEX = re.compile(r"(?:0|[1-9][0-9]{0,8})\Z")
 _MAX_HOPS = 32
 """How many `$ref` and union steps are followed; deeper ones count as no schema (cycles end here)."""
 _UNION_KEYS = ("anyOf", "oneOf", "allOf")
 _TYPE_OF = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 
-def quote(text: str) -> str:
-    """JSON string of `text`, non-ASCII characters as they are."""
-    return json.dumps(text, ensure_ascii=False)
+quote = json.JSONEncoder(ensure_ascii=False).encode
+"""JSON string of a text, non-ASCII characters as they are."""
 
 
-def parameters_of(tools: tuple[Mapping[str, Any], ...], name: str) -> Schema | None:
-    """JSON Schema of the parameters of the declared function `name`, or None.
+def declared(tools: tuple[Mapping[str, Any], ...], name: str) -> Mapping[str, Any] | None:
+    """The declaration of the function `name`, or None.
 
     Args:
         tools: Tools in OpenAI's form, or bare `{"name", "parameters"}` mappings.
@@ -36,9 +37,14 @@ def parameters_of(tools: tuple[Mapping[str, Any], ...], name: str) -> Schema | N
     for tool in tools:
         function = tool.get("function", tool)
         if isinstance(function, Mapping) and function.get("name") == name:
-            parameters = function.get("parameters")
-            return parameters if isinstance(parameters, Mapping) else None
+            return function
     return None
+
+
+def parameters_of(tools: tuple[Mapping[str, Any], ...], name: str) -> Schema | None:
+    """JSON Schema of the parameters of the declared function `name`, or None."""
+    parameters = (declared(tools, name) or {}).get("parameters")
+    return parameters if isinstance(parameters, Mapping) else None
 
 
 class Node:
@@ -102,15 +108,18 @@ class Node:
 
 
 def _local_reference(reference: str, root: Schema) -> Any:
-    """Resolve `#/$defs/Name`-like pointers inside `root`; anything else is None."""
-    if not reference.startswith("#"):
+    """Resolve a JSON pointer inside `root`, such as `#/$defs/Name`; anything else is None."""
+    if reference != "#" and not reference.startswith("#/"):
         return None
     node: Any = root
-    for part in reference[1:].split("/")[1:]:
+    for part in unquote(reference).split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, Mapping) or key not in node:
+        if isinstance(node, Mapping) and key in node:
+            node = node[key]
+        elif isinstance(node, list) and _INDEX.match(key) and int(key) < len(node):
+            node = node[int(key)]
+        else:
             return None
-        node = node[key]
     return node
 
 

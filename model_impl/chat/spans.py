@@ -24,20 +24,24 @@ class SpanLog:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._spans: list[Span] = []
-        self._position = 0
+        self._role: Role | None = None
+        self._reason = ""
+        self._start = 0
+        self._end = 0
 
     def add(self, role: Role, length: int, reason: str = "") -> None:
         """The next `length` characters of the output got this role."""
         if not self._enabled or length == 0:
             return
-        start, self._position = self._position, self._position + length
-        if self._spans:
-            last = self._spans[-1]
-            if (last.role, last.reason) == (role, reason) and role != "marker":
-                self._spans[-1] = Span(last.start, self._position, role, reason)
-                return
-        self._spans.append(Span(start, self._position, role, reason))
+        if role != self._role or reason != self._reason or role == "marker":
+            self._spans += self._last()
+            self._role, self._reason, self._start = role, reason, self._end
+        self._end += length
 
     def spans(self) -> tuple[Span, ...]:
         """All spans so far; together they cover the characters settled so far without gap or overlap."""
-        return tuple(self._spans)
+        return (*self._spans, *self._last())
+
+    def _last(self) -> tuple[Span, ...]:
+        """The span that may still grow, if there is one."""
+        return (Span(self._start, self._end, self._role, self._reason),) if self._role is not None else ()

@@ -1,0 +1,400 @@
+"""The command line through its front door: outputs fit their schemas, errors are one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from conformance import runfile
+from conformance.commands.schema import schemas
+from conformance.loading import load_suites
+from tests.conftest import Run, Suites
+
+HONEST, LYING, SLOW = "lying_targets:Honest", "lying_targets:Lying", "lying_targets:Slow"
+
+
+def validated(name: str, done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    value = json.loads(done.stdout)
+    jsonschema.Draft202012Validator(schemas()[name]()).validate(value)
+    return value
+
+
+def assert_one_clear_error(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+# ---------------------------------------------------------------------------- run
+
+
+def test_run_writes_file_site_and_summary(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    suites.write("hello", suite="parser/more", area="other")
+    done = run_conformance("run", "suites", "--target", HONEST, "--target", LYING, "--json")
+    assert done.returncode == 1
+    summary = validated("run", done)
+    run = runfile.read(tmp_path / str(summary["run_file"]))
+    assert (summary["complete"], summary["planned"], summary["exit_code"]) == (True, 6, 1)
+    assert {(row["target"], row["area"]): row["counts"] for row in summary["areas"]} == {
+        (HONEST, "demo"): {"pass": 2},
+        (HONEST, "other"): {"pass": 1},
+        (LYING, "demo"): {"fail": 2},
+        (LYING, "other"): {"fail": 1},
+    }
+    assert len(summary["problems"]) == 3
+    assert run.footer is not None
+    assert run.footer.counts == {HONEST: {"pass": 3}, LYING: {"fail": 3}}
+    assert (tmp_path / str(summary["site"])).is_file()
+    assert Path(str(summary["site"])).parts[:2] == ("reports", "site")
+
+
+def test_run_prints_a_table_and_where_things_are(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    done = run_conformance("run", "suites", "--target", HONEST, "--out", "r.jsonl", env={"LIES": "bye"})
+    assert done.returncode == 1
+    assert "1 passed, 1 failed" in done.stdout
+    assert "run file: r.jsonl" in done.stdout
+    assert "dashboard: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "exit code 1: 1 passed, 1 failed"
+    assert f"parser/demo::case-bye on {HONEST} failed" in done.stderr
+    assert "test session starts" not in done.stdout + done.stderr
+
+
+def test_the_repeat_line_repeats_the_failure(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    done = run_conformance("run", "suites", "-t", HONEST, "--no-report", "--json", env={"LIES": "bye"})
+    (problem,) = json.loads(done.stdout)["problems"]
+    program, *arguments = shlex.split(problem["repeat"])
+    assert program == "conformance"
+    again = run_conformance(*arguments, "--no-report", "--json", env={"LIES": "bye"})
+    summary = validated("run", again)
+    assert summary["planned"] == 1
+    assert [p["address"] for p in summary["problems"]] == ["parser/demo::case-bye"]
+
+
+def test_bundled_cases_are_named_by_address_suite_or_pattern(run_conformance: Run) -> None:
+    suite = load_suites().suites[0]
+    first = suite.cases[0].address
+    for name, planned in [(first, 1), (suite.suite.id, len(suite.cases)), (f"{first}*", None)]:
+        done = run_conformance("run", name, "--target", "reference", "--no-report", "--json")
+        summary = validated("run", done)
+        assert summary["complete"]
+        assert planned in (None, summary["planned"])
+        assert done.stderr.startswith(f"{summary['planned']} cases on reference")
+
+
+def test_settings_of_the_folder_and_the_user_do_not_matter(
+    run_conformance: Run, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("hello")
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('conftest')\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
+    done = run_conformance(
+        *("run", "suites", "-t", HONEST, "--no-report", "-n", "2"),
+        env={"PYTEST_ADDOPTS": "-k nothing", "PYTEST_PLUGINS": "no_such_plugin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / ".pytest_cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere"], "'nowhere' is no path, and matches no case or suite"),
+        (["run", "suites::x"], "no case 'x'"),
+        (["run", "suites/parser/demo.yaml::case-gone"], "no case 'case-gone'; `conformance list cases`"),
+        (["run", "suites", "--target", "nowhere"], "nowhere"),
+        (["run", "suites", "--resume", "no.jsonl"], "no.jsonl"),
+        (["run", "suites", "--resume", "a", "--out", "b"], "--resume appends"),
+        (["run", "suites", "--no-such-option"], "No such option"),
+        (["run", "suites", "-t", HONEST, "--out", "taken.jsonl"], "taken.jsonl exists; go on with it by --resume"),
+        (["show", "suites/parser/demo.yaml"], "names 2 cases"),
+        (["report", "no.jsonl"], "no.jsonl: cannot be read"),
+        (["report", "taken.jsonl"], "holds no complete header"),
+        (["schema", "nothing"], "Invalid value"),
+        (["faults", "run", "no-such-fault"], "no-such-fault"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_use_is_one_clear_error(
+    run_conformance: Run, suites: Suites, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    suites.write("hello", "bye")
+    (tmp_path / "taken.jsonl").touch()
+    assert_one_clear_error(run_conformance(*arguments), message)
+
+
+def test_a_broken_suite_or_expectation_names_its_line(run_conformance: Run, suites: Suites) -> None:
+    path = suites.write("hello")
+    expectations = suites.expect("  - {}\n", LYING)
+    assert_one_clear_error(run_conformance("run", "suites", "-t", LYING), f"{expectations}:3: ")
+    path.write_text(path.read_text().replace("expect:", "expcet:"))
+    for command in (["run", "suites", "-t", LYING], ["list", "--suites", "suites"]):
+        assert_one_clear_error(run_conformance(*command), f"{path}:11: cases[0].expcet: unknown key")
+
+
+# ---------------------------------------------------------------------------- interrupted runs
+
+
+def wait_for(condition: object, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Command lines of the live processes of a session."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_killed_run_resumes_and_equals_an_undisturbed_one(
+    run_conformance: Run, suites: Suites, tmp_path: Path, environment: dict[str, str], workers: str
+) -> None:
+    suites.write(*(f"out{n}" for n in range(14)))
+    common = ["run", "suites", "-t", SLOW, "-t", LYING, "--no-report"]
+    lies = {"LIES": "out3,out9"}
+    undisturbed = run_conformance(*common, "--out", "whole.jsonl", env=lies | {"FAKE_SECONDS": "0"})
+    assert undisturbed.returncode == 1
+
+    cut = tmp_path / "cut.jsonl"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "conformance", *common, "--out", str(cut), "-n", workers, "-v"],
+        cwd=tmp_path,
+        env=environment | lies | {"FAKE_SECONDS": "0.3"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stderr is not None
+    printed = []
+    for line in running.stderr:
+        if line.startswith("pass "):
+            printed.append(line.split()[1])
+        if len(printed) == 4:
+            break
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    running.stderr.close()
+    wait_for(lambda: not processes_of_session(running.pid), 30)
+
+    kept = {f"{r.suite}::{r.case}" for r in runfile.read(cut).results}
+    assert set(printed) <= kept
+    assert runfile.read(cut).footer is None
+    with cut.open("ab") as file:
+        file.write(b'{"type": "result", "suite": "parser/de')  # as a crash in mid-line leaves it
+    log = tmp_path / "log"
+    resumed = run_conformance(
+        *common, "--resume", "cut.jsonl", "-n", workers, env=lies | {"FAKE_SECONDS": "0", "FAKE_LOG": str(log)}
+    )
+    assert resumed.returncode == 1, resumed.stderr
+    assert len(log.read_text().splitlines()) <= 14 - len(printed)
+    whole, again = runfile.read(tmp_path / "whole.jsonl"), runfile.read(cut)
+    assert again.torn == ""
+    assert comparable(whole) == comparable(again)
+    assert again.footer is not None
+    assert whole.footer is not None
+    assert again.footer.counts == whole.footer.counts
+
+
+def comparable(run: runfile.Run) -> dict[object, object]:
+    return {key: r.model_dump(exclude={"duration"}) for key, r in sorted(run.latest().items())}
+
+
+def test_resume_without_arguments_repeats_the_selection(run_conformance: Run, tmp_path: Path) -> None:
+    address = load_suites().cases[0].address
+    first = run_conformance("run", address, "-t", "reference", "--out", "r.jsonl", "--no-report")
+    path = tmp_path / "r.jsonl"
+    header = path.read_text().splitlines(keepends=True)[0]
+    path.write_text(header)
+    done = run_conformance("run", "--resume", "r.jsonl", "--no-report", "--json")
+    assert done.returncode == first.returncode
+    assert validated("run", done)["planned"] == 1
+    assert [f"{r.suite}::{r.case}" for r in runfile.read(path).results] == [address]
+
+
+def test_an_interrupt_says_how_to_go_on(suites: Suites, tmp_path: Path, environment: dict[str, str]) -> None:
+    suites.write("one", "two", "three")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "conformance", "run", "suites", "-t", SLOW, "--no-report", "-v"],
+        cwd=tmp_path,
+        env=environment | {"FAKE_SECONDS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    for line in running.stderr:
+        if line.startswith("pass "):
+            break
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "The run is not complete; go on with: conformance run --resume runs/" in out
+    assert "Traceback" not in err
+
+
+def test_a_terminal_gets_a_live_display(suites: Suites, tmp_path: Path, environment: dict[str, str]) -> None:
+    suites.write("hello", "bye")
+    controller, terminal = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "conformance", "run", "suites", "-t", SLOW, "--no-report"],
+        cwd=tmp_path,
+        env=environment | {"TERM": "xterm", "FAKE_SECONDS": "0.4"},
+        stderr=terminal,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(controller, 65536)
+        except OSError:  # the terminal closes with its last process
+            break
+    out, _ = running.communicate(timeout=60)
+    os.close(controller)
+    assert running.returncode == 0
+    text = shown.decode(errors="replace")
+    assert "2/2" in text
+    assert "case-bye" in text
+    assert "2 passed" in text
+    assert "2 passed" in out
+
+
+# ---------------------------------------------------------------------------- other commands
+
+
+def test_list(run_conformance: Run, suites: Suites) -> None:
+    suites.write("hello", "bye")
+    everything = validated("list", run_conformance("list", "--json"))
+    assert set(everything) == {"suites", "cases", "targets", "sources"}
+    assert len(everything["cases"]) == sum(suite["cases"] for suite in everything["suites"])
+    assert "reference" in [target["spec"] for target in everything["targets"]]
+    own = validated("list", run_conformance("list", "sources", "--suites", "suites", "--json"))
+    assert own == {"sources": [{"source": "R02", "cases": ["parser/demo::case-hello", "parser/demo::case-bye"]}]}
+    table = run_conformance("list", "cases", "--suites", "suites").stdout
+    assert "parser/demo::case-bye" in table
+
+
+def test_show(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    path = suites.write("hello", "bye")
+    suites.expect(
+        "  - cases: [parser/demo::case-bye]\n    versions: '<2'\n    rules: [expected]\n    reason: It lies.\n"
+        "    source: R02\n    repeat: conformance run …\n    review: 2099-01-01\n",
+        LYING,
+    )
+    run_conformance("run", "suites", "-t", LYING, "--out", "r.jsonl", "--no-report")
+    name = "suites/parser/demo.yaml::case-bye"
+    shown = validated("show", run_conformance("show", name, "--run", "r.jsonl", "--json"))
+    assert (shown["address"], shown["line"], shown["path"]) == ("parser/demo::case-bye", 12, str(path))
+    assert [r["verdict"] for r in shown["results"]] == ["xfail"]
+    assert shown["expectations"][0]["where"] == f"suites/expectations/{LYING}.yaml:3"
+    text = run_conformance("show", name, "--run", "r.jsonl").stdout
+    assert 'output: "bye"' in text
+    assert f"expected to fail on {LYING} (<2): It lies." in text
+    assert '+   "content": "a lie"' in text
+
+
+def test_report(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello")
+    run_conformance("run", "suites", "-t", HONEST, "--out", "r.jsonl", "--no-report")
+    assert not (tmp_path / "reports").exists()
+    done = run_conformance("report", "r.jsonl", "--out", "site", "--suites", "suites", "--json")
+    made = validated("report", done)
+    assert made["results"] == 1
+    assert (tmp_path / str(made["index"])).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(schemas()))
+def test_schema_prints_what_is_committed(run_conformance: Run, name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(json.loads(run_conformance("schema", name).stdout))
+
+
+def test_targets(run_conformance: Run) -> None:
+    listed = validated("targets", run_conformance("targets", "--json"))
+    reference = next(row for row in listed["targets"] if row["spec"] == "reference")
+    assert reference == {"spec": "reference", "default": True, "usable": True, "reason": ""}
+    assert "reference" in run_conformance("targets").stdout
+
+
+def test_new_case_makes_a_suite_then_adds_to_it(run_conformance: Run, tmp_path: Path) -> None:
+    arguments = ["--root", "own", "--title", "A rule that holds.", "--source", "spec 6.5", "--source", "R02"]
+    made = run_conformance(
+        *("new-case", "--suite", "parser/own", "--id", "first-case", *arguments, "--json"),
+        *("--output", '<|channel>thought\nplan<channel|>a "quoted"\u2028answer'),
+    )
+    first = validated("new-case", made)
+    assert first["created"] is True
+    assert first["reference"] == {"reasoning": "plan", "content": 'a "quoted"\u2028answer'}
+    call = '<|tool_call>call:get{city:<|"|>Köln<|"|>,n:007}<tool_call|>'
+    added = run_conformance(
+        *("new-case", "--suite", "parser/own", "--id", "second-case", *arguments, "--output", call),
+        *("--prompt", "closed-channel"),
+    )
+    assert added.returncode == 0, added.stderr
+    cases = load_suites([tmp_path / "own"]).cases
+    assert [case.case.id for case in cases] == ["first-case", "second-case"]
+    assert cases[1].case.output == call
+    done = run_conformance("run", "own", "-t", "reference", "--no-report")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--id": "case-hello"}, "duplicate case id 'case-hello'"),
+        ({"--id": "Bad Id"}, "cases[1].id"),
+        ({"--suite": "../outside"}, "is no suite id"),
+        ({"--source": "nowhere"}, "cases[1].source[0]"),
+        ({"--toolset": "none-such"}, "no toolset 'none-such'"),
+    ],
+)
+def test_new_case_changes_nothing_on_wrong_use(
+    run_conformance: Run, unchanged: Path, changes: dict[str, str], message: str
+) -> None:
+    options = {
+        "--suite": "parser/demo",
+        "--root": "suites",
+        "--id": "new-case",
+        "--title": "A rule that holds.",
+        "--source": "R02",
+        "--output": "hi",
+    } | changes
+    done = run_conformance("new-case", *(part for option in options.items() for part in option))
+    assert_one_clear_error(done, message)
+
+
+def test_faults(run_conformance: Run) -> None:
+    listed = validated("faults", run_conformance("faults", "list", "--json"))
+    first = listed["faults"][0]
+    assert first["source"]
+    done = run_conformance("faults", "run", first["id"], "--json")
+    ran = validated("faults", done)
+    assert done.returncode == (0 if ran["faults"][0]["detected"] else 1)
+    assert ran["faults"][0]["cases"] > 0

@@ -1,0 +1,320 @@
+"""`pytest suites/`: items, outcomes, exit codes, options and workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conformance import runfile
+from tests.conftest import Run, Suites
+
+HONEST, LYING = "lying_targets:Honest", "lying_targets:Lying"
+EXPECTED_FAILURE = """\
+  - cases: [parser/demo::case-hello]
+    rules: [{rule}]
+    reason: It always lies.
+    source: R02
+    repeat: conformance run parser/demo::case-hello
+    review: {review}
+"""
+
+
+def quiet(result: object) -> str:
+    return f"{result.stdout}\n{result.stderr}"  # type: ignore[attr-defined]
+
+
+def test_one_item_per_case_and_target(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello", "bye")
+    done = run_pytest("suites", "--collect-only", "-q", "--target", HONEST, "--target", LYING)
+    assert done.stdout.splitlines()[:4] == [
+        f"suites/parser/demo.yaml::case-hello[{HONEST}]",
+        f"suites/parser/demo.yaml::case-bye[{HONEST}]",
+        f"suites/parser/demo.yaml::case-hello[{LYING}]",
+        f"suites/parser/demo.yaml::case-bye[{LYING}]",
+    ]
+    assert done.returncode == 0
+
+
+def test_a_failure_is_explained_shortly(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    done = run_pytest("suites", "--target", LYING)
+    assert done.returncode == 1
+    text = done.stdout
+    assert f"parser/demo::case-hello on {LYING} failed" in text
+    assert "[expected] content differs" in text
+    assert '-   "content": "hello"' in text
+    assert '+   "content": "a lie"' in text
+    assert f"repeat: conformance run suites/parser/demo.yaml::case-hello --target {LYING}" in text
+    assert "Traceback" not in text
+    assert "conformance/plugin.py" not in text
+
+
+@pytest.mark.parametrize(
+    ("target", "outputs", "expectation", "code", "summary"),
+    [
+        (HONEST, ["hello", "bye"], None, 0, "2 passed"),
+        (LYING, ["hello"], None, 1, "1 failed"),
+        (LYING, ["hello"], "expected", 0, "1 xfailed"),
+        (LYING, ["hello", "bye"], "expected", 1, "1 failed, 1 xfailed"),
+        (LYING, ["hello"], "indices", 1, "1 failed"),
+        (HONEST, ["hello"], "expected", 1, "1 failed"),
+        ("lying_targets:unsure", ["hello"], None, 3, "1 inconclusive"),
+        ("lying_targets:Exiting", ["hello", "bye"], None, 1, "2 failed"),
+        ("lying_targets:Gone", ["hello"], None, 1, "1 failed"),
+    ],
+)
+def test_outcomes_and_exit_codes_agree_with_conformance_run(
+    run_pytest: Run,
+    run_conformance: Run,
+    suites: Suites,
+    target: str,
+    outputs: list[str],
+    expectation: str | None,
+    code: int,
+    summary: str,
+) -> None:
+    suites.write(*outputs)
+    if expectation is not None:
+        suites.expect(EXPECTED_FAILURE.format(rule=expectation, review="2099-01-01"), target)
+    done = run_pytest("suites", "--target", target)
+    assert summary in done.stdout.splitlines()[-1]
+    assert done.returncode == code, quiet(done)
+    ran = run_conformance("run", "suites", "--target", target, "--no-report")
+    assert ran.returncode == code, quiet(ran)
+
+
+def test_nothing_collected_is_wrong_use(run_pytest: Run, run_conformance: Run, suites: Suites) -> None:
+    (suites.root / "empty").mkdir()
+    assert run_pytest("suites").returncode == 2
+    assert run_conformance("run", "suites").returncode == 2
+    suites.write("hello")
+    done = run_pytest("suites", "--target", HONEST, "-k", "nothing")
+    assert done.returncode == 2, quiet(done)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_a_broken_suite_names_its_line(run_pytest: Run, suites: Suites, workers: tuple[str, ...]) -> None:
+    suites.write("hello", suite="parser/good")
+    path = suites.write("hello", suite="parser/bad")
+    path.write_text(path.read_text().replace("expect:", "expcet:"))
+    done = run_pytest("suites", "--target", HONEST, *workers)
+    assert done.returncode == 2, quiet(done)
+    assert "bad.yaml:11: cases[0].expcet: unknown key; did you mean `expect`?" in done.stdout
+    assert "Traceback" not in quiet(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "nowhere"), "nowhere"),
+        (("--target", "no_such_module:Thing"), "no_such_module"),
+        (("--resume", "nothing.jsonl"), "nothing.jsonl"),
+        (("--resume", "a.jsonl", "--conformance-run", "b.jsonl"), "--resume appends"),
+    ],
+)
+def test_wrong_options_end_before_collection(
+    run_pytest: Run, suites: Suites, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    suites.write("hello")
+    run_pytest("suites", "--target", HONEST, "--conformance-run", "a.jsonl")
+    done = run_pytest("suites", *(() if "--target" in arguments else ("--target", HONEST)), *arguments)
+    assert done.returncode == 2, quiet(done)
+    assert message in quiet(done)
+    assert "Traceback" not in quiet(done)
+    assert "1 passed" not in done.stdout
+
+
+def test_keywords_single_cases_and_last_failed(run_pytest: Run, suites: Suites) -> None:
+    path = suites.write("hello", "bye", "other")
+    lies = {"LIES": "bye"}
+    assert "1 passed, 2 deselected" in run_pytest("suites", "--target", HONEST, "-k", "hello").stdout
+    assert "1 passed" in run_pytest(f"{path}::case-hello", "--target", HONEST).stdout
+    assert "1 passed" in run_pytest(f"{path}::case-hello[{HONEST}]", "--target", HONEST).stdout
+    assert "1 failed, 2 passed" in run_pytest("suites", "--target", HONEST, env=lies).stdout
+    again = run_pytest("suites", "--target", HONEST, "--lf", env=lies)
+    assert "1 failed" in again.stdout.splitlines()[-1]
+    assert "passed" not in again.stdout.splitlines()[-1]
+    stopped = run_pytest("suites", "--target", HONEST, "-x", env=lies)
+    assert "1 failed, 1 passed" in stopped.stdout
+    assert stopped.returncode == 1
+
+
+def test_workers_give_the_same_run_and_last_failed_crosses_over(
+    run_pytest: Run, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("hello", "bye", "other", "more")
+    lies = {"LIES": "bye"}
+    arguments = ("suites", "--target", HONEST, "--target", LYING)
+    one = run_pytest(*arguments, "--conformance-run", "one.jsonl", env=lies)
+    two = run_pytest(*arguments, "--conformance-run", "two.jsonl", "-n", "2", env=lies)
+    assert one.returncode == two.returncode == 1
+    assert verdicts(tmp_path / "one.jsonl") == verdicts(tmp_path / "two.jsonl")
+    first, second = runfile.read(tmp_path / "one.jsonl"), runfile.read(tmp_path / "two.jsonl")
+    assert first.header.manifest == second.header.manifest
+    assert first.header.targets == second.header.targets
+    assert set(first.header.targets) == {HONEST, LYING}
+    assert first.footer is not None
+    assert second.footer is not None
+    assert first.footer.counts == second.footer.counts
+    with_workers = run_pytest("suites", "--target", HONEST, "--lf", "-n", "2", env=lies).stdout
+    assert "1 failed" in with_workers.splitlines()[-1]
+    assert "passed" not in with_workers.splitlines()[-1]
+
+
+def verdicts(path: Path) -> dict[tuple[str, str, str], str]:
+    return {key: result.verdict for key, result in runfile.read(path).latest().items()}
+
+
+def test_stopping_early_agrees_with_workers(run_pytest: Run, suites: Suites) -> None:
+    suites.write(*(f"out{n}" for n in range(12)))
+    done = run_pytest("suites", "--target", LYING, "-x", "-n", "2")
+    assert done.returncode == 1, quiet(done)
+
+
+def test_a_crash_costs_one_case(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "crash", "other")
+    done = run_pytest(
+        "suites", "--target", "lying_targets:Crashing", "-n", "2", "--conformance-run", "run.jsonl"
+    )
+    assert done.returncode == 1, quiet(done)
+    results = runfile.read(tmp_path / "run.jsonl").latest()
+    by_case = {key[1]: result for key, result in results.items()}
+    assert {case: r.verdict for case, r in by_case.items()} == {
+        "case-hello": "pass",
+        "case-crash": "error",
+        "case-other": "pass",
+    }
+    assert "crashed" in by_case["case-crash"].reason
+
+
+def test_a_hang_costs_one_case(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello")
+    done = run_pytest(
+        *("suites", "--target", "lying_targets:Hanging", "--conformance-timeout", "0.5"),
+        *("--conformance-run", "run.jsonl"),
+    )
+    assert done.returncode == 1, quiet(done)
+    (result,) = runfile.read(tmp_path / "run.jsonl").results
+    assert (result.verdict, result.reason) == ("timeout", "no verdict within 0.5 s")
+
+
+def test_a_target_that_does_not_start_is_started_once(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye", "other")
+    log = tmp_path / "log"
+    done = run_pytest("suites", "--target", "lying_targets:Unstartable", env={"FAKE_LOG": str(log)})
+    assert "3 failed" in done.stdout
+    assert "ImportError: no engine" in done.stdout
+    assert log.read_text() == "start\n"
+
+
+def test_the_last_words_of_a_dead_worker_are_shown(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    done = run_pytest("suites", "--target", "lying_targets:Gone")
+    assert "ended in an error: the worker was killed by signal 11" in done.stdout
+    assert "Segmentation fault: last words" in done.stdout
+
+
+def test_model_output_cannot_drive_the_terminal(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    text = run_pytest("suites", "--target", "lying_targets:Terminal").stdout
+    assert "\x1b[2J" not in text
+    assert "\u202e" not in text
+    assert "\\u001b[2Jgone\\u202e" in text
+
+
+def test_expected_failures_can_be_turned_into_failures(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    suites.expect(EXPECTED_FAILURE.format(rule="expected", review="2099-01-01"), LYING)
+    assert run_pytest("suites", "--target", LYING).returncode == 0
+    assert run_pytest("suites", "--target", LYING, "--runxfail").returncode == 1
+
+
+def test_a_past_review_warns_and_a_broken_expectation_stops(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    path = suites.expect(EXPECTED_FAILURE.format(rule="expected", review="2020-01-01"), LYING)
+    done = run_pytest("suites", "--target", LYING)
+    assert done.returncode == 0
+    assert f"suites/expectations/{path.name}:3: review was due on 2020-01-01" in done.stdout
+    path.write_text(path.read_text().replace("case-hello", "case-gone"))
+    done = run_pytest("suites", "--target", LYING)
+    assert done.returncode == 2
+    assert "'parser/demo::case-gone' matches no case" in done.stdout
+
+
+def test_ordinary_tests_keep_their_semantics(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello")
+    test = tmp_path / "test_it.py"
+    test.write_text("def test_it(): assert True\n")
+    target = ("--target", "lying_targets:unsure")
+    assert run_pytest("suites", "test_it.py", "--target", HONEST).returncode == 0
+    assert run_pytest("suites", "test_it.py", *target).returncode == 3
+    test.write_text("def test_it(): assert False\n")
+    assert run_pytest("suites", "test_it.py", *target).returncode == 1
+    assert run_pytest("suites", "test_it.py", *target, "-n", "2").returncode == 1
+
+
+def test_a_project_without_suites_is_left_alone(run_pytest: Run, tmp_path: Path) -> None:
+    (tmp_path / "deploy.yaml").write_text("kind: Deployment\nmetadata: {}\n")
+    (tmp_path / "test_it.py").write_text(
+        "import sys\n"
+        "def test_it():\n"
+        "    assert not {'pydantic', 'yaml', 'torch', 'conformance.loading'} & set(sys.modules)\n"
+    )
+    done = run_pytest(".", "-p", "no:hypothesispytest", "-p", "no:anyio")
+    assert "1 passed" in done.stdout, quiet(done)
+    (tmp_path / "test_it.py").unlink()
+    assert run_pytest(".").returncode == 5
+
+
+def test_suites_outside_a_suites_folder_are_found_by_their_head(run_pytest: Run, suites: Suites) -> None:
+    suites.write("hello")
+    suites.root.rename(suites.root.parent / "cases")
+    assert "1 passed" in run_pytest("cases", "--target", HONEST).stdout
+
+
+def test_a_resumed_session_runs_only_what_is_open(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    log = tmp_path / "log"
+    env = {"FAKE_LOG": str(log), "LIES": "bye"}
+    run_pytest("suites", "--target", HONEST, "--conformance-run", "run.jsonl", env=env)
+    before = (tmp_path / "run.jsonl").read_bytes()
+    log.unlink()
+    done = run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", env=env)
+    assert "1 failed, 1 passed" in done.stdout
+    assert done.returncode == 1
+    assert not log.exists()
+    assert (tmp_path / "run.jsonl").read_bytes().startswith(before)
+    suites.write("hello", "bye", "new")
+    run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", env=env)
+    assert [line.split()[1] for line in log.read_text().splitlines()] == ["new"]
+    log.unlink()
+    newer = env | {"FAKE_VERSION": "2.0"}
+    run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", "-n", "2", env=newer)
+    assert sorted(line.split()[1] for line in log.read_text().splitlines()) == ["bye", "hello", "new"]
+
+
+def test_resuming_applies_the_expectations_of_today(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello")
+    assert run_pytest("suites", "--target", LYING, "--conformance-run", "run.jsonl").returncode == 1
+    path = suites.expect(EXPECTED_FAILURE.format(rule="expected", review="2099-01-01"), LYING)
+    assert run_pytest("suites", "--target", LYING, "--resume", "run.jsonl").returncode == 0
+    assert list(verdicts(tmp_path / "run.jsonl").values()) == ["xfail"]
+    path.unlink()
+    assert run_pytest("suites", "--target", LYING, "--resume", "run.jsonl").returncode == 1
+    assert list(verdicts(tmp_path / "run.jsonl").values()) == ["fail"]
+
+
+def test_header_holds_manifest_and_no_secrets(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    run_pytest(
+        *("suites", "--target", HONEST, "--conformance-run", "run.jsonl", "-k", "hello"),
+        env={"SECRET_TOKEN": "hunter2", "OMP_NUM_THREADS": "1"},
+    )
+    text = (tmp_path / "run.jsonl").read_text()
+    assert "hunter2" not in text
+    first = json.loads(text.splitlines()[0])
+    assert [entry["case"] for entry in first["manifest"]] == ["case-hello"]
+    assert first["environment"]["env:OMP_NUM_THREADS"] == "1"
+    assert first["argv"][0] == "pytest"
