@@ -59,8 +59,10 @@ def explain(result: Result) -> str:
 def explain_problem(problem: Problem) -> list[str]:
     """One broken rule: what it says, the difference, and the smallest chunking that shows it."""
     lines = [f"[{problem.rule}] {visible(problem.message)}"]
-    if problem.expected is not None or problem.got is not None:
+    if problem.expected is not None:
         lines += diff(problem.expected, problem.got)
+    elif problem.got is not None:
+        lines += ["  got", *(f"    {line}" for line in _pretty(_filled(problem.got)))]
     if problem.chunks is not None:
         chunks = " | ".join(quoted(chunk) for chunk in problem.chunks[:_MAX_CHUNKS])
         more = f" | … {len(problem.chunks) - _MAX_CHUNKS} more" if len(problem.chunks) > _MAX_CHUNKS else ""

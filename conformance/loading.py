@@ -61,9 +61,10 @@ class LoadedSuite:
     @cached_property
     def cases(self) -> tuple[LoadedCase, ...]:
         """All cases in file order."""
+        cases: tuple[Case, ...] = self.suite.cases
         return tuple(
             LoadedCase(self, case, line, case_digest(case, self.suite))
-            for case, line in zip(self.suite.cases, self.lines, strict=True)
+            for case, line in zip(cases, self.lines, strict=True)
         )
 
     def case(self, case_id: str) -> LoadedCase:

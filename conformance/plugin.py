@@ -58,7 +58,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="conformance_timeout",
         metavar="SECONDS",
         type=float,
-        default=60.0,
         help="limit of one request to a target (default: 60)",
     )
 
@@ -298,7 +297,9 @@ class Recorder:
         yield
 
     def _exit_status(self, status: int) -> int:
-        ok, failed, interrupted, nothing = 0, 1, 2, 5
+        ok, failed, interrupted, crashed, nothing = 0, 1, 2, 3, 5
+        if status == crashed and self._recording is not None:
+            return 1  # pytest's code for a crash of its own is the one for inconclusive here
         if status not in (ok, failed, interrupted, nothing) or self.config.option.collectonly:
             return status
         if self.broken_suites:

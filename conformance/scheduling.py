@@ -8,7 +8,7 @@ from conformance import runner
 from conformance.recording import NODE_ID
 
 
-class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc] - xdist has no types
+class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no types
     """All cases of an engine form one group, so that it starts once.
 
     Targets that run in process cost nothing to start: their cases are spread freely, as ordinary

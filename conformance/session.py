@@ -73,7 +73,7 @@ class SuiteSession:
 
     Args:
         targets: Specs as the user gave them; None for the defaults.
-        timeout: Seconds for one request.
+        timeout: Seconds for one request; None for the default.
         resume: Run file whose results are reused.
         expect_failures: False to report known failures as failures.
     """
@@ -81,7 +81,7 @@ class SuiteSession:
     def __init__(
         self,
         targets: Sequence[str] | None,
-        timeout: float,
+        timeout: float | None,
         resume: str | None,
         *,
         expect_failures: bool = True,
@@ -89,7 +89,7 @@ class SuiteSession:
         selection = select_targets(targets)
         self.specs = selection.specs
         self.unavailable = selection.unavailable
-        self.pool = TargetPool(timeout)
+        self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT)
         self._stored = runfile.read_stored(Path(resume)) if resume else {}
         self._expect_failures = expect_failures
         self._expectations: dict[Path, Expectations] = {}

@@ -14,7 +14,9 @@ CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
 SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
 SourceRef = Annotated[
     str,
-    StringConstraints(pattern=r"^([RTCAMPSLBNX]\d{2}|spec [0-9.]+|check \d+|[\w.-]+/[\w.-]+#\d+|https://\S+)$"),
+    StringConstraints(
+        pattern=r"^([RTCAMPSLBNX]\d{2}|spec [0-9.]+|check \d+|[\w.-]+/[\w.-]+#\d+|https://\S+)$"
+    ),
 ]
 """Where a case comes from: a catalogue id (`R05`, `X11`), a section of the fact sheet (`spec 6.5`),
 a cross-cutting check (`check 7`), an issue (`vllm-project/vllm#38855`) or a URL."""

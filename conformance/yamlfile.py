@@ -56,6 +56,7 @@ class _Open:
     anchor: str | None
     values_before: int
     key: str | None = None
+    depth: int = 1
 
 
 @dataclass
@@ -156,9 +157,10 @@ def read(path: Path) -> Document:
 def _build(document: Document) -> None:
     """Fill `document` from parser events; a loop, so that nesting cannot exhaust the stack."""
     stack: list[_Open] = []
-    anchors: dict[str, tuple[Any, int]] = {}
+    anchors: dict[str, tuple[Any, int, int]] = {}  # value, number of values in it, depth
     documents = values = 0
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    event: Any
     for event in yaml.parse(document.text, Loader=loader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.DocumentStartEvent):
@@ -167,8 +169,10 @@ def _build(document: Document) -> None:
                 raise SuiteError(f"{document.path}:{line}: a second YAML document; keep one per file")
         if isinstance(event, yaml.CollectionEndEvent):
             done = stack.pop()
+            if stack:
+                stack[-1].depth = max(stack[-1].depth, done.depth + 1)
             if done.anchor:
-                anchors[done.anchor] = (done.value, values - done.values_before)
+                anchors[done.anchor] = (done.value, values - done.values_before, done.depth)
             continue
         if not isinstance(event, yaml.NodeEvent):
             continue
@@ -178,27 +182,32 @@ def _build(document: Document) -> None:
             continue
         loc = _place(top)
         document.lines.setdefault(loc, line)
-        if getattr(event, "tag", None) not in (None, "!"):
-            raise document.error(loc, f"the tag {event.tag} is not allowed; quote a value to make it text")
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!"):
+            raise document.error(loc, f"the tag {tag} is not allowed; quote a value to make it text")
         values += 1
+        depth = 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
                 raise document.error(loc, f"alias *{event.anchor} has no complete anchor before it")
-            value, size = anchors[event.anchor]
+            value, size, depth = anchors[event.anchor]
             values += size
         elif isinstance(event, yaml.ScalarEvent):
             value = _scalar(document, loc, event)
             if event.anchor:
-                anchors[event.anchor] = (value, 1)
+                anchors[event.anchor] = (value, 1, 0)
         else:
             value = {} if isinstance(event, yaml.MappingStartEvent) else []
+            depth = 1
+        if len(stack) + depth > MAX_DEPTH:
+            raise document.error(loc, f"nested deeper than {MAX_DEPTH} levels")
         if values > MAX_VALUES:
             raise document.error(loc, f"more than {MAX_VALUES} values with aliases expanded; split the file")
         _add(document, top, value)
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append(_Open(value, loc, event.anchor, values - 1))
-            if len(stack) > MAX_DEPTH:
-                raise document.error(loc, f"nested deeper than {MAX_DEPTH} levels")
+        elif top is not None:
+            top.depth = max(top.depth, depth + 1)
     if documents == 0 or document.value is None:
         raise SuiteError(f"{document.path}:1: the file is empty; see docs/writing-a-suite.md")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_socket
 
@@ -22,6 +23,10 @@ PERMITTED = tomllib.loads((TESTS / "permitted_skips.toml").read_text(encoding="u
 SUBPROCESS_TIMEOUT = 240
 
 # ---------------------------------------------------------------------------- safety nets
+
+# Machines that run tests are shared and slow; time is limited by test runs, not by examples.
+hypothesis.settings.register_profile("shared-machine", deadline=None)
+hypothesis.settings.load_profile("shared-machine")
 
 
 @pytest.hookimpl(trylast=True)

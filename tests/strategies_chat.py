@@ -88,6 +88,13 @@ def maybe(strategy: st.SearchStrategy[Any], present: int = 1, absent: int = 1) -
     )
 
 
+def mostly(usual: st.SearchStrategy[Any], *odd: Any) -> st.SearchStrategy[Any]:
+    """What the strategy gives, or in one of eight draws one of these values."""
+    return st.sampled_from((*[True] * 4, False, *[True] * 3)).flatmap(
+        lambda is_usual: usual if is_usual else st.sampled_from(odd)
+    )
+
+
 def record(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     """A mapping of these fields in any order, without those that came out `ABSENT`."""
     return st.tuples(st.fixed_dictionaries(fields), st.permutations(list(fields))).map(
@@ -95,106 +102,98 @@ def record(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]
     )
 
 
-_names_required = st.one_of(
-    st.lists(keys, min_size=2, max_size=3), st.lists(keys, max_size=1), st.sampled_from((None, "ab", []))
-)
-_enums = st.one_of(
-    st.lists(scalars, min_size=1, max_size=3), st.lists(values, max_size=2), st.sampled_from((None, []))
-)
+_names_required = mostly(st.lists(keys, min_size=1, max_size=3), "ab", None, [], [1, "a"])
+_enums = mostly(st.lists(st.one_of(scalars, values), min_size=1, max_size=3), None, [])
 _nullables = st.sampled_from((True, False, None, 1, "yes"))
-_descriptions = st.one_of(texts, texts, st.none())
-_scalar_types = st.sampled_from(("integer", "number", "boolean", "null", "String", "string"))
-_odd_types = st.sampled_from((None, "", ["string", "null"], ["array", "null"], ["object"], 3))
-_odd_schemas = st.sampled_from(
-    (True, False, None, "string", ["a"], 3, {}, {"type": "object"}, {"type": "array"})
-)
+_descriptions = mostly(texts, None)
+_strings = st.sampled_from(("string", "STRING", "String"))
+_arrays = st.sampled_from(("array", "ARRAY"))
+_objects = st.sampled_from(("object", "OBJECT"))
+_odd_types = (None, "", ["string", "null"], ["array", "null"], ["object"], 3)
+_odd_schemas = (True, False, None, "string", ["a"], 3, {}, {"type": "object"}, {"type": "array"})
 
-_leaf_schemas = st.one_of(
+_leaves = st.one_of(
     record(
-        type=st.one_of(_scalar_types, _scalar_types, _odd_types),
+        type=mostly(st.sampled_from(("integer", "number", "boolean", "null")), *_odd_types),
         description=maybe(_descriptions),
         nullable=maybe(_nullables, 1, 2),
-        # Keywords of another type are not declared.
+        # Keywords that belong to another type are not declared.
         enum=maybe(_enums, 1, 2),
         items=maybe(st.just({"type": "string"}), 1, 2),
         properties=maybe(st.just({"a": {"type": "string"}}), 1, 2),
         required=maybe(st.just(["a"]), 1, 2),
     ),
     record(
-        type=st.sampled_from(("string", "STRING")),
-        enum=maybe(_enums, 3),
-        description=maybe(_descriptions),
-        nullable=maybe(_nullables),
+        type=_strings, enum=maybe(_enums, 3), description=maybe(_descriptions), nullable=maybe(_nullables)
     ),
-    _odd_schemas,
+    st.sampled_from(_odd_schemas),
 )
 
 
-def _nested_schemas(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    members = st.dictionaries(keys, inner, max_size=3)
+def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Arrays and objects of these schemas."""
+    members = st.dictionaries(keys, inner, min_size=1, max_size=3)
     arrays = record(
-        type=st.sampled_from(("array", "ARRAY")),
-        items=maybe(
-            st.one_of(inner, inner, members, st.sampled_from(({}, True, None, [{"type": "string"}]))), 5
-        ),
+        type=_arrays,
+        items=mostly(st.one_of(inner, inner, members), ABSENT, {}, True, None, [{"type": "string"}]),
         description=maybe(_descriptions),
         nullable=maybe(_nullables),
-        minItems=maybe(st.integers(min_value=0, max_value=3), 1, 2),
-    )
-    objects_ = record(
-        type=st.sampled_from(("object", "OBJECT")),
-        properties=maybe(st.one_of(members, members, st.sampled_from(({}, None, [], True))), 2),
-        required=maybe(_names_required, 2),
-        description=maybe(_descriptions),
-        nullable=maybe(_nullables),
-        additionalProperties=maybe(st.one_of(st.booleans(), inner), 1, 2),
-        title=maybe(st.one_of(texts, inner), 1, 2),
     )
     arrays_of_objects = record(
-        type=st.just("array"),
+        type=_arrays,
         items=record(
-            type=st.sampled_from(("object", "OBJECT", ["object", "null"])),
-            properties=st.one_of(members, members, st.sampled_from((True, [], "none"))),
-            required=maybe(_names_required, 2),
+            type=mostly(_objects, ["object", "null"], ABSENT),
+            properties=mostly(members, True, [], "none", None),
+            required=maybe(_names_required),
             description=maybe(_descriptions),
+            default=maybe(values, 1, 2),
         ),
     )
-    return st.one_of(arrays, objects_, arrays_of_objects, inner)
+    objects_with_properties = record(
+        type=_objects,
+        properties=mostly(members, {}, None, [], True),
+        required=maybe(_names_required),
+        description=maybe(_descriptions),
+        nullable=maybe(_nullables),
+        additionalProperties=maybe(st.booleans(), 1, 2),
+    )
+    bare_objects = record(
+        type=_objects,
+        description=maybe(_descriptions),
+        required=maybe(_names_required),
+        title=maybe(st.one_of(texts, inner)),
+        additionalProperties=maybe(st.one_of(st.booleans(), inner)),
+    )
+    return st.one_of(arrays, arrays_of_objects, objects_with_properties, bare_objects)
 
 
-schemas = _nested_schemas(_nested_schemas(_leaf_schemas))
+schemas = st.one_of(_leaves, _nested(_leaves), _nested(st.one_of(_leaves, _nested(_leaves))))
 
 tools = record(
     type=maybe(st.just("function"), 3),
     function=record(
         name=st.sampled_from(NAMES),
-        description=maybe(_descriptions, 5),
-        parameters=maybe(
-            st.one_of(
-                record(
-                    type=maybe(st.sampled_from(("object", "OBJECT", "object", None, ["object", "null"])), 5),
-                    properties=maybe(
-                        st.one_of(
-                            st.dictionaries(keys, schemas, min_size=1, max_size=3),
-                            st.sampled_from(({}, None)),
-                        ),
-                        9,
-                    ),
-                    required=maybe(_names_required, 2),
-                    additionalProperties=maybe(st.booleans()),
-                ),
-                st.sampled_from((None, {}, {"type": "object"})),
+        description=mostly(texts, None, ABSENT),
+        parameters=mostly(
+            record(
+                type=mostly(_objects, None, ABSENT, ["object", "null"]),
+                properties=mostly(st.dictionaries(keys, schemas, min_size=1, max_size=3), {}, None, ABSENT),
+                required=maybe(_names_required, 2),
+                additionalProperties=maybe(st.booleans()),
             ),
-            9,
+            ABSENT,
+            None,
+            {},
+            {"type": "object"},
         ),
         response=maybe(
-            st.one_of(
+            mostly(
                 record(
-                    type=maybe(st.sampled_from(("object", "string", "Object", None)), 3),
+                    type=mostly(st.sampled_from(("object", "string", "Object")), None, ABSENT),
                     description=maybe(_descriptions),
-                    properties=maybe(st.dictionaries(keys, _leaf_schemas, max_size=2)),
                 ),
-                st.sampled_from((None, {})),
+                None,
+                {},
             ),
             1,
             2,
@@ -216,12 +215,10 @@ _media = st.sampled_from(
 )
 _text_parts = texts.map(lambda text: {"type": "text", "text": text})
 _parts = st.lists(st.one_of(_text_parts, _text_parts, _media), max_size=4)
-_contents = st.one_of(texts, texts, _parts, st.sampled_from((None, "", ABSENT, [])))
-_thoughts = maybe(st.one_of(texts, texts, st.sampled_from((None, ""))))
-_system_contents = st.one_of(
-    texts,
-    st.lists(st.one_of(_text_parts, _media), max_size=3),
-    st.sampled_from((None, ABSENT, "", {"a": 1}, 7)),
+_contents = mostly(st.one_of(texts, texts, _parts), None, "", ABSENT, [])
+_thoughts = maybe(mostly(texts, None, ""))
+_system_contents = mostly(
+    st.one_of(texts, st.lists(st.one_of(_text_parts, _media), max_size=3)), None, ABSENT, "", {"a": 1}, 7
 )
 
 _calls = record(
@@ -229,7 +226,7 @@ _calls = record(
     type=maybe(st.just("function")),
     function=record(
         name=st.sampled_from(NAMES),
-        arguments=st.one_of(objects, objects, st.sampled_from(({}, None))),
+        arguments=mostly(objects, {}, None),
     ),
 )
 _call_lists = st.lists(_calls, min_size=1, max_size=3)
@@ -246,7 +243,7 @@ _tool_messages = record(
     role=st.just("tool"),
     tool_call_id=st.sampled_from((*IDS, "other", None, ABSENT)),
     name=st.sampled_from((*NAMES, None, "", ABSENT)),
-    content=st.one_of(texts, _parts, _parts, st.sampled_from((None, ABSENT, {}, 5, 2.5, True))),
+    content=mostly(st.one_of(texts, _parts), None, ABSENT, {}, 5, 2.5, True),
 )
 _users = record(role=st.just("user"), content=_contents, name=maybe(st.just("Ann")))
 _answers = record(
@@ -258,13 +255,13 @@ _callers = record(
     reasoning=_thoughts,
     reasoning_content=_thoughts,
     tool_calls=_call_lists,
-    tool_responses=maybe(st.one_of(_legacy_responses, st.sampled_from(([], None)))),
+    tool_responses=maybe(mostly(_legacy_responses, [], None), 1, 2),
 )
 _oddities = record(
     role=st.sampled_from(("system", "developer", "model", "user", "assistant", "critic", "")),
     content=_contents,
     reasoning=_thoughts,
-    tool_calls=maybe(st.one_of(_call_lists, st.sampled_from(([], None)))),
+    tool_calls=maybe(mostly(_call_lists, [], None)),
     tool_responses=maybe(_legacy_responses, 1, 2),
 )
 
@@ -384,21 +381,28 @@ _flags = st.sampled_from((None, True, False))
 _flaws = st.sampled_from((*[None] * 14, *["message"] * 3, *["result"] * 2, *["tool"] * 2, *[None] * 14))
 
 
+_declared = st.sampled_from(
+    (
+        None,
+        [{"type": "function", "function": {"name": "f", "description": "Do it.", "parameters": {}}}],
+        [],
+        [{"function": {"name": "f"}}, {"function": {"name": "g", "description": "Go."}}],
+    )
+)
+
+
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
-    """A conversation with its options; about one in ten holds something malformed."""
+    """Any messages, with plain tools; about one in ten holds something malformed."""
     messages = [*draw(_openings), *_flatten(draw(st.lists(_episodes, max_size=4)))]
-    declared = draw(st.one_of(st.none(), st.lists(tools, max_size=2)))
+    declared = draw(_declared)
     flaw = draw(_flaws)
     if flaw == "message":
         place = draw(st.integers(min_value=0, max_value=len(messages)))
         messages.insert(place, draw(st.sampled_from(MALFORMED_MESSAGES)))
     elif flaw == "result":
-        content = draw(st.sampled_from(MALFORMED_RESULTS))
-        messages += [
-            draw(_callers),
-            {"role": "tool", "tool_call_id": draw(st.sampled_from(IDS)), "content": content},
-        ]
+        result = {"role": "tool", "tool_call_id": draw(st.sampled_from(IDS))}
+        messages += [draw(_callers), {**result, "content": draw(st.sampled_from(MALFORMED_RESULTS))}]
     elif flaw == "tool":
         declared = [*(declared or []), draw(st.sampled_from(MALFORMED_TOOLS))]
     return Conversation(
@@ -408,3 +412,16 @@ def conversations(draw: st.DrawFn) -> Conversation:
         preserve_thinking=draw(_flags),
         add_generation_prompt=draw(st.booleans()),
     )
+
+
+declarations = st.builds(
+    Conversation,
+    messages=st.sampled_from(
+        ([{"role": "user", "content": "Hi"}], [{"role": "system", "content": "Be kind."}])
+    ),
+    tools=st.lists(tools, min_size=1, max_size=2),
+    thinking=_flags,
+    preserve_thinking=st.none(),
+    add_generation_prompt=st.just(False),
+)
+"""A short conversation with elaborate tools."""

@@ -60,7 +60,7 @@ def test_run_writes_file_site_and_summary(run_conformance: Run, suites: Suites, 
     assert Path(str(summary["site"])).parts[:2] == ("reports", "site")
 
 
-def test_run_prints_a_table_and_where_things_are(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+def test_run_prints_a_table_and_where_things_are(run_conformance: Run, suites: Suites) -> None:
     suites.write("hello", "bye")
     done = run_conformance("run", "suites", "--target", HONEST, "--out", "r.jsonl", env={"LIES": "bye"})
     assert done.returncode == 1
@@ -119,7 +119,7 @@ def test_settings_of_the_folder_and_the_user_do_not_matter(
         (["run", "suites", "--resume", "no.jsonl"], "no.jsonl"),
         (["run", "suites", "--resume", "a", "--out", "b"], "--resume appends"),
         (["run", "suites", "--no-such-option"], "No such option"),
-        (["run", "suites", "-t", HONEST, "--out", "taken.jsonl"], "taken.jsonl exists; go on with it by --resume"),
+        (["run", "suites", "-t", HONEST, "--out", "taken.jsonl"], "taken.jsonl exists; go on with it"),
         (["show", "suites/parser/demo.yaml"], "names 2 cases"),
         (["report", "no.jsonl"], "no.jsonl: cannot be read"),
         (["report", "taken.jsonl"], "holds no complete header"),
@@ -209,9 +209,8 @@ def test_a_killed_run_resumes_and_equals_an_undisturbed_one(
     with cut.open("ab") as file:
         file.write(b'{"type": "result", "suite": "parser/de')  # as a crash in mid-line leaves it
     log = tmp_path / "log"
-    resumed = run_conformance(
-        *common, "--resume", "cut.jsonl", "-n", workers, env=lies | {"FAKE_SECONDS": "0", "FAKE_LOG": str(log)}
-    )
+    env = lies | {"FAKE_SECONDS": "0", "FAKE_LOG": str(log)}
+    resumed = run_conformance(*common, "--resume", "cut.jsonl", "-n", workers, env=env)
     assert resumed.returncode == 1, resumed.stderr
     assert len(log.read_text().splitlines()) <= 14 - len(printed)
     whole, again = runfile.read(tmp_path / "whole.jsonl"), runfile.read(cut)
@@ -297,7 +296,8 @@ def test_list(run_conformance: Run, suites: Suites) -> None:
     assert len(everything["cases"]) == sum(suite["cases"] for suite in everything["suites"])
     assert "reference" in [target["spec"] for target in everything["targets"]]
     own = validated("list", run_conformance("list", "sources", "--suites", "suites", "--json"))
-    assert own == {"sources": [{"source": "R02", "cases": ["parser/demo::case-hello", "parser/demo::case-bye"]}]}
+    addresses = ["parser/demo::case-hello", "parser/demo::case-bye"]
+    assert own == {"sources": [{"source": "R02", "cases": addresses}]}
     table = run_conformance("list", "cases", "--suites", "suites").stdout
     assert "parser/demo::case-bye" in table
 
@@ -305,8 +305,8 @@ def test_list(run_conformance: Run, suites: Suites) -> None:
 def test_show(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
     path = suites.write("hello", "bye")
     suites.expect(
-        "  - cases: [parser/demo::case-bye]\n    versions: '<2'\n    rules: [expected]\n    reason: It lies.\n"
-        "    source: R02\n    repeat: conformance run …\n    review: 2099-01-01\n",
+        "  - cases: [parser/demo::case-bye]\n    versions: '<2'\n    rules: [expected]\n"
+        "    reason: It lies.\n    source: R02\n    repeat: conformance run …\n    review: 2099-01-01\n",
         LYING,
     )
     run_conformance("run", "suites", "-t", LYING, "--out", "r.jsonl", "--no-report")

@@ -64,22 +64,54 @@ def test_a_good_suite_is_loaded_with_lines_and_addresses(tmp_path: Path) -> None
 
 
 BROKEN = {
-    "unknown key": ("    expect: {content", "    expcet: {content", r":22: cases\[1\]\.expcet: unknown key; did"),
+    "unknown key": (
+        "    expect: {content",
+        "    expcet: {content",
+        r":22: cases\[1\]\.expcet: unknown key; did",
+    ),
     "kind": ("kind: parser", "kind: parsr", r':2: kind: expected one of parser, template, got "parsr"'),
     "no kind": ("kind: parser\n", "", r":1: kind: expected one of parser, template"),
     "no title": ("title: Demo\n", "", r":1: the key `title` is required and missing"),
-    "duplicate key": ("title: Demo", "title: Demo\ntitle: Two", r":4: title: duplicate key, first given on line 3"),
-    "duplicate id": ("second-case\n    t", "first-case\n    t", r":15: cases\[1\]\.id: duplicate case id .* line 10"),
-    "control": ("first-case\n    tools", "third-case\n    tools", r":18: cases\[1\]\.control_of: 'third-case' is no"),
+    "duplicate key": (
+        "title: Demo",
+        "title: Demo\ntitle: Two",
+        r":4: title: duplicate key, first given on line 3",
+    ),
+    "duplicate id": (
+        "second-case\n    t",
+        "first-case\n    t",
+        r":15: cases\[1\]\.id: duplicate case id .* line 10",
+    ),
+    "control": (
+        "first-case\n    tools",
+        "third-case\n    tools",
+        r":18: cases\[1\]\.control_of: 'third-case' is no",
+    ),
     "own control": ("first-case\n    tools", "second-case\n    tools", r":18: cases\[1\]\.control_of"),
     "toolset": ("tools: weather", "tools: wether", r":19: cases\[1\]\.tools: no toolset 'wether'.*: weather"),
-    "prompt": ("prompt: thinking", "prompt: thinkin", r":20: cases\[1\]\.prompt: .* closed-channel, open-channel"),
+    "prompt": (
+        "prompt: thinking",
+        "prompt: thinkin",
+        r":20: cases\[1\]\.prompt: .* closed-channel, open-channel",
+    ),
     "file id": ("id: parser/demo", "id: parser/other", r":1: id: 'parser/other' must equal .* 'parser/demo'"),
     "source": ("[vllm-project/vllm#38855]", "R02", r':17: cases\[1\]\.source: expected a list, got "R02"'),
-    "bad source": ("[vllm-project/vllm#38855]", "[nowhere]", r":17: cases\[1\]\.source\[0\]: .*got \"nowhere\""),
-    "no verdict": ("expect: {reasoning: plan, content: answer}", "keep: []", r":10: .*exactly one of `expect`"),
+    "bad source": (
+        "[vllm-project/vllm#38855]",
+        "[nowhere]",
+        r":17: cases\[1\]\.source\[0\]: .*got \"nowhere\"",
+    ),
+    "no verdict": (
+        "expect: {reasoning: plan, content: answer}",
+        "keep: []",
+        r":10: .*exactly one of `expect`",
+    ),
     "number": ("output: hello", "output: 5", r":21: cases\[1\]\.output: expected text"),
-    "not a boolean": ("tools: weather", 'thinking: "true"', r":19: cases\[1\]\.thinking: expected true or false"),
+    "not a boolean": (
+        "tools: weather",
+        'thinking: "true"',
+        r":19: cases\[1\]\.thinking: expected true or false",
+    ),
     "norway": ("{content: hello}", "{content: no}", r":22: cases\[1\]\.expect\.content: no means different"),
     "octal": ("{content: hello}", "{content: 007}", r":22: .*quote it"),
     "base 60": ("{content: hello}", "{content: 12:30}", r":22: .*quote it"),
@@ -91,8 +123,12 @@ BROKEN = {
     "complex key": ("title: Demo", "? [a]\n: b", r":3: a mapping key must be plain text"),
     "unknown alias": ("title: Demo", "title: *nowhere", r":3: title: alias \*nowhere"),
     "no cases": (GOOD[GOOD.index("  - id: first") :], "", r":9: cases: expected a list"),
-    "empty cases": (GOOD[GOOD.index("\n  - id: first") :], " []", r":9: cases: the list should have at least 1"),
-}  # fmt: skip
+    "empty cases": (
+        GOOD[GOOD.index("\n  - id: first") :],
+        " []",
+        r":9: cases: the list should have at least 1",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -132,6 +168,14 @@ def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
         load_suite(write(tmp_path, "\n".join(lines)))
 
 
+def test_aliases_cannot_nest_deeper_than_the_limit(tmp_path: Path) -> None:
+    half = yamlfile.MAX_DEPTH // 2
+    lines = ["a0: &a0 " + "[" * half + "]" * half]
+    lines += [f"a{n}: &a{n} " + "[" * half + f"*a{n - 1}" + "]" * half for n in range(1, 12)]
+    with pytest.raises(SuiteError, match=r":2: a1.* nested deeper than"):
+        load_suite(write(tmp_path, "\n".join(lines)))
+
+
 def test_aliases_within_the_limit_are_expanded(tmp_path: Path) -> None:
     text = GOOD.replace("  weather:\n", "  weather: &w\n").replace("tools: weather", "tools: *w")
     suite = load_suite(write(tmp_path, text))
@@ -139,7 +183,7 @@ def test_aliases_within_the_limit_are_expanded(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SuiteError, match="nothing.yaml: cannot be read"):
+    with pytest.raises(SuiteError, match=r"nothing\.yaml: cannot be read"):
         load_suite(tmp_path / "nothing.yaml")
     with pytest.raises(UsageError, match="no such file or folder"):
         load_suites([tmp_path / "nothing"])
@@ -230,13 +274,13 @@ JSON = st.recursive(
 
 
 @given(value=st.dictionaries(st.text(), JSON, min_size=1, max_size=4))
-def test_quoted_data_is_read_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_json_is_read_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.mktemp("yaml") / "x.yaml"
     text = yaml.safe_dump(value, default_style='"', allow_unicode=True)
     # The quoting style also quotes numbers and puts a tag before them, which is refused by design.
     if "!!" in text:
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(SuiteError, match="is not allowed"):
-            path.write_text(text, encoding="utf-8")
             yamlfile.read(path)
     path.write_text(json.dumps(value), encoding="utf-8")
     if all(ord(char) < 0x10000 for char in json.dumps(value, ensure_ascii=False)):

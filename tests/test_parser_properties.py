@@ -167,7 +167,7 @@ def check_spans(text: str, message: Message) -> None:
 
 
 @given(outputs, requests)
-@settings(derandomised, max_examples=1500)
+@settings(derandomised, max_examples=1000)
 def test_every_character_has_one_role_and_arguments_are_objects(runs: Runs, request: dict[str, Any]) -> None:
     message = parse(runs, **request)
     check_spans(text_of(runs), message)
@@ -179,7 +179,7 @@ def test_every_character_has_one_role_and_arguments_are_objects(runs: Runs, requ
 
 
 @given(outputs, requests, st.data())
-@settings(derandomised, max_examples=1000)
+@settings(derandomised, max_examples=800)
 def test_streams_equal_whole_and_never_take_back(runs: Runs, request: dict[str, Any], data: st.DataObject) -> None:
     whole = parse(runs, **request)
     length = len(text_of(runs))
@@ -201,7 +201,7 @@ def test_parsing_has_no_memory(runs: Runs, request: dict[str, Any]) -> None:
 
 
 @given(texts, requests)
-@settings(derandomised, max_examples=1500)
+@settings(derandomised, max_examples=1000)
 def test_no_marker_reaches_reasoning_or_content(text: str, request: dict[str, Any]) -> None:
     """Of text whose origin is unknown, and of control tokens, no marker becomes visible text."""
     markers = [match.span() for match in MARKER.finditer(text)]
@@ -304,7 +304,7 @@ def identical(a: Any, b: Any) -> bool:
 
 
 @given(objects, st.data())
-@settings(derandomised, max_examples=400)
+@settings(derandomised, max_examples=250)
 def test_arguments_survive_the_round_trip(arguments: dict[str, Any], data: st.DataObject) -> None:
     """By tokens every string comes back, whatever it spells; by text, every one without markers."""
     runs = call_runs(arguments)
@@ -334,8 +334,9 @@ DEPTH = 200_000
     ],
     ids=["arrays", "objects"],
 )
-@pytest.mark.parametrize("closed", [True, False], ids=["closed", "cut"])
-@pytest.mark.parametrize("size", [1, 7, 10**9], ids=["characters", "sevens", "whole"])
+@pytest.mark.parametrize(
+    ("closed", "size"), [(True, 10**9), (False, 10**9), (False, 7)], ids=["whole", "whole-cut", "sevens-cut"]
+)
 def test_deep_nesting_neither_raises_nor_recurses(
     opener: str, closer: str, expected: str, closed: bool, size: int
 ) -> None:
@@ -361,6 +362,6 @@ REPEATED: Sequence[str] = (
 @pytest.mark.parametrize("unit", REPEATED)
 def test_repetition_neither_raises_nor_recurses(opening: str, unit: str) -> None:
     """The same few characters some thousand times: no recursion on any of them."""
-    text = opening + unit * 3000
+    text = opening + unit * 2000
     for runs in (((text, "unknown"),), token_runs(text)):
         check_spans(text, parse(runs))

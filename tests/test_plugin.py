@@ -200,7 +200,9 @@ def test_a_hang_costs_one_case(run_pytest: Run, suites: Suites, tmp_path: Path) 
     assert (result.verdict, result.reason) == ("timeout", "no verdict within 0.5 s")
 
 
-def test_a_target_that_does_not_start_is_started_once(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+def test_a_target_that_does_not_start_is_started_once(
+    run_pytest: Run, suites: Suites, tmp_path: Path
+) -> None:
     suites.write("hello", "bye", "other")
     log = tmp_path / "log"
     done = run_pytest("suites", "--target", "lying_targets:Unstartable", env={"FAKE_LOG": str(log)})

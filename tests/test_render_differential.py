@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from copy import deepcopy
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.strategies_chat import (
     MALFORMED_TOOLS,
     Conversation,
     conversations,
+    declarations,
 )
 
 OFFICIAL: dict[Family, str] = {
@@ -46,8 +46,16 @@ OFFICIAL: dict[Family, str] = {
     "e": "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
 }
 SUITES = Path(__file__).parents[1] / "suites" / "template"
-EXAMPLES = 1200
-"""Conversations per family and run."""
+EXAMPLES = 800
+"""Per family and run: so many conversations, and as many tool declarations."""
+
+DETERMINISTIC = settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {
@@ -103,19 +111,12 @@ def compared(family: Family) -> tuple[Conversation, ...]:
     oracle = official_template(OFFICIAL[family])
     ours = template_text(family)
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-    @given(conversation=conversations())
     def check(conversation: Conversation) -> None:
         assert outcome(ours, conversation) == outcome(oracle, conversation), str(conversation)
         seen.append(conversation)
 
-    check()
+    for strategy in (conversations(), declarations):
+        DETERMINISTIC(given(strategy)(check))()
     return tuple(seen)
 
 
@@ -125,7 +126,7 @@ def test_prompts_equal_the_official_ones(family: Family) -> None:
     assert len(seen) >= 1000, "Hypothesis ran out of conversations"
     kinds = Counter(outcome(template_text(family), conversation) is None for conversation in seen)
     assert kinds[False] >= 1000, "too few conversations have a prompt: the comparison is thin"
-    assert kinds[True] >= 50, "too few conversations are refused: the refusals are not compared"
+    assert kinds[True] >= 40, "too few conversations are refused: the refusals are not compared"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,26 +151,25 @@ def test_malformed_tools_fare_as_officially(tool: Any) -> None:
     assert outcome(template_text("large"), conversation) == expected
 
 
-def _branches(tree: nodes.Template) -> Iterator[tuple[int, nodes.If | nodes.CondExpr]]:
-    yield from enumerate(tree.find_all((nodes.If, nodes.CondExpr)))
-
-
 def test_every_branch_of_our_template_shows_in_some_conversation() -> None:
     """Force each condition either way: a conversation above must notice, or the comparison is blind there."""
     sandbox = environment()
     source = template_text("large")
     tree = sandbox.parse(source)
-    expected = [(conversation, outcome(source, conversation)) for conversation in compared("large")]
+    # Conversations and declarations by turns, because each branch shows soon in one of the two.
+    seen = compared("large")
+    mixed = chain.from_iterable(zip(seen[:EXAMPLES], seen[EXAMPLES:], strict=True))
+    expected = [(conversation, outcome(source, conversation)) for conversation in mixed]
     unnoticed = []
-    for number, branch in _branches(tree):
+    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+        condition = branch.test
         for forced in (True, False):
-            mutant = deepcopy(tree)
-            target = dict(_branches(mutant))[number]
-            target.test = nodes.Const(forced, lineno=branch.lineno)
-            code = sandbox.compile(mutant)
-            template = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
-            if not any(_renders_otherwise(template, *pair) for pair in expected):
+            branch.test = nodes.Const(forced, lineno=branch.lineno)
+            code = sandbox.compile(tree)
+            mutant = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+            if not any(_renders_otherwise(mutant, *pair) for pair in expected):
                 unnoticed.append((source.splitlines()[branch.lineno - 1].strip(), forced))
+        branch.test = condition
     # The family is fixed here, so nothing can reach the refusal of an unknown one.
     assert unnoticed == [("{%- if family not in ['large', 'e'] -%}", False)]
 
@@ -270,11 +270,14 @@ def test_every_rule_has_a_negative_control() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_official_prompts_keep_the_hard_rule_on_turns(family: Family) -> None:
-    """The check's rule must raise no alarm on right prompts, whatever the conversation."""
+    """The check's rule must raise no alarm on right prompts. (A role that is literally `model` is out of
+    the chat's form; the official templates do nest the turn behind it.)
+    """
     prompts = [
         prompt
         for conversation in compared(family)
         if "turn" not in str(conversation)
+        and not any(message.get("role") == "model" for message in conversation.messages)
         and (prompt := outcome(official_template(OFFICIAL[family]), conversation)) is not None
     ]
     assert len(prompts) >= 400

@@ -81,7 +81,14 @@ def test_resuming_cuts_the_torn_line_off_and_goes_on(tmp_path: Path) -> None:
 
 def test_headers_are_merged(tmp_path: Path) -> None:
     entry = PlannedCase(
-        suite="parser/demo", case="one", target="fake", kind="parser", area="demo", title="t", source=(), digest="d"
+        suite="parser/demo",
+        case="one",
+        target="fake",
+        kind="parser",
+        area="demo",
+        title="t",
+        source=(),
+        digest="d",
     )
     newer = INFO.model_copy(update={"version": "2.0"})
     path = write(

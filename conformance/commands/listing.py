@@ -85,6 +85,7 @@ def _sources(suites: LoadedSuites) -> tuple[SourceRow, ...]:
 
 
 def _table(section: str, result: ListOutput) -> Table:
+    columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     if section == "suites":
         columns = ("suite", "kind", "area", "cases", "title")

@@ -26,7 +26,8 @@ def report_command(run_file: Path, out: Path, paths: tuple[str, ...], as_json: b
     run = runfile.read(run_file)
     if run.torn:
         click.echo(f"note: {run_file}: {run.torn}", err=True)
-    index = write_site(run, out, suites=select(paths).suites) / "index.html"
+    write_site(run, out, suites=select(paths).suites)
+    index = out / "index.html"
     if as_json:
         output.emit_json(ReportOutput(run_file=str(run_file), index=str(index), results=len(run.latest())))
     else:

@@ -36,6 +36,9 @@ _ISOLATION = (
 )
 """The run depends on the suites and the targets, not on pytest's settings in the folder."""
 
+_PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+_WRONG_USE = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+
 
 @click.command("run")
 @click.argument("cases", nargs=-1)
@@ -95,7 +98,8 @@ def run_command(
     if report:
         from conformance.report import write_site
 
-        index = write_site(run, site, suites=selected.suites) / "index.html"
+        write_site(run, site, suites=selected.suites)
+        index = site / "index.html"
     summary = summarise(run, path, index, code)
     if as_json:
         output.emit_json(summary)
@@ -169,14 +173,13 @@ def _run_pytest(arguments: list[str], *, verbose: bool) -> int:
             console.print(error, soft_wrap=True)
         if code == int(pytest.ExitCode.INTERRUPTED) and not progress.errors:
             console.print("interrupted; go on with `conformance run --resume`")
-    return code
+    return 2 if code in _WRONG_USE else code
 
 
 @contextlib.contextmanager
 def _without_user_settings() -> Iterator[None]:
     """Keep plugins and options that the user has for other projects out of pytest."""
-    saved = {name: os.environ.get(name) for name in ("PYTEST_ADDOPTS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")}
-    os.environ.pop("PYTEST_ADDOPTS", None)
+    saved = {name: os.environ.pop(name, None) for name in _PYTEST_VARIABLES}
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
         yield

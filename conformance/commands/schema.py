@@ -33,7 +33,10 @@ def schema_text(name: str) -> str:
 
 
 @click.command("schema")
-@click.argument("name", type=click.Choice(sorted(schemas())))
-def schema_command(name: str) -> None:
-    """Print the JSON Schema of a suite, an expectations file, a line of a run file, or an output."""
-    click.echo(schema_text(name), nl=False)
+@click.argument("name", type=click.Choice(sorted(schemas())), required=False)
+def schema_command(name: str | None) -> None:
+    """Print the JSON Schema of a suite, an expectations file, a line of a run file, or an output.
+
+    Without NAME, print the names.
+    """
+    click.echo(schema_text(name) if name is not None else "\n".join(sorted(schemas())) + "\n", nl=False)

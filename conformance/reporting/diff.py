@@ -24,6 +24,8 @@ class Sides:
 
     left: Markup
     right: Markup
+    shared: int
+    """Characters that are the same in both."""
 
 
 def compare(left: str, right: str, *, signs: bool = True) -> Sides:
@@ -41,6 +43,7 @@ def compare(left: str, right: str, *, signs: bool = True) -> Sides:
     return Sides(
         _side([("del" if tag != "equal" else "", "".join(a[i:j])) for tag, i, j, _, _ in codes], signs),
         _side([("ins" if tag != "equal" else "", "".join(b[i:j])) for tag, _, _, i, j in codes], signs),
+        sum(len("".join(a[i:j])) for tag, i, j, _, _ in codes if tag == "equal"),
     )
 
 

@@ -20,6 +20,8 @@ _PREVIEW = 600
 _MANY_LINES = 80
 _MANY_CHUNKS = 400
 _MANY_BLOCKS = 20
+_SHORT_JSON = 60
+_ALIKE = 0.3
 _ROLES: tuple[str, ...] = get_args(Span.model_fields["role"].annotation)
 
 
@@ -90,11 +92,25 @@ def _arguments(value: Any) -> str:
 
 
 def _json(value: Any, *, sort: bool = True) -> str:
+    """JSON on one line where that is short, or a list of numbers; else indented."""
+    line = json.dumps(value, ensure_ascii=False, sort_keys=sort, default=str)
+    numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
+    if numbers or len(line) <= _SHORT_JSON:
+        return line
     return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort, default=str)
 
 
 def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
-    """The parts of an answer that are there; a value without parts is one field without a name."""
+    """The parts of an answer that are there; a value without parts is one field without a name.
+
+    Answers that were given for several families are set out family by family, equal ones together.
+    """
+    if isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values()):
+        return [
+            Field(f"{name}.{field.name}", field.blocks)
+            for name, part in _families(value)
+            for field in fields(part, skip=skip)
+        ]
     if isinstance(value, dict):
         return [
             Field(str(key), _blocks(part))
@@ -102,6 +118,13 @@ def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
             if not is_empty(part) and key not in skip
         ]
     return [] if is_empty(value) else [Field("", _blocks(value))]
+
+
+def _families(value: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    alike: dict[str, list[str]] = {}
+    for name, part in value.items():
+        alike.setdefault(_json(part), []).append(name)
+    return [(", ".join(names), value[names[0]]) for names in alike.values()]
 
 
 def _blocks(value: Any) -> tuple[Block, ...]:
@@ -159,8 +182,8 @@ def problem_view(problem: Problem) -> ProblemView:
                 agreeing.append(str(name))
             else:
                 comparisons.append(_compared(str(name), left, right))
-    elif _comparable(expected, got):
-        comparisons.append(_compared("", expected, got))
+    elif _comparable(expected, got) and _alike(whole := _compared("", expected, got), expected, got):
+        comparisons.append(whole)
     else:
         apart = not (is_empty(expected) and is_empty(got))
     return ProblemView(
@@ -179,6 +202,11 @@ def _comparable(expected: Any, got: Any) -> bool:
     text = isinstance(expected, str) and isinstance(got, str)
     lists = isinstance(expected, list | tuple) and isinstance(got, list | tuple)
     return (text or lists) and as_text(expected) != as_text(got)
+
+
+def _alike(comparison: Comparison, expected: Any, got: Any) -> bool:
+    """Whether marking differences helps: a part that a longer text should hold is not like it."""
+    return comparison.sides.shared >= _ALIKE * max(len(as_text(expected)), len(as_text(got)))
 
 
 def _compared(name: str, left: Any, right: Any) -> Comparison:

@@ -142,7 +142,8 @@ class Pages:
 
     def _case(self, case: Case, before: Case | None, after: Case | None) -> str:
         source = evidence.input_text(case)
-        prompt = evidence.first_evidence(case, "prompt")
+        # Other kinds are asked for the prompt: it is then part of what each target answered.
+        prompt = evidence.first_evidence(case, "prompt") if case.kind == "parser" else None
         return self._render(
             "case.html",
             2,
@@ -154,6 +155,7 @@ class Pages:
             source=evidence.block(source, signs=case.kind == "parser") if source else None,
             prompt=evidence.block(str(prompt)) if prompt else None,
             expected=[] if case.contested else evidence.fields(evidence.first_evidence(case, "expected")),
+            recorded=evidence.first_evidence(case, "expected") is not None,
             answers=evidence.answers(case) if case.contested else [],
             views=[_entry_view(entry) for entry in case.entries],
         )

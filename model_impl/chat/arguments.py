@@ -133,6 +133,7 @@ class ArgumentReader:
                 self._finish_bare(delimited=True)
             case Phase.NEXT:
                 self._finish_bare()
+                self._key = KeyText()
                 self._phase = Phase.DELIMITED_KEY
             case _:
                 self._settle_after(keep=False)
@@ -301,9 +302,7 @@ class ArgumentReader:
             node = self._value_node()
             self._json.start_value()
             self._json.open(char, node)
-            self._begin_key()
-            if char == "[":
-                self._phase = Phase.VALUE
+            self._begin_item()
         elif char in _QUOTED_STOP and char not in self.plain_quotes:
             self._quote = char
             self._hold = StringIO()
@@ -335,13 +334,13 @@ class ArgumentReader:
         self._phase = Phase.KEY
 
     def _begin_item(self) -> None:
-        """After a comma: the next key, or the next element."""
-        self._begin_key()
+        """After an opening bracket or a comma: the next key, or the next element."""
         if self._json.in_array:
             self._phase = Phase.VALUE
+        else:
+            self._begin_key()
 
     def _end_value(self) -> None:
-        self._key = KeyText()
         self._segment = StringIO()
         self._phase = Phase.AFTER
 

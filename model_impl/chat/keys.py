@@ -22,7 +22,8 @@ class KeyText:
         self._quote = ""
         self._closed = False
         self._held_at = -1
-        self.add(text)
+        if text:
+            self.add(text)
 
     def add(self, text: str) -> None:
         """Append text of the key."""

@@ -1,0 +1,58 @@
+# make run   set up everything in .venv, run the default suites, write reports/site/index.html
+# make test  the same set-up with the development tools, then all tests and suites
+# make lint  ruff and mypy
+#
+# A second call installs nothing again: stamp files in .venv remember what was installed, and
+# `conformance targets install` leaves complete environments alone.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+WORKERS ?= auto
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint schemas clean
+
+run: $(VENV)/.installed
+	$(BIN)/conformance targets install --default
+	$(BIN)/conformance run -n $(WORKERS) --site reports/site
+
+test: $(VENV)/.installed-dev
+	$(BIN)/conformance targets install --default
+	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# JSON Schemas that are committed; a test fails when they are not current.
+schemas: $(VENV)/.installed-dev
+	for name in $$($(BIN)/conformance schema); do \
+	  $(BIN)/conformance schema $$name > conformance/schemas/$$name.schema.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) reports/site
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  v in ((3, 11), (3, 12), (3, 13)) or sys.exit("Python 3.11, 3.12 or 3.13 is needed, this is %d.%d; set PYTHON=" % v)'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and by itself: it brings the dependencies of whichever build the package index offers.
+$(VENV)/.torch: $(VENV)/.python
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
