@@ -321,13 +321,20 @@ def _judged(plan: PlannedCase, case: dict[str, Any], info: TargetInfo, rng: rand
 def _judged_template(plan: PlannedCase, case: dict[str, Any], rng: random.Random) -> Result:
     want = case["expect"]["contains"][0]
     prompt = f"<bos>{want}<|turn>user\nHello<turn|>\n<|turn>model\n"
+    both = {"large": {"contains": [want]}, "e": {"contains": [want]}}
     evidence = Evidence(
-        input=json.dumps(case["messages"], ensure_ascii=False), expected={"contains": [want]}, got=prompt
+        input=json.dumps(case["messages"], ensure_ascii=False, indent=2),
+        prompt=prompt,
+        expected=both,
+        got={"large": {"prompt": prompt}, "e": {"prompt": prompt}},
     )
     if plan.target != "reference" and rng.random() < 0.06:
         got = prompt.replace("system\n", "system\n ")
-        problem = Problem(rule="prompt", message="The text is not in the prompt.", expected=prompt, got=got)
-        return result(plan, "fail", problems=(problem,), evidence=evidence.model_copy(update={"got": got}))
+        problem = Problem(
+            rule="prompt", message="large: the text is not in the prompt", expected=prompt, got=got
+        )
+        answer = {"large": {"prompt": got}, "e": {"prompt": prompt}}
+        return result(plan, "fail", problems=(problem,), evidence=evidence.model_copy(update={"got": answer}))
     return result(plan, "pass", evidence=evidence)
 
 

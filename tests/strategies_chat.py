@@ -214,7 +214,7 @@ _media = st.sampled_from(
     )
 )
 _text_parts = texts.map(lambda text: {"type": "text", "text": text})
-_parts = st.lists(st.one_of(_text_parts, _text_parts, _media), max_size=4)
+_parts = st.lists(st.one_of(_text_parts, _media), max_size=4)
 _contents = mostly(st.one_of(texts, texts, _parts), None, "", ABSENT, [])
 _thoughts = maybe(mostly(texts, None, ""))
 _system_contents = mostly(
@@ -243,7 +243,7 @@ _tool_messages = record(
     role=st.just("tool"),
     tool_call_id=st.sampled_from((*IDS, "other", None, ABSENT)),
     name=st.sampled_from((*NAMES, None, "", ABSENT)),
-    content=mostly(st.one_of(texts, _parts), None, ABSENT, {}, 5, 2.5, True),
+    content=mostly(st.one_of(texts, _parts, _parts), None, ABSENT, {}, 5, 2.5, True),
 )
 _users = record(role=st.just("user"), content=_contents, name=maybe(st.just("Ann")))
 _answers = record(

@@ -448,6 +448,17 @@ def test_a_case_shows_its_evidence(written, runs):
     assert "suites/expectations/vllm.yaml:14" in text_of(section)
 
 
+def test_a_case_shows_what_is_given_beside_its_input(written):
+    tree = written["realistic"].tree("cases/parser-typing/declared-integer-0.html")
+    (given_with,) = tree.xpath("//h3[text()='Given with it']/following-sibling::dl")
+    assert given_with.xpath("./dt/text()") == ["tools"]
+    assert '"name": "get_weather"' in given_with.text_content()
+    tree = written["realistic"].tree("cases/template-turns/system-turn-0.html")
+    (given_with,) = tree.xpath("//h3[text()='Given with it']/following-sibling::dl")
+    assert text_of(given_with) == "families large e"
+    assert not tree.xpath("//h3[text()='Prompt that it answers']")
+
+
 def test_sources_that_can_be_read_are_linked(written):
     tree = written["realistic"].tree("cases/parser-reasoning/direct-answer-is-content-2.html")
     links = tree.xpath("//dt[text()='Sources']/following-sibling::dd/a")
@@ -613,6 +624,30 @@ def test_values_of_different_shape_stand_side_by_side(expected, got, left, right
     assert view.comparisons == []
     assert [_shown(b.html) for f in view.expected for b in f.blocks] == left
     assert [_shown(b.html) for f in view.got for b in f.blocks] == right
+
+
+def test_a_part_is_not_compared_with_the_whole_that_should_hold_it():
+    prompt = "<bos><|turn>user\nHello<turn|>\n<|turn>model\n"
+    view = evidence.problem_view(
+        Problem(rule="prompt-contains", message="m", expected="<|think|>", got=prompt)
+    )
+    assert view.comparisons == []
+    assert [_shown(b.html) for f in view.got for b in f.blocks] == [prompt]
+    view = evidence.problem_view(Problem(rule="prompt", message="m", expected=prompt + "x", got=prompt))
+    assert "<del>x</del>" in view.comparisons[0].sides.left
+
+
+def test_answers_of_equal_families_are_set_out_once():
+    value = {"large": {"prompt": "a", "token_ids": [2, 105]}, "e": {"prompt": "a", "token_ids": [2, 105]}}
+    drawn = [(f.name, _shown(f.blocks[0].html)) for f in evidence.fields(value)]
+    assert drawn == [("large, e: prompt", "a"), ("large, e: token_ids", "[2, 105]")]
+    value["e"] = {"error": "refused"}
+    assert [f.name for f in evidence.fields(value)] == ["large: prompt", "large: token_ids", "e: error"]
+
+
+def test_lists_of_texts_keep_their_lines():
+    (field,) = evidence.fields({"contains": ["a\nb", "c"]})
+    assert [_shown(b.html) for b in field.blocks] == ["a\nb", "c"]
 
 
 @pytest.mark.parametrize(

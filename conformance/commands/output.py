@@ -163,6 +163,7 @@ class TargetsOutput(Output):
 class DoctorRow(Output):
     """One thing that was looked at."""
 
+    target: str
     name: str
     ok: bool
     detail: str

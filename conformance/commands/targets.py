@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 from rich.table import Table
 
 from conformance.commands import output
-from conformance.commands.output import TargetRow, TargetsOutput, json_option
-from conformance.targets import registry
+from conformance.commands.output import DoctorOutput, DoctorRow, TargetRow, TargetsOutput, json_option
+from conformance.errors import UsageError
+from conformance.targets import environments, registry
 
 
 def target_rows() -> tuple[TargetRow, ...]:
     """Every target that the registry names."""
-    defaults = {registry.resolve(spec) for spec in registry.default_targets()}
+    defaults = _defaults()
     rows = []
-    for spec in dict.fromkeys(registry.resolve(spec) for spec in registry.known_targets()):
+    for spec in dict.fromkeys([*defaults, *(registry.resolve(spec) for spec in registry.known_targets())]):
         reason = registry.unavailable(spec)
         rows.append(TargetRow(spec=spec, default=spec in defaults, usable=not reason, reason=reason))
     return tuple(rows)
@@ -38,6 +39,75 @@ def targets_group(context: click.Context, as_json: bool) -> None:
     """List targets; install, check or remove their environments."""
     if context.invoked_subcommand is None:
         _print(as_json)
+
+
+@targets_group.command("list")
+@json_option
+def list_targets(as_json: bool) -> None:
+    """List targets, and whether each can be used here."""
+    _print(as_json)
+
+
+@targets_group.command("install")
+@click.argument("specs", nargs=-1)
+@click.option("--default", "defaults", is_flag=True, help="Those that run when no target is named.")
+@json_option
+def install_targets(specs: tuple[str, ...], defaults: bool, as_json: bool) -> None:
+    """Install the environments of SPECS, such as vllm@0.32.0; complete ones are left alone."""
+    for spec in _chosen(specs, defaults=defaults):
+        environments.install(spec, progress=lambda line: click.echo(line, err=True))
+    _print(as_json)
+
+
+@targets_group.command("remove")
+@click.argument("specs", nargs=-1, required=True)
+@json_option
+def remove_targets(specs: tuple[str, ...], as_json: bool) -> None:
+    """Remove the environments of SPECS."""
+    for spec in _chosen(specs, defaults=False):
+        removed = environments.remove(spec)
+        click.echo(f"{spec}: {'removed' if removed else 'was not installed'}", err=True)
+    _print(as_json)
+
+
+@targets_group.command("doctor")
+@click.argument("specs", nargs=-1)
+@json_option
+@click.pass_context
+def doctor_command(context: click.Context, specs: tuple[str, ...], as_json: bool) -> None:
+    """Check the environments of SPECS (default: of all that are installed); exit with 1 if one is ill."""
+    installed = [found.spec for found in environments.environments() if found.state != "missing"]
+    rows = tuple(
+        DoctorRow(target=spec, name=check.name, ok=check.ok, detail=check.detail)
+        for spec in (_chosen(specs, defaults=False) if specs else installed)
+        for check in environments.doctor(spec)
+    )
+    if as_json:
+        output.emit_json(DoctorOutput(checks=rows))
+    else:
+        columns = ("target", "check", "result", "detail")
+        table = [(row.target, row.name, "good" if row.ok else "ILL", row.detail) for row in rows]
+        output.console().print(output.table("environments", columns, table))
+    context.exit(0 if all(row.ok for row in rows) else 1)
+
+
+def _defaults() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(registry.resolve(spec) for spec in registry.default_targets()))
+
+
+def _chosen(specs: Sequence[str], *, defaults: bool) -> list[str]:
+    """Resolved specs that have an environment of their own."""
+    with_environment = {found.spec for found in environments.environments()}
+    chosen = [spec for spec in _defaults() if spec in with_environment] if defaults else []
+    for spec in specs:
+        resolved = registry.resolve(spec)
+        if resolved not in with_environment:
+            names = ", ".join(sorted(with_environment))
+            raise UsageError(f"{spec!r} has no environment of its own; these have: {names}")
+        chosen.append(resolved)
+    if not specs and not defaults:
+        raise UsageError("name a target such as vllm@0.32.0, or give --default")
+    return list(dict.fromkeys(chosen))
 
 
 def _print(as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from markupsafe import Markup
 
+from conformance.loading import resolve_tools
 from conformance.reporting.diff import Sides, compare
 from conformance.reporting.text import HUGE_TEXT, LONG_TEXT, shorten, visible
 from conformance.reporting.view import Case, Entry
@@ -107,7 +108,7 @@ def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
     """
     if isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values()):
         return [
-            Field(f"{name}.{field.name}", field.blocks)
+            Field(f"{name}: {field.name}", field.blocks)
             for name, part in _families(value)
             for field in fields(part, skip=skip)
         ]
@@ -229,8 +230,9 @@ def _chunk_caption(chunking: Chunking | None, chunks: int) -> str:
     if chunking is None:
         return count
     number = len(chunking.cuts) + 1
-    said = [chunking.name, f"{number} {'chunk' if number == 1 else 'chunks'}"]
+    said = [chunking.name]
     if chunking.cuts:
+        said.append(f"{number} chunks")
         shown = ", ".join(map(str, chunking.cuts[:12])) + (", …" if len(chunking.cuts) > 12 else "")
         said.append(f"cut after {chunking.unit.removesuffix('s')} {shown}")
     if chunking.lag:
@@ -350,6 +352,39 @@ def answers(case: Case) -> list[AnswerView]:
         for answer in listed
     ]
     return views + [AnswerView(name, "", [], entries) for name, entries in given.items()]
+
+
+def request(case: Case) -> list[Field]:
+    """What a target is told beside the input: tools, switches, and what the case asks for beyond `expect`."""
+    if case.loaded is None:
+        return []
+    given = case.loaded.case
+    told: dict[str, Any] = {
+        name: value
+        for name in _REQUEST
+        if (value := getattr(given, name, None)) is not None
+        and (name in given.model_fields_set or name == "families")
+    }
+    if given.tools:
+        told["tools"] = [_declaration(tool) for tool in resolve_tools(given, case.loaded.suite.suite)]
+    return fields(told)
+
+
+_REQUEST = (
+    "thinking",
+    "preserve_thinking",
+    "add_generation_prompt",
+    "families",
+    "tool_choice",
+    "keep",
+    "allow_markers",
+    "stream_exempt",
+)
+
+
+def _declaration(tool: dict[str, Any]) -> Any:
+    """A tool without the wrapper that all tools have."""
+    return tool.get("function", tool)
 
 
 def first_evidence(case: Case, name: str) -> Any:

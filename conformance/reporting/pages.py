@@ -153,6 +153,7 @@ class Pages:
             controls=case.suite.controls.get(case.id, []),
             controlled=case.suite.by_id.get(case.control_of) if case.control_of else None,
             source=evidence.block(source, signs=case.kind == "parser") if source else None,
+            request=evidence.request(case),
             prompt=evidence.block(str(prompt)) if prompt else None,
             expected=[] if case.contested else evidence.fields(evidence.first_evidence(case, "expected")),
             recorded=evidence.first_evidence(case, "expected") is not None,

@@ -77,9 +77,8 @@ class ArgumentReader:
     @property
     def may_end_here(self) -> bool:
         """Inside a string: whether the text so far ends like a call whose string was never closed."""
-        return self._phase is Phase.STRING and self._tail.getvalue().rstrip().endswith(
-            self._json.outermost_closer
-        )
+        closer = self._wrapper or self._json.outermost_closer
+        return self._phase is Phase.STRING and self._tail.getvalue().rstrip().endswith(closer)
 
     def take(self) -> str:
         """JSON text that became certain since the last call."""

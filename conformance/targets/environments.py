@@ -1,0 +1,487 @@
+"""Engine environments: one virtual environment per target and version, made from a lock file.
+
+`<home>/environments/<target>-<version>/` where home is `CONFORMANCE_HOME` or the user's cache folder.
+
+1. A lock file pins every package. It is installed without dependencies, except what its header names
+   (torch), whose own dependencies depend on the build that the machine's index offers.
+2. An environment is built in a sibling folder and renamed when complete, so one that is there is whole.
+   Renaming breaks only the scripts in `bin/`, which nothing here uses: engines run as
+   `bin/python -m …`, and that the interpreter works is checked after the rename.
+3. A stamp holds the digest of the lock. When the lock changes, the environment is stale and is made anew.
+4. One installer at a time per environment, by a file lock. What an interrupted one left is swept away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import filelock
+import platformdirs
+
+from conformance.errors import TargetError
+
+LOCKS = Path(__file__).with_name("locks")
+_STAMP = "conformance-environment.json"
+_PIN = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;]+)$")
+_FIELD = re.compile(r"^# (?P<key>with-dependencies|python|platform|size|time): (?P<value>.+)$")
+_SPACE_MARGIN = 1.3
+"""Free space asked for, relative to the environment's size: pip unpacks before it installs."""
+
+_SCRUBBED = (
+    "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__",
+    "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_PYTHON",
+)  # fmt: skip
+"""Variables that would make pip or Python look or install elsewhere."""
+
+State = Literal["missing", "ready", "stale", "broken"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What an environment is made of."""
+
+    target: str
+    version: str
+    path: Path
+    digest: str
+    pins: tuple[tuple[str, str], ...]
+    """Package names with their versions."""
+    with_dependencies: tuple[str, ...] = ()
+    """Packages installed with their own dependencies."""
+    pythons: tuple[str, ...] = ()
+    """Minor versions of CPython it is known to work on; empty: any."""
+    platform: str = ""
+    """`linux-x86_64`, when it works nowhere else."""
+    megabytes: int = 0
+    """Size on disk, roughly."""
+    seconds: int = 0
+    """Time to install, roughly; mostly that of the download."""
+
+    @property
+    def spec(self) -> str:
+        """`vllm@0.32.0`."""
+        return f"{self.target}@{self.version}"
+
+
+@dataclass(frozen=True)
+class EnvironmentStatus:
+    """One environment, installed or not."""
+
+    lock: Lock
+    state: State
+    path: Path
+    reason: str
+    """Why it is not ready, and what to do; empty when it is."""
+    megabytes: int
+    """As measured at its installation; from the lock file when it is not installed."""
+    seconds: int
+
+    @property
+    def spec(self) -> str:
+        """`vllm@0.32.0`."""
+        return self.lock.spec
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return _python(self.path)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding of `doctor`."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def home() -> Path:
+    """Where environments live.
+
+    Raises:
+        TargetError: `CONFORMANCE_HOME` is relative.
+    """
+    named = os.environ.get("CONFORMANCE_HOME")
+    if not named:
+        return platformdirs.user_cache_path("gemma4-conformance", appauthor=False)
+    path = Path(named).expanduser()
+    if not path.is_absolute():
+        raise TargetError(f"CONFORMANCE_HOME is {named!r}, a relative path; give an absolute one")
+    return path
+
+
+# ------------------------------------------------------------------------------------------- lock files
+
+
+def locks() -> tuple[Lock, ...]:
+    """Every lock file of the package, by target and version."""
+    return tuple(_read_lock(path) for path in sorted(LOCKS.glob("*.txt")))
+
+
+def find_lock(spec: str) -> Lock:
+    """The lock file for `target@version`.
+
+    Raises:
+        TargetError: there is none.
+    """
+    known = locks()
+    for lock in known:
+        if lock.spec == spec:
+            return lock
+    names = ", ".join(lock.spec for lock in known) or "none"
+    raise TargetError(f"there is no environment for {spec!r}; environments exist for: {names}")
+
+
+def _read_lock(path: Path) -> Lock:
+    text = path.read_text(encoding="utf-8")
+    target, _, version = path.stem.rpartition("-")
+    fields: dict[str, str] = {}
+    pins: list[tuple[str, str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        field, pin = _FIELD.match(line), _PIN.match(line)
+        if field:
+            fields[field["key"]] = field["value"].strip()
+        elif pin:
+            pins.append((pin["name"], pin["version"]))
+        elif line.strip() and not line.startswith("#"):
+            raise TargetError(f"{path}:{number}: expected `name==version` or a comment, found {line!r}")
+    free = tuple(fields.get("with-dependencies", "").replace(",", " ").split())
+    if not target or not pins or not set(free) <= {name for name, _ in pins}:
+        raise TargetError(
+            f"{path}: expected a file `<target>-<version>.txt` with at least one pin, and pins for every "
+            "package under `with-dependencies`"
+        )
+    return Lock(
+        target=target,
+        version=version,
+        path=path,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        pins=tuple(pins),
+        with_dependencies=free,
+        pythons=tuple(fields.get("python", "").split()),
+        platform=fields.get("platform", ""),
+        megabytes=_number(path, fields.get("size", "0 MB")),
+        seconds=_number(path, fields.get("time", "0 s")),
+    )
+
+
+def _number(path: Path, field: str) -> int:
+    head = field.split()[0]
+    if not head.isdecimal():
+        raise TargetError(f"{path}: expected a number with its unit, found {field!r}")
+    return int(head)
+
+
+# ----------------------------------------------------------------------------------------------- status
+
+
+def environments() -> tuple[EnvironmentStatus, ...]:
+    """Every environment there is a lock for."""
+    return tuple(_status(lock) for lock in locks())
+
+
+def status(spec: str) -> EnvironmentStatus:
+    """State of one environment.
+
+    Raises:
+        TargetError: there is no lock for it.
+    """
+    return _status(find_lock(spec))
+
+
+def _status(lock: Lock) -> EnvironmentStatus:
+    path = home() / "environments" / f"{lock.target}-{lock.version}"
+    stamp = _read_stamp(path)
+    command = f"conformance targets install {lock.spec}"
+    state: State = "ready"
+    reason = ""
+    if not path.exists():
+        state = "missing"
+        reason = f"its environment is not installed; run `{command}` ({_cost(lock)})"
+    elif stamp is None or not _python(path).exists():
+        state = "broken"
+        reason = f"its environment at {path} is incomplete or lost its interpreter; run `{command}`"
+    elif stamp["digest"] != lock.digest:
+        state = "stale"
+        reason = f"its environment was made from another lock file; run `{command}` ({_cost(lock)})"
+    measured = stamp or {"megabytes": lock.megabytes, "seconds": lock.seconds}
+    return EnvironmentStatus(
+        lock=lock,
+        state=state,
+        path=path,
+        reason=reason,
+        megabytes=int(measured["megabytes"]),
+        seconds=int(measured["seconds"]),
+    )
+
+
+def _cost(lock: Lock) -> str:
+    return f"about {lock.megabytes} MB and {lock.seconds} s"
+
+
+def _read_stamp(path: Path) -> dict[str, str | int] | None:
+    try:
+        stamp = json.loads((path / _STAMP).read_text(encoding="utf-8"))
+        return {key: stamp[key] for key in ("digest", "megabytes", "seconds")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _python(path: Path) -> Path:
+    return path / "bin" / "python"
+
+
+# -------------------------------------------------------------------------------------------- installing
+
+
+def install(spec: str, progress: Progress = lambda line: None) -> EnvironmentStatus:
+    """Make an environment, unless it is there and up to date. Safe to interrupt and to repeat.
+
+    Args:
+        spec: `target@version`.
+        progress: Called with one line at a time.
+
+    Raises:
+        TargetError: no lock, a platform it does not support, too little space, or pip failed.
+    """
+    lock = find_lock(spec)
+    _check_platform(lock)
+    folder = home() / "environments"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(
+            f"{folder}: cannot be created ({error.strerror}); set CONFORMANCE_HOME to a folder of yours"
+        ) from error
+    with _installer_lock(folder, lock, progress):
+        found = _status(lock)
+        if found.state == "ready":
+            progress(f"{lock.spec} is installed at {found.path}")
+            return found
+        _sweep(folder, lock)
+        _check_space(folder, lock)
+        _build(found.path, lock, progress)
+    return _status(lock)
+
+
+def remove(spec: str) -> bool:
+    """Delete an environment; tell whether there was one.
+
+    Raises:
+        TargetError: there is no lock for it.
+    """
+    lock = find_lock(spec)
+    path = _status(lock).path
+    if not path.exists():
+        return False
+    with _installer_lock(path.parent, lock, lambda line: None):
+        _sweep(path.parent, lock)
+        _discard(path)
+    return True
+
+
+@contextlib.contextmanager
+def _installer_lock(folder: Path, lock: Lock, progress: Progress) -> Iterator[None]:
+    held = filelock.FileLock(folder / f".{lock.target}-{lock.version}.lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        progress(f"waiting for another process that installs or removes {lock.spec}")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _check_platform(lock: Lock) -> None:
+    here = f"{platform.system().lower()}-{platform.machine().lower()}"
+    if lock.platform and lock.platform != here:
+        raise TargetError(f"{lock.spec} runs on {lock.platform} only; this is {here}")
+    minor = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if lock.pythons and minor not in lock.pythons:
+        raise TargetError(
+            f"{lock.spec} has packages for Python {', '.join(lock.pythons)}; this is {minor}: "
+            "install the harness under one of those"
+        )
+
+
+def _check_space(folder: Path, lock: Lock) -> None:
+    needed = int(lock.megabytes * _SPACE_MARGIN)
+    free = shutil.disk_usage(folder).free // 1_000_000
+    if free < needed:
+        raise TargetError(
+            f"{folder}: {lock.spec} needs {needed} MB of free space and there are {free} MB; "
+            "make room, or set CONFORMANCE_HOME to a folder on another disk"
+        )
+
+
+def _sweep(folder: Path, lock: Lock) -> None:
+    """Delete what interrupted installers left; the installer lock is held."""
+    for left in folder.glob(f".{lock.target}-{lock.version}.*.partial"):
+        _discard(left)
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder; rename it first, so that a half-deleted environment never bears its name."""
+    if not path.exists():
+        return
+    doomed = path
+    if not path.name.endswith(".partial"):
+        doomed = path.with_name(f".{path.name}.{os.getpid()}-old.partial")
+        path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _build(path: Path, lock: Lock, progress: Progress) -> None:
+    started = time.monotonic()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    progress(f"making the environment of {lock.spec} at {path} ({_cost(lock)})")
+    try:
+        _run(
+            [sys.executable, "-m", "venv", str(partial)],
+            f"{lock.spec}: making a virtual environment",
+            progress,
+        )
+        _install_packages(_python(partial), partial, lock, progress)
+        stamp = {
+            "digest": lock.digest,
+            "python": platform.python_version(),
+            "megabytes": _size(partial) // 1_000_000,
+            "seconds": round(time.monotonic() - started),
+        }
+        (partial / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        _discard(path)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        _run([str(_python(path)), "-c", "import sys"], f"{lock.spec}: starting its interpreter", progress)
+    except BaseException:
+        _discard(path)
+        raise
+    progress(f"{lock.spec} is ready: {stamp['megabytes']} MB in {stamp['seconds']} s")
+
+
+def _install_packages(python: Path, scratch: Path, lock: Lock, progress: Progress) -> None:
+    pip = [str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
+    free = [f"{name}=={version}" for name, version in lock.pins if name in lock.with_dependencies]
+    rest = scratch / "requirements.txt"
+    rest.write_text(
+        "".join(f"{name}=={version}\n" for name, version in lock.pins if name not in lock.with_dependencies),
+        encoding="utf-8",
+    )
+    if free:
+        progress(f"installing {', '.join(free)} with dependencies")
+        _run([*pip, "--constraint", str(lock.path), *free], f"{lock.spec}: pip", progress)
+    progress(f"installing {len(lock.pins) - len(free)} pinned packages")
+    _run([*pip, "--no-deps", "--requirement", str(rest)], f"{lock.spec}: pip", progress)
+    rest.unlink()
+
+
+def _run(command: Sequence[str], what: str, progress: Progress) -> None:
+    """Run a command, reporting what pip does.
+
+    Raises:
+        TargetError: it fails; with the end of what it printed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _SCRUBBED}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    tail: deque[str] = deque(maxlen=20)
+    with subprocess.Popen(  # noqa: S603 - our own interpreter
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            for line in _lines(process):
+                tail.append(line)
+                if line.startswith(("Downloading ", "Installing collected")):
+                    progress(line if len(line) < 100 else f"{line[:97]}…")
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        end = "\n".join(tail)
+        raise TargetError(
+            f"{what} failed with exit code {process.returncode}; nothing was installed. It printed:\n{end}"
+        )
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.strip()
+
+
+def _size(folder: Path) -> int:
+    return sum(entry.lstat().st_size for entry in folder.rglob("*") if not entry.is_dir())
+
+
+# ----------------------------------------------------------------------------------------------- doctor
+
+_VERSIONS = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = None
+print(json.dumps(found))
+"""
+
+
+def doctor(spec: str) -> tuple[Check, ...]:
+    """Examine an installed environment: is it whole, does it run, does it hold what the lock says?
+
+    Raises:
+        TargetError: there is no lock for it.
+    """
+    found = status(spec)
+    whole = Check("environment", found.state == "ready", found.reason or str(found.path))
+    if found.state in ("missing", "broken"):
+        return (whole,)
+    try:
+        answer = subprocess.run(  # noqa: S603 - the environment's own interpreter
+            [str(found.python), "-I", "-c", _VERSIONS, *(name for name, _ in found.lock.pins)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        versions: dict[str, str | None] = json.loads(answer.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return (whole, Check("interpreter", ok=False, detail=f"{found.python} does not run: {error}"))
+    wrong = [
+        f"{name}: {versions[name] or 'absent'}, not {version}"
+        for name, version in found.lock.pins
+        if (versions[name] or "").partition("+")[0] != version
+    ]
+    return (
+        whole,
+        Check("interpreter", ok=True, detail=str(found.python)),
+        Check("packages", not wrong, "; ".join(wrong) or f"{len(versions)} packages as pinned"),
+    )

@@ -1,0 +1,425 @@
+"""A target in a worker process, under the interpreter of its engine's environment.
+
+Whatever the engine does there costs one request: an exception is an `EngineError`; death, a broken or
+endless answer a `WorkerDied`; a missed deadline a `TargetTimeout`. The next request starts a new worker
+where the old one is gone. `conformance.worker.guardian` sees to it that no process is left behind, even
+when this one is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
+
+from pydantic import TypeAdapter
+
+import conformance
+from conformance.errors import EngineError, TargetError, TargetTimeout, WorkerDied
+from conformance.targets.protocol import (
+    Certificate,
+    CertifyRequest,
+    ParseRequest,
+    ParseResult,
+    RenderRequest,
+    RenderResult,
+    StreamRequest,
+    StreamResult,
+    TargetInfo,
+)
+
+REQUEST_TIMEOUT = 60.0
+START_TIMEOUT = 180.0
+MAX_LINE = 64 * 2**20
+"""Bytes of one answer."""
+_STDERR_TAIL = 8192
+_STOP_GRACE = 3.0
+"""Seconds that a worker has to end once it is told to; its guardian kills it after two."""
+
+_PASSED_ON = (
+    "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LOGNAME",
+    "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ", "USER",
+)  # fmt: skip
+"""All that an engine gets to see of this process's environment: the rest may hold secrets or change
+how the engine behaves."""
+
+_FIXED = {
+    "DO_NOT_TRACK": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONNOUSERSITE": "1",
+    "PYTHONUTF8": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+_T = TypeVar("_T")
+_STREAM_RESULTS: TypeAdapter[tuple[StreamResult, ...]] = TypeAdapter(tuple[StreamResult, ...])
+
+
+class WorkerTarget:
+    """Implements `conformance.targets.protocol.Target` over JSON lines.
+
+    Args:
+        spec: How the user names the target.
+        python: Interpreter of the engine's environment.
+        adapter: Name of a module in `conformance.worker.adapters`, or a dotted module name.
+        timeout: Seconds for one request.
+        start_timeout: Seconds for the start of a worker, before its first request.
+        environment: Variables for the worker, besides the allowed ones of this process.
+        import_paths: Folders that the worker may import from, besides its own environment.
+        max_line: Bytes of one answer; a longer one is an error.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        python: Path,
+        adapter: str,
+        timeout: float = REQUEST_TIMEOUT,
+        start_timeout: float = START_TIMEOUT,
+        environment: Mapping[str, str] | None = None,
+        import_paths: Sequence[Path] = (),
+        max_line: int = MAX_LINE,
+    ) -> None:
+        self.spec = spec
+        self.timeout = timeout
+        self._start_timeout = start_timeout
+        self._command = [
+            str(python),
+            "-P",
+            "-X",
+            "faulthandler",
+            "-m",
+            "conformance.worker",
+            "--adapter",
+            adapter,
+        ]
+        self._environment = dict(environment or {})
+        self._import_paths = tuple(import_paths)
+        self._max_line = max_line
+        self._info: TargetInfo | None = None
+        self._worker: _Worker | None = None
+        self._number = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def describe(self) -> TargetInfo:
+        """What the adapter says of its engine; asked once."""
+        if self._info is None:
+            self._info = self._ask("describe", None, TargetInfo.model_validate)
+        return self._info
+
+    def parse(self, request: ParseRequest) -> ParseResult:
+        """Parse a whole output."""
+        return self._ask("parse", request.model_dump(), ParseResult.model_validate)
+
+    def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
+        """Parse the output once per chunking."""
+
+        def validate(answer: Any) -> Sequence[StreamResult]:
+            results = _STREAM_RESULTS.validate_python(answer)
+            if len(results) != len(request.chunkings):
+                raise ValueError(f"{len(results)} results for {len(request.chunkings)} chunkings")
+            return results
+
+        return self._ask("parse_stream", request.model_dump(), validate)
+
+    def certify(self, request: CertifyRequest) -> Certificate:
+        """Search all chunkings; the search's own time limit comes on top of the request's."""
+        return self._ask(
+            "certify", request.model_dump(), Certificate.model_validate, extra=request.max_seconds
+        )
+
+    def render(self, request: RenderRequest) -> RenderResult:
+        """Render messages to a prompt."""
+        return self._ask("render", request.model_dump(), RenderResult.model_validate)
+
+    def close(self) -> None:
+        """End the worker and all it started."""
+        with self._lock:
+            self._closed = True
+            self._stop(gently=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker's guardian, which leads its process group; None while there is none."""
+        return self._worker.pid if self._worker is not None else None
+
+    def _ask(
+        self,
+        method: str,
+        request: dict[str, Any] | None,
+        validate: Callable[[Any], _T],
+        *,
+        extra: float = 0.0,
+    ) -> _T:
+        params = {} if request is None else {"request": request}
+        with self._lock:
+            worker = self._running()
+            self._number += 1
+            question = {"id": self._number, "method": method, "params": params}
+            try:
+                answer = worker.exchange(question, self.timeout + extra)
+                return validate(answer)
+            except EngineError:
+                raise
+            except ValueError as error:  # pydantic's ValidationError among them
+                tail = worker.stderr_tail()
+                self._stop(gently=False)
+                raise WorkerDied(
+                    f"{self.spec} gave an answer to {method!r} that does not fit the protocol: "
+                    f"{_first_lines(str(error))}",
+                    stderr_tail=tail,
+                ) from error
+            except BaseException:
+                self._stop(gently=False)
+                raise
+
+    def _running(self) -> _Worker:
+        """The worker, started if need be."""
+        if self._closed:
+            raise WorkerDied(f"{self.spec} is closed; open the target again")
+        if self._worker is not None and not self._worker.idle():
+            self._stop(gently=False)
+        if self._worker is None:
+            self._worker = _Worker(
+                self.spec, self._command, self._environment, self._import_paths, self._max_line
+            )
+            try:
+                self._worker.wait_for_start(self._start_timeout)
+            except BaseException:
+                self._stop(gently=False)
+                raise
+        return self._worker
+
+    def _stop(self, *, gently: bool) -> None:
+        if self._worker is not None:
+            self._worker.stop(gently=gently)
+            self._worker = None
+
+
+class _Worker:
+    """One worker process and its pipes."""
+
+    def __init__(
+        self,
+        spec: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        import_paths: Sequence[Path],
+        max_line: int,
+    ) -> None:
+        self._spec = spec
+        self._max_line = max_line
+        scratch = Path(tempfile.mkdtemp(prefix="conformance-"))
+        try:
+            # The worker sees this one package, and nothing else of the folder that it is installed in.
+            package = Path(conformance.__file__).parent
+            (scratch / "import").mkdir()
+            (scratch / "import" / package.name).symlink_to(package, target_is_directory=True)
+            paths = [str(scratch / "import"), *map(str, import_paths)]
+            self._process = subprocess.Popen(  # noqa: S603 - the environment's own interpreter
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=scratch,
+                env=_variables(environment, paths),
+                start_new_session=True,
+            )
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise TargetError(f"{spec}: {command[0]} cannot be started: {error.strerror}") from error
+        self._stdin, self._stdout, stderr = _pipes(self._process)
+        os.set_blocking(self._stdin.fileno(), False)
+        os.set_blocking(self._stdout.fileno(), False)
+        self._tail = bytearray()
+        self._drain = threading.Thread(target=_drain, args=(stderr, self._tail), daemon=True)
+        self._drain.start()
+        # Runs at the latest when this process exits, whatever becomes of the target.
+        self._end = weakref.finalize(self, _end, self._process, scratch)
+
+    @property
+    def pid(self) -> int:
+        """Of the guardian, which leads the worker's process group."""
+        return self._process.pid
+
+    def idle(self) -> bool:
+        """Whether it is alive and has said nothing that was not asked for."""
+        if self._process.poll() is not None:
+            return False
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN)
+        return not poll.poll(0)
+
+    def wait_for_start(self, seconds: float) -> None:
+        """Wait until the adapter is loaded."""
+        line = self._transfer(b"", time.monotonic() + seconds, f"it did not start within {seconds:g} s")
+        self._read_answer(line, 0)
+
+    def exchange(self, question: dict[str, Any], seconds: float) -> Any:
+        """Send one request and return its result.
+
+        Raises:
+            EngineError: the engine raised.
+            WorkerDied: the worker ended, or what it wrote is no answer.
+            TargetTimeout: no answer came in time.
+        """
+        late = f"it did not answer {question['method']!r} within {seconds:g} s"
+        line = self._transfer(json.dumps(question).encode() + b"\n", time.monotonic() + seconds, late)
+        return self._read_answer(line, question["id"])
+
+    def stderr_tail(self) -> str:
+        """The end of what it wrote to standard error; complete once it is dead."""
+        if self._process.poll() is not None:
+            self._drain.join(1.0)
+        return bytes(self._tail).decode(errors="replace")
+
+    def stop(self, *, gently: bool) -> None:
+        """End it and all it started.
+
+        Args:
+            gently: Let the engine put things in order first.
+        """
+        self._stdin.close()
+        if gently:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_GRACE)
+        self._end()
+        self._stdout.close()
+        self._drain.join(1.0)
+
+    def _transfer(self, data: bytes, deadline: float, late: str) -> bytes:
+        """Write all of `data` and read one line, whichever order the worker takes it in."""
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN)
+        if data:
+            poll.register(self._stdin, select.POLLOUT)
+        line = bytearray()
+        while True:
+            ready = dict(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
+            if not ready:
+                raise TargetTimeout(f"{self._spec}: {late}", stderr_tail=self.stderr_tail())
+            if self._stdin.fileno() in ready:
+                data = self._write_some(data)
+                if not data:
+                    poll.unregister(self._stdin)
+            if self._stdout.fileno() not in ready:
+                continue
+            chunk = self._stdout.read(1 << 16)
+            if not chunk:
+                raise self._death()
+            line += chunk
+            if len(line) > self._max_line:
+                raise self._broken(f"an answer of more than {self._max_line} bytes")
+            if b"\n" in chunk:
+                if data or not line.endswith(b"\n") or line.count(b"\n") > 1:
+                    raise self._broken(f"more than one answer: {_shorten(bytes(line))}")
+                return bytes(line)
+
+    def _write_some(self, data: bytes) -> bytes:
+        try:
+            return data[self._stdin.write(data) or 0 :]
+        except BrokenPipeError:  # the end of its output will tell
+            return b""
+
+    def _read_answer(self, line: bytes, number: int) -> Any:
+        try:
+            answer = json.loads(line)
+            if answer["id"] != number:
+                raise ValueError(f"expected an answer to request {number}")
+            error = answer["error"] if "error" in answer else None
+            if error is not None:
+                raise EngineError(f"{error['type']}: {error['message']}", traceback=str(error["traceback"]))
+            return answer["result"]
+        except (ValueError, LookupError, TypeError, RecursionError) as bad:
+            raise self._broken(f"what is no answer: {_shorten(line)}") from bad
+
+    def _broken(self, what: str) -> WorkerDied:
+        return WorkerDied(f"{self._spec}: the worker wrote {what}", stderr_tail=self.stderr_tail())
+
+    def _death(self) -> WorkerDied:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_GRACE)
+        code = self._process.returncode
+        how = "closed its output" if code is None else f"ended with exit code {code}"
+        if code is not None and (code < 0 or code > 128):
+            number = -code if code < 0 else code - 128
+            with contextlib.suppress(ValueError):
+                how = f"was killed by {signal.Signals(number).name}"
+        return WorkerDied(f"{self._spec}: the worker {how}", stderr_tail=self.stderr_tail())
+
+
+def _variables(extra: Mapping[str, str], import_paths: Sequence[str]) -> dict[str, str]:
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {
+        "OMP_NUM_THREADS": "1",
+        **passed_on,
+        **_FIXED,
+        **extra,
+        "PYTHONPATH": os.pathsep.join(import_paths),
+    }
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return process.stdin, process.stdout, process.stderr
+
+
+def _drain(stderr: IO[bytes], tail: bytearray) -> None:
+    """Read standard error to its end, keeping the last bytes."""
+    with stderr:
+        while chunk := stderr.read(1 << 16):
+            tail += chunk
+            del tail[:-_STDERR_TAIL]
+
+
+def _end(process: subprocess.Popen[bytes], scratch: Path) -> None:
+    """Tell the guardian to kill everything, or do so if it does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_GRACE)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shorten(line: bytes) -> str:
+    text = line.decode(errors="replace").strip()
+    return repr(text if len(text) <= 120 else f"{text[:119]}…")
+
+
+def _first_lines(text: str) -> str:
+    return " ".join(text.split("\n")[:3])

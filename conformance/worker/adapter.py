@@ -1,0 +1,114 @@
+"""What an adapter offers to the worker, and what most adapters share.
+
+Requests and answers are the JSON forms of the models in `conformance.targets.protocol`; the parent
+validates them. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from conformance.worker.search import Session, certify
+
+Json = dict[str, Any]
+
+STOP_TOKENS = frozenset({"<eos>", "<turn|>", "<|tool_response>"})
+"""Tokens 1, 106 and 50, on which a server ends an answer of Gemma 4 (`generation_config.json`)."""
+
+
+class Adapter(Protocol):
+    """Drives one engine. A module under `conformance.worker.adapters` makes one with `create()`."""
+
+    def describe(self) -> Json:
+        """`TargetInfo`."""
+        ...
+
+    def parse(self, request: Json) -> Json:
+        """`ParseRequest` to `ParseResult`."""
+        ...
+
+    def parse_stream(self, request: Json) -> Sequence[Json]:
+        """`StreamRequest` to one `StreamResult` per chunking."""
+        ...
+
+    def certify(self, request: Json) -> Json:
+        """`CertifyRequest` to `Certificate`."""
+        ...
+
+    def render(self, request: Json) -> Json:
+        """`RenderRequest` to `RenderResult`."""
+        ...
+
+
+def stream(request: Json, open_session: Callable[[Json], Session]) -> list[Json]:
+    """Answer a `StreamRequest`: each chunking through a session of its own.
+
+    What the parser raises ends that stream only, and is part of its result.
+    """
+    return [
+        _stream_one(open_session(request["request"]), units(request["request"], chunking["unit"]), chunking)
+        for chunking in request["chunkings"]
+    ]
+
+
+def _stream_one(session: Session, pieces: Sequence[Json], chunking: Json) -> Json:
+    deltas: list[Json] = []
+    try:
+        for text, ids, finished in chunks(pieces, chunking["cuts"], chunking["lag"]):
+            deltas += session.feed(text, ids, finished)
+    except Exception as error:  # noqa: BLE001 - whatever the engine raises is its answer
+        return {"deltas": deltas, "error": f"{type(error).__name__}: {error}"}
+    return {"deltas": deltas}
+
+
+def search(request: Json, open_session: Callable[[Json], Session]) -> Json:
+    """Answer a `CertifyRequest`."""
+    return certify(
+        lambda: open_session(request["request"]),
+        units(request["request"], request["unit"]),
+        unit=request["unit"],
+        max_states=request["max_states"],
+        max_seconds=request["max_seconds"],
+    )
+
+
+def units(request: Json, unit: str) -> list[Json]:
+    """The output of a `ParseRequest` in tokens or characters, in the JSON form of `Piece`."""
+    if unit == "characters":
+        return [{"text": character, "ids": [], "special": False} for character in request["output"]]
+    return list(request["pieces"])
+
+
+def chunks(pieces: Sequence[Json], cuts: Sequence[int], lag: int) -> Iterator[tuple[str, list[int], bool]]:
+    """Text, token ids and end mark of each chunk of a `Chunking`.
+
+    The text of all chunks but the last stays `lag` characters behind the token ids. Cuts behind the
+    last piece are left out: they lie in a stop token whose text is kept back.
+    """
+    whole = "".join(piece["text"] for piece in pieces)
+    start = shown = end = 0
+    for cut in (*(cut for cut in cuts if cut < len(pieces)), len(pieces)):
+        last = cut == len(pieces)
+        end += sum(len(piece["text"]) for piece in pieces[start:cut])
+        until = len(whole) if last else max(shown, end - lag)
+        yield whole[shown:until], [token for piece in pieces[start:cut] for token in piece["ids"]], last
+        start, shown = cut, until
+
+
+def without_stop_text(request: Json) -> Json:
+    """A `ParseRequest` as a server's parser meets it: the stop token has an id and no text.
+
+    Servers end an answer at a stop token, hand its id on and keep its text back. Plain text that merely
+    spells the token stops nothing. Nor does one in the midst of an output: the case then models a
+    server that was told to go on (`ignore_eos`), which shows the text.
+    """
+    pieces = request["pieces"]
+    if not pieces or not pieces[-1]["special"] or pieces[-1]["text"] not in STOP_TOKENS:
+        return request
+    stop = pieces[-1]
+    return {
+        **request,
+        "output": request["output"][: -len(stop["text"])],
+        "pieces": [*pieces[:-1], {**stop, "text": ""}],
+    }
