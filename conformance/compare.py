@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
+import re
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 
@@ -11,14 +12,20 @@ def load_json(text: str) -> Any:
     """Parse JSON with every number exact (`Decimal`), refusing NaN and Infinity.
 
     Raises:
-        ValueError: The text is not JSON, or nests too deeply to be read.
+        ValueError: The text is not JSON, nests too deeply to be read, or holds a number beyond any range.
     """
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def exact(number: str) -> Decimal:
+        try:
+            return Decimal(number)
+        except InvalidOperation:
+            raise ValueError(f"the exponent of {number[:40]} is beyond any range") from None
+
     try:
-        return json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=refuse)
+        return json.loads(text, parse_float=exact, parse_int=exact, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
 
@@ -56,6 +63,9 @@ def same_text(a: str | None, b: str | None) -> bool:
     return (a or "").strip() == (b or "").strip()
 
 
+_CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+
+
 def complete_json(text: str) -> str:
     """Close the strings and brackets that a cut JSON text left open.
 
@@ -64,12 +74,14 @@ def complete_json(text: str) -> str:
     """
     stack: list[str] = []
     in_string = escaped = False
-    for char in text:
+    escape_at = 0
+    for position, char in enumerate(text):
         if in_string:
             if escaped:
                 escaped = False
             elif char == "\\":
                 escaped = True
+                escape_at = position
             elif char == '"':
                 in_string = False
         elif char == '"':
@@ -79,15 +91,15 @@ def complete_json(text: str) -> str:
         elif char in "}]" and stack:
             stack.pop()
     if in_string:
-        text = (text[:-1] if escaped else text) + '"'
+        text = (text[:escape_at] if _CUT_ESCAPE.fullmatch(text, escape_at) else text) + '"'
     closers = "".join(reversed(stack))
     if not closers:
         return text
     body = text.rstrip().rstrip(",")
     for candidate in (body, body + ":null", body + "null"):
         try:
-            json.loads(candidate + closers)
-        except (ValueError, RecursionError):
+            load_json(candidate + closers)
+        except ValueError:
             continue
         return candidate + closers
     return text

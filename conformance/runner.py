@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from conformance import checks, resources
-from conformance.checks import CheckOutcome
+from conformance.checks import CheckOutcome, Search
 from conformance.errors import ConformanceError, EngineError, TargetTimeout, WorkerDied
 from conformance.expectations import Expectation, Expectations
 from conformance.loading import LoadedCase
@@ -104,7 +104,7 @@ def run_case(
     pool: TargetPool,
     expectations: Expectations,
     *,
-    thorough: bool = True,
+    search: Search = "bounded",
 ) -> Result:
     """Judge a case on a target and apply what is expected of that target.
 
@@ -117,7 +117,7 @@ def run_case(
         opened = pool.get(spec)
         expectation = expectations.find(loaded.address, target_name(spec), opened.info.version)
         with _deadline(_case_limit(spec, pool.timeout)):
-            outcome = checks.judge(loaded.case, loaded.suite.suite, opened.target, thorough=thorough)
+            outcome = checks.judge(loaded.case, loaded.suite.suite, opened.target, search=search)
     except TargetTimeout as error:
         outcome, stderr = CheckOutcome("timeout", reason=str(error)), error.stderr_tail
     except WorkerDied as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,12 +61,23 @@ def select_targets(wanted: Sequence[str] | None) -> Selection:
     unavailable = {}
     specs = tuple(dict.fromkeys(registry.resolve(spec) for spec in wanted or registry.default_targets()))
     for spec in specs:
+        if registry.is_factory(spec):
+            _check_factory(spec)
         reason = registry.unavailable(spec)
         if reason and wanted:
             raise UsageError(f"{spec} cannot be used: {reason}")
         if reason:
             unavailable[spec] = f"{spec} cannot be used: {reason}"
     return Selection(specs, unavailable)
+
+
+def _check_factory(spec: str) -> None:
+    """Import the module of a factory, so that a misspelt name is wrong use and not a failing case."""
+    module, _, name = spec.partition(":")
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{spec} cannot be imported: {error}") from error
 
 
 class SuiteSession:

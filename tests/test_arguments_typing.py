@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from model_impl.chat.parser import Parser, parse
 
 Q = '<|"|>'
-STRING, INTEGER, NUMBER, BOOLEAN, NULL = ({"type": t} for t in ("string", "integer", "number", "boolean", "null"))
+STRING, INTEGER, NUMBER, BOOLEAN, NULL = (
+    {"type": t} for t in ("string", "integer", "number", "boolean", "null")
+)
 OBJECT, ARRAY = {"type": "object"}, {"type": "array"}
 derandomised = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -25,7 +27,9 @@ def parameters(**properties: Any) -> dict[str, Any]:
 
 def typed(inside: str, schema: dict[str, Any] | None = None, *, whole: bool = True) -> str:
     """JSON text of `call:f{…}` with this text inside, under a schema of the parameters; by character too."""
-    tools: tuple[dict[str, Any], ...] = ({"type": "function", "function": {"name": "f", "parameters": schema}},)
+    tools: tuple[dict[str, Any], ...] = (
+        {"type": "function", "function": {"name": "f", "parameters": schema}},
+    )
     if schema is None:
         tools = ()
     text = f"<|tool_call>call:f{{{inside}}}<tool_call|>"
@@ -51,14 +55,30 @@ def test_literals_are_typed(literal: str) -> None:
     assert value(literal) == literal
 
 
-@pytest.mark.parametrize("text", ["True", "FALSE", "None", "NULL", "nan", "inf", "-inf", "Infinity", "undefined", "yes"])
+@pytest.mark.parametrize(
+    "text", ["True", "FALSE", "None", "NULL", "nan", "inf", "-inf", "Infinity", "undefined", "yes"]
+)
 def test_other_words_are_strings(text: str) -> None:
     assert value(text) == json.dumps(text)
 
 
 @pytest.mark.parametrize(
     "number",
-    ["0", "-0", "5", "-5", "1.50", "0.1", "1e5", "1E+21", "1e-05", "-1.5e300", "1e400", "12345678901234567890123", "9" * 5000],
+    [
+        "0",
+        "-0",
+        "5",
+        "-5",
+        "1.50",
+        "0.1",
+        "1e5",
+        "1E+21",
+        "1e-05",
+        "-1.5e300",
+        "1e400",
+        "12345678901234567890123",
+        "9" * 5000,
+    ],
 )
 def test_json_numbers_keep_their_digits(number: str) -> None:
     assert value(number) == number
@@ -89,7 +109,10 @@ def test_string_keeps_the_lexeme(text: str) -> None:
     assert value(text, STRING) == json.dumps(text)
 
 
-@pytest.mark.parametrize("nullable", [{"type": "string", "nullable": True}, {"type": ["string", "null"]}, {"anyOf": [STRING, NULL]}])
+@pytest.mark.parametrize(
+    "nullable",
+    [{"type": "string", "nullable": True}, {"type": ["string", "null"]}, {"anyOf": [STRING, NULL]}],
+)
 @pytest.mark.parametrize("text", ["null", "NULL", "Null", "nUlL"])
 def test_null_in_any_case_where_nullable(nullable: dict[str, Any], text: str) -> None:
     assert value(text, nullable) == "null"
@@ -97,7 +120,9 @@ def test_null_in_any_case_where_nullable(nullable: dict[str, Any], text: str) ->
     assert value(f"{Q}{text}{Q}", nullable) == json.dumps(text), "a delimited value is never null"
 
 
-@pytest.mark.parametrize("schema", [NULL, {"type": ["integer", "null"]}, {"type": "integer", "nullable": True}])
+@pytest.mark.parametrize(
+    "schema", [NULL, {"type": ["integer", "null"]}, {"type": "integer", "nullable": True}]
+)
 def test_a_quoted_null_is_text(schema: dict[str, Any]) -> None:
     assert value(f"{Q}null{Q}", schema) == '"null"'
     assert value("null", schema) == "null"
@@ -106,10 +131,12 @@ def test_a_quoted_null_is_text(schema: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("5", "5"), ("-5", "-5"), ("5.0", "5"), ("5.", "5"), ("+5", "5"), ("007", "7"), ("-0", "0"), ("-0.0", "0"), ("5.000", "5"),
+        ("5", "5"), ("-5", "-5"), ("5.0", "5"), ("5.", "5"), ("+5", "5"), ("007", "7"), ("-0", "0"),
+        ("-0.0", "0"), ("5.000", "5"),
         ("12345678901234567890123", "12345678901234567890123"), ("9" * 5000, "9" * 5000),
         # Not integral: read as if there were no schema.
-        ("5.5", "5.5"), ("1e5", "1e5"), ("five", '"five"'), ("true", "true"), ("null", "null"), (".5", '".5"'), ("-", '"-"'),
+        ("5.5", "5.5"), ("1e5", "1e5"), ("five", '"five"'), ("true", "true"), ("null", "null"),
+        (".5", '".5"'), ("-", '"-"'),
         (".", '"."'), ("+", '"+"'), ("0x10", '"0x10"'), ("5 6", '"5 6"'), ("٣", '"٣"'),
     ],
 )  # fmt: skip
@@ -120,9 +147,11 @@ def test_integer_takes_integral_numbers(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("5", "5"), ("5.5", "5.5"), ("1.50", "1.50"), ("1e5", "1e5"), ("-0.5", "-0.5"), (".5", "0.5"), ("5.", "5"), ("+4", "4"),
+        ("5", "5"), ("5.5", "5.5"), ("1.50", "1.50"), ("1e5", "1e5"), ("-0.5", "-0.5"), (".5", "0.5"),
+        ("5.", "5"), ("+4", "4"),
         ("007", "7"), ("007.50", "7.50"), ("-.5e3", "-0.5e3"), ("1E+21", "1E+21"),
-        ("five", '"five"'), (".", '"."'), ("e5", '"e5"'), ("inf", '"inf"'), ("nan", '"nan"'), ("true", "true"),
+        ("five", '"five"'), (".", '"."'), ("e5", '"e5"'), ("inf", '"inf"'), ("nan", '"nan"'),
+        ("true", "true"),
     ],
 )  # fmt: skip
 def test_number_takes_any_number(text: str, expected: str) -> None:
@@ -131,7 +160,8 @@ def test_number_takes_any_number(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("true", "true"), ("False", "false"), ("TRUE", "true"), ("fAlSe", "false"), ("1", "1"), ("0", "0"), ("yes", '"yes"'), ("t", '"t"')],
+    [("true", "true"), ("False", "false"), ("TRUE", "true"), ("fAlSe", "false"), ("1", "1"), ("0", "0"),
+        ("yes", '"yes"'), ("t", '"t"')],
 )  # fmt: skip
 def test_boolean_in_any_case(text: str, expected: str) -> None:
     assert value(text, BOOLEAN) == expected
@@ -141,15 +171,20 @@ def test_boolean_in_any_case(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("schema", "text", "expected"),
     [
-        (INTEGER, "5", "5"), (INTEGER, "-5", "-5"), (NUMBER, "5.5", "5.5"), (BOOLEAN, "true", "true"), (BOOLEAN, "False", "false"),
-        (INTEGER, "5 ", '"5 "'), (INTEGER, " 5", '" 5"'), (INTEGER, "5.5", '"5.5"'), (INTEGER, "five", '"five"'), (INTEGER, "", '""'),
-        (NUMBER, "", '""'), (NUMBER, "5%", '"5%"'), (BOOLEAN, "1", '"1"'), (BOOLEAN, "yes", '"yes"'), (NULL, "null", '"null"'),
+        (INTEGER, "5", "5"), (INTEGER, "-5", "-5"), (NUMBER, "5.5", "5.5"), (BOOLEAN, "true", "true"),
+        (BOOLEAN, "False", "false"),
+        (INTEGER, "5 ", '"5 "'), (INTEGER, " 5", '" 5"'), (INTEGER, "5.5", '"5.5"'),
+        (INTEGER, "five", '"five"'), (INTEGER, "", '""'),
+        (NUMBER, "", '""'), (NUMBER, "5%", '"5%"'), (BOOLEAN, "1", '"1"'), (BOOLEAN, "yes", '"yes"'),
+        (NULL, "null", '"null"'),
         (INTEGER, "null", '"null"'), (STRING, "5", '"5"'), (OBJECT, "{}", '"{}"'), (ARRAY, "[1]", '"[1]"'),
         ({"type": ["integer", "string"]}, "5", '"5"'), ({"anyOf": [BOOLEAN, STRING]}, "true", '"true"'),
         ({"anyOf": [INTEGER, BOOLEAN]}, "true", "true"), ({}, "5", '"5"'),
     ],
 )  # fmt: skip
-def test_quoted_values_are_cast_only_to_what_they_spell(quote: str, schema: dict[str, Any], text: str, expected: str) -> None:
+def test_quoted_values_are_cast_only_to_what_they_spell(
+    quote: str, schema: dict[str, Any], text: str, expected: str
+) -> None:
     assert value(f"{quote}{text}{quote}", schema) == expected
 
 
@@ -163,14 +198,20 @@ def test_a_bare_value_that_lost_its_opener_counts_as_quoted() -> None:
 @pytest.mark.parametrize(
     ("members", "text", "expected"),
     [
-        (("string", "integer"), "5", "5"), (("string", "number"), "5.0", "5.0"), (("integer", "number"), "5.0", "5"),
-        (("number", "string"), "x", '"x"'), (("boolean", "string"), "TRUE", "true"), (("boolean", "integer"), "1", "1"),
-        (("string", "null"), "null", "null"), (("integer", "null"), "NULL", "null"), (("string", "integer", "null"), "null", "null"),
-        (("integer", "boolean"), "x", '"x"'), (("object", "string"), "null", '"null"'), (("string", "object"), "x", '"x"'),
+        (("string", "integer"), "5", "5"), (("string", "number"), "5.0", "5.0"),
+        (("integer", "number"), "5.0", "5"),
+        (("number", "string"), "x", '"x"'), (("boolean", "string"), "TRUE", "true"),
+        (("boolean", "integer"), "1", "1"),
+        (("string", "null"), "null", "null"), (("integer", "null"), "NULL", "null"),
+        (("string", "integer", "null"), "null", "null"),
+        (("integer", "boolean"), "x", '"x"'), (("object", "string"), "null", '"null"'),
+        (("string", "object"), "x", '"x"'),
         (("array", "string"), "[1]", "[1]"), (("object", "string"), "{a:1}", '{"a":1}'),
     ],
 )  # fmt: skip
-def test_unions_try_the_types_in_one_order(union: str, members: tuple[str, ...], text: str, expected: str) -> None:
+def test_unions_try_the_types_in_one_order(
+    union: str, members: tuple[str, ...], text: str, expected: str
+) -> None:
     for order in (members, members[::-1]):
         schema = {"type": list(order)} if union == "type" else {union: [{"type": t} for t in order]}
         assert value(text, schema) == expected
@@ -179,8 +220,10 @@ def test_unions_try_the_types_in_one_order(union: str, members: tuple[str, ...],
 @pytest.mark.parametrize(
     ("schema", "text", "expected"),
     [
-        (INTEGER, "true", "true"), (BOOLEAN, "5", "5"), (NUMBER, "null", "null"), (OBJECT, "5", "5"), (ARRAY, "x", '"x"'),
-        (STRING, "{a:1}", '{"a":1}'), (STRING, "[1]", "[1]"), (INTEGER, "[1]", "[1]"), (NULL, "5", "5"), (NULL, "x", '"x"'),
+        (INTEGER, "true", "true"), (BOOLEAN, "5", "5"), (NUMBER, "null", "null"), (OBJECT, "5", "5"),
+        (ARRAY, "x", '"x"'),
+        (STRING, "{a:1}", '{"a":1}'), (STRING, "[1]", "[1]"), (INTEGER, "[1]", "[1]"), (NULL, "5", "5"),
+        (NULL, "x", '"x"'),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_read_without_schema(schema: dict[str, Any], text: str, expected: str) -> None:
@@ -216,7 +259,10 @@ def test_keys_are_looked_up_as_the_model_meant_them() -> None:
 
 def test_items_and_prefix_items() -> None:
     assert value("[1,x,[2]]", {"type": "array", "items": STRING}) == '["1","x",[2]]'
-    assert value("[1,1,1]", {"type": "array", "prefixItems": [STRING, INTEGER], "items": STRING}) == '["1",1,"1"]'
+    assert (
+        value("[1,1,1]", {"type": "array", "prefixItems": [STRING, INTEGER], "items": STRING})
+        == '["1",1,"1"]'
+    )
     assert value("[1,1]", {"type": "array", "prefixItems": [STRING]}) == '["1",1]'
     assert value("[,1,,1]", {"type": "array", "prefixItems": [STRING, INTEGER]}) == '["1",1]'
     nested = {"type": "array", "items": {"type": "array", "items": STRING}}
@@ -243,11 +289,14 @@ def test_enum_and_const_say_the_type(keyword: str) -> None:
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
-        ("#/$defs/text", '"5"'), ("#/definitions/text", '"5"'), ("#/$defs/chain", '"5"'), ("#/$defs/a~1b~0c", '"5"'),
+        ("#/$defs/text", '"5"'), ("#/definitions/text", '"5"'), ("#/$defs/chain", '"5"'),
+        ("#/$defs/a~1b~0c", '"5"'),
         ("#/$defs/my%20type", '"5"'), ("#/$defs/choices/anyOf/1", '"5"'),
         # Not local, or nothing there: no schema.
-        ("#/$defs/missing", "5"), ("https://example.org/text", "5"), ("#text", "5"), ("#/$defs/choices/anyOf/9", "5"),
-        ("#/$defs/choices/anyOf/x", "5"), ("#/$defs/choices/anyOf/-1", "5"), ("#/$defs/text/type/0", "5"), ("", "5"),
+        ("#/$defs/missing", "5"), ("https://example.org/text", "5"), ("#text", "5"),
+        ("#/$defs/choices/anyOf/9", "5"),
+        ("#/$defs/choices/anyOf/x", "5"), ("#/$defs/choices/anyOf/-1", "5"), ("#/$defs/text/type/0", "5"),
+        ("", "5"),
         # Cycles end.
         ("#/$defs/loop", "5"), ("#/$defs/ping", "5"), ("#/properties/v", "5"), ("#", "5"),
     ],
@@ -273,7 +322,10 @@ def test_recursive_schemas_are_followed_to_any_depth() -> None:
 
 def test_references_inside_unions_arrays_and_properties() -> None:
     schema = {
-        **parameters(a={"anyOf": [NULL, {"$ref": "#/$defs/texts"}]}, o={"allOf": [{"$ref": "#/$defs/pair"}, {"title": "x"}]}),
+        **parameters(
+            a={"anyOf": [NULL, {"$ref": "#/$defs/texts"}]},
+            o={"allOf": [{"$ref": "#/$defs/pair"}, {"title": "x"}]},
+        ),
         "$defs": {"texts": {"type": "array", "items": STRING}, "pair": parameters(k=STRING)},
     }
     assert typed("a:[1],o:{k:1,l:1}", schema) == '{"a":["1"],"o":{"k":"1","l":1}}'
@@ -283,8 +335,10 @@ def test_references_inside_unions_arrays_and_properties() -> None:
 @pytest.mark.parametrize(
     "schema",
     [
-        {}, {"type": 5}, {"type": []}, {"type": [5, None]}, {"properties": []}, {"anyOf": "x"}, {"anyOf": [5, None]}, {"enum": 5},
-        {"$ref": 5}, {"items": [STRING]}, {"prefixItems": {}}, {"additionalProperties": "x"}, {"enum": [[1], {}]}, {"nullable": True},
+        {}, {"type": 5}, {"type": []}, {"type": [5, None]}, {"properties": []}, {"anyOf": "x"},
+        {"anyOf": [5, None]}, {"enum": 5},
+        {"$ref": 5}, {"items": [STRING]}, {"prefixItems": {}}, {"additionalProperties": "x"},
+        {"enum": [[1], {}]}, {"nullable": True},
     ],
 )  # fmt: skip
 def test_broken_schemas_count_as_none(schema: dict[str, Any]) -> None:
@@ -302,8 +356,10 @@ def test_schemas_that_are_no_mapping_count_as_none(boolean: Any) -> None:
 @pytest.mark.parametrize(
     "tool",
     [
-        {}, {"name": "f"}, {"function": None}, {"function": {"name": "f"}}, {"function": {"name": "f", "parameters": None}},
-        {"function": {"name": "g", "parameters": parameters(v=STRING)}}, {"type": "function", "function": "f"},
+        {}, {"name": "f"}, {"function": None}, {"function": {"name": "f"}},
+        {"function": {"name": "f", "parameters": None}},
+        {"function": {"name": "g", "parameters": parameters(v=STRING)}},
+        {"type": "function", "function": "f"},
     ],
 )  # fmt: skip
 def test_tools_without_parameters_type_nothing(tool: dict[str, Any]) -> None:
@@ -322,14 +378,25 @@ def test_each_call_is_typed_by_its_own_tool() -> None:
     assert [c.arguments for c in calls] == ['{"v":"05"}', '{"v":5}', '{"v":"05"}']
 
 
-# ---------------------------------------------------------------------------------------- any lexeme, any schema
+# ------------------------------------------------------------------------------ any lexeme, any schema
 
 lexemes = st.one_of(
     st.from_regex(r"[+-]?[0-9]{0,4}(\.[0-9]{0,3})?([eE][+-]?[0-9]{1,2})?", fullmatch=True),
     st.sampled_from(("true", "False", "NULL", "null", "x", "-", "+.", "1.e5")),
 ).filter(lambda text: text.strip() != "")
 scalar_schemas = st.recursive(
-    st.sampled_from((STRING, INTEGER, NUMBER, BOOLEAN, NULL, {}, {"type": "integer", "nullable": True}, {"enum": [1, "a"]})),
+    st.sampled_from(
+        (
+            STRING,
+            INTEGER,
+            NUMBER,
+            BOOLEAN,
+            NULL,
+            {},
+            {"type": "integer", "nullable": True},
+            {"enum": [1, "a"]},
+        )
+    ),
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=3).map(lambda s: {"anyOf": s}),
         st.lists(inner, min_size=1, max_size=3).map(lambda s: {"oneOf": s}),

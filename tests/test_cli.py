@@ -339,8 +339,49 @@ def test_schema_prints_what_is_committed(run_conformance: Run, name: str) -> Non
 def test_targets(run_conformance: Run) -> None:
     listed = validated("targets", run_conformance("targets", "--json"))
     reference = next(row for row in listed["targets"] if row["spec"] == "reference")
-    assert reference == {"spec": "reference", "default": True, "usable": True, "reason": ""}
-    assert "reference" in run_conformance("targets").stdout
+    assert (reference["default"], reference["usable"], reference["reason"]) == (True, True, "")
+    assert "reference" in run_conformance("targets", "list").stdout
+
+
+def test_environments_of_targets(run_conformance: Run, tmp_path: Path) -> None:
+    home = {"CONFORMANCE_HOME": str(tmp_path / "home")}
+    listed = validated("targets", run_conformance("targets", "--json", env=home))
+    engine = next(row for row in listed["targets"] if row["spec"] != "reference")
+    assert not engine["usable"]
+    assert f"conformance targets install {engine['spec']}" in engine["reason"]
+    refused = run_conformance("run", "-t", engine["spec"], env=home)
+    assert_one_clear_error(refused, f"conformance targets install {engine['spec']}")
+    removed = run_conformance("targets", "remove", engine["spec"], "--json", env=home)
+    assert removed.returncode == 0
+    assert f"{engine['spec']}: was not installed" in removed.stderr
+    validated("targets", removed)
+    assert_one_clear_error(run_conformance("targets", "install", env=home), "name a target such as")
+    assert_one_clear_error(run_conformance("targets", "install", "reference"), "no environment of its own")
+    healthy = run_conformance("targets", "doctor", "reference", "--json", env=home)
+    assert healthy.returncode == 0
+    assert [check["ok"] for check in validated("doctor", healthy)["checks"]] == [True]
+    ill = run_conformance("targets", "doctor", engine["spec"], "--json", env=home)
+    assert ill.returncode == 1
+    assert [check["ok"] for check in validated("doctor", ill)["checks"]] == [False]
+
+
+def test_defaults_that_are_not_installed_are_skipped_with_the_command(
+    run_conformance: Run, run_pytest: Run, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("hello")
+    home = {"CONFORMANCE_HOME": str(tmp_path / "home")}
+    done = run_conformance("run", "suites", "--no-report", "--json", env=home)
+    summary = validated("run", done)
+    assert done.returncode == 0
+    assert {row["target"]: row["counts"] for row in summary["areas"]} == {
+        target: {"pass" if target == "reference" else "skip": 1}
+        for target in {"reference", *summary["unavailable"]}
+    }
+    for spec, reason in summary["unavailable"].items():
+        assert f"is not installed; run `conformance targets install {spec}`" in reason
+    listed = run_pytest("suites", "-rs", env=home)
+    assert "SKIPPED" in listed.stdout
+    assert "suites/parser/demo.yaml:7: " in listed.stdout
 
 
 def test_new_case_makes_a_suite_then_adds_to_it(run_conformance: Run, tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def call(inside: str) -> str:
     return f"{T}call:f{{{inside}}}{T_}"
 
 
-def arguments(id: str, inside: str, expected: str, **options: Any) -> Row:
+def arguments(name: str, inside: str, expected: str, **options: Any) -> Row:
     """A row for what stands between a call's brackets."""
-    return Row(id, call(inside), calls=[("f", expected)], **options)
+    return Row(name, call(inside), calls=[("f", expected)], **options)
 
 
 def declare(*names: str, **properties: Any) -> tuple[dict[str, Any], ...]:
@@ -101,7 +101,17 @@ USER = "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"
         (f"<|turn>model\n{C}thought\nx<turn|>\n" + USER, CONTENT),
         (f"<|turn>model\n{C}thought\n{C_}x<turn|>\n" + USER, CONTENT),
         # Channels before calls and responses are over.
-        (USER + C + "thought\nx" + C_ + T + "call:f{}" + T_ + "<|tool_response>response:f{}<tool_response|>", CONTENT),
+        (
+            USER
+            + C
+            + "thought\nx"
+            + C_
+            + T
+            + "call:f{}"
+            + T_
+            + "<|tool_response>response:f{}<tool_response|>",
+            CONTENT,
+        ),
         (USER + C + "thought\nx" + T + "call:f{}", CONTENT),
         (USER + C + "thought\nx<|tool_response>", CONTENT),
         (USER + C + "thought\nx<tool_response|>", CONTENT),
@@ -219,7 +229,8 @@ DECLARED_DASHED = declare("f", "-f")
     Row("dash-of-undeclared", f"{T}-g{{}}{T_}", calls=[("-g", "{}")], tools=DASHED),
     Row("drifted-opener", f"{DRIFTED}call:f{{}}{T_}", calls=F),
     Row("drifted-opener-blanks", f"{DRIFTED} call : f {{}}{T_}", calls=F),
-    Row("drifted-opener-ordinary", ((f"x{DRIFTED}call:f{{}}", "ordinary"), (T_, "control")), content="x", calls=F),
+    Row("drifted-opener-ordinary", ((f"x{DRIFTED}call:f{{}}", "ordinary"), (T_, "control")), content="x",
+        calls=F),
     Row("drifted-without-call", f"{DRIFTED}f{{}}{T_}", content=f"{DRIFTED}f{{}}"),
     Row("drifted-text", f"the {DRIFTED} marker", content=f"the {DRIFTED} marker"),
     Row("drifted-at-end", f"the {DRIFTED}", content=f"the {DRIFTED}"),
@@ -247,14 +258,16 @@ DECLARED_DASHED = declare("f", "-f")
     Row("closer-missing-at-end", f"{T}call:f{{}}", calls=F),
     Row("closer-missing-at-opener", f"{T}call:f{{}}{T}call:g{{}}{T_}", calls=[("f", "{}"), ("g", "{}")]),
     Row("closer-missing-at-turn", f"{T}call:f{{}}<turn|>", calls=F),
-    Row("brace-missing-at-closer", f"{T}call:f{{a:1{T_}x", content="x", calls=[("f", '{"a":1}')], incomplete=(0,)),
+    Row("brace-missing-at-closer", f"{T}call:f{{a:1{T_}x", content="x", calls=[("f", '{"a":1}')],
+        incomplete=(0,)),
     Row(
         "brace-missing-at-opener", f"{T}call:f{{a:1{T}call:g{{}}{T_}",
         calls=[("f", '{"a":1}'), ("g", "{}")], incomplete=(0,),
     ),
     Row("brace-missing-at-turn", f"{T}call:f{{a:1<turn|>", calls=[("f", '{"a":1}')], incomplete=(0,)),
     Row("closing-brackets-dropped", f"{T}call:f{{a:1}}}}]){T_}x", content="x", calls=[("f", '{"a":1}')]),
-    Row("closing-brackets-and-blanks-dropped", f"{T}call:f{{a:1}}\n }}\n]{T_}x", content="x", calls=[("f", '{"a":1}')]),
+    Row("closing-brackets-and-blanks-dropped", f"{T}call:f{{a:1}}\n }}\n]{T_}x", content="x",
+        calls=[("f", '{"a":1}')]),
     Row("closing-brackets-before-call", f"{T}call:f{{}} }} call:g{{}}{T_}", calls=[("f", "{}"), ("g", "{}")]),
     Row("opening-brackets-kept", f"{T}call:f{{}}{{{T_}", content="{", calls=F),
     Row("closing-brackets-after-closer-kept", f"{T}call:f{{}}{T_}}}", content="}", calls=F),
@@ -262,21 +275,26 @@ DECLARED_DASHED = declare("f", "-f")
     Row("text-after-bracket", f"{T}call:f{{}} text{T_}x", content=" textx", calls=F),
     Row("equal-calls", f"{T}call:f{{}}{T_}{T}call:f{{}}{T_}", calls=F * 2),
     Row("undeclared", f"{T}call:g{{}}{T_}", calls=[("g", "{}")], tools=DASHED),
-    Row("text-around-calls", f"a{T}call:f{{}}{T_}b{T}call:g{{}}{T_}c", content="abc", calls=[("f", "{}"), ("g", "{}")]),
+    Row("text-around-calls", f"a{T}call:f{{}}{T_}b{T}call:g{{}}{T_}c", content="abc",
+        calls=[("f", "{}"), ("g", "{}")]),
     *(
         Row(f"stray-{number}-in-content", f"a{marker}b", content="ab")
-        for number, marker in enumerate((T_, "<|tool_response>", "<turn|>", "<eos>", "<pad>", "<unused0>", "<unused6241>", Q))
+        for number,
+        marker in enumerate((T_, "<|tool_response>", "<turn|>", "<eos>", "<pad>", "<unused0>", "<unused6241>",
+            Q))
     ),
     *(
         Row(f"stray-{number}-in-reasoning", f"{C}a{marker}b{C_}c", "ab", "c")
         for number, marker in enumerate((T_, "<|tool_response>", "<turn|>", "<eos>", "<pad>", "<unused0>", Q))
     ),
     Row("almost-unused", "<unused> <unusedx> <unused12345>", content="<unused> <unusedx> <unused12345>"),
-    Row("almost-markers", "<|tool_call <|channel <| turn|> <eos <bo>", content="<|tool_call <|channel <| turn|> <eos <bo>"),
+    Row("almost-markers", "<|tool_call <|channel <| turn|> <eos <bo>",
+        content="<|tool_call <|channel <| turn|> <eos <bo>"),
     Row("other-tags", "<b>1 < 2</b> <|im_end|>", content="<b>1 < 2</b> <|im_end|>"),
     Row("choice-none", f"a{T}call:f{{b:{Q}c{Q}}}{T_}d", content="acall:f{b:c}d", calls_allowed=False),
     Row("choice-none-ends-reasoning", f"{C}a{T}call:f{{}}{T_}d", "a", "call:f{}d", calls_allowed=False),
-    Row("choice-none-two-in-wrapper", f"{T}call:f{{}}call:g{{}}{T_}", content="call:f{}call:g{}", calls_allowed=False),
+    Row("choice-none-two-in-wrapper", f"{T}call:f{{}}call:g{{}}{T_}", content="call:f{}call:g{}",
+        calls_allowed=False),
     Row("choice-none-drifted", f"{DRIFTED}call:f{{}}{T_}", content="call:f{}", calls_allowed=False),
     Row("choice-none-drifted-text", f"a {DRIFTED} b", content=f"a {DRIFTED} b", calls_allowed=False),
     Row("choice-none-cut", f"{T}call:f", content="call:f", calls_allowed=False),
@@ -292,7 +310,8 @@ DECLARED_DASHED = declare("f", "-f")
     Row("cut-after-delimited-key", f"{T}call:f{{{Q}a{Q}", calls=[("f", '{"a":""}')], incomplete=(0,)),
     Row("cut-after-comma", f"{T}call:f{{a:[1,", calls=[("f", '{"a":[1]}')], incomplete=(0,)),
     Row("cut-in-nested", f"{T}call:f{{a:[{{b:1", calls=[("f", '{"a":[{"b":1}]}')], incomplete=(0,)),
-    Row("cut-second-call", f"{T}call:f{{}}{T_}{T}call:g{{a:", calls=[("f", "{}"), ("g", '{"a":""}')], incomplete=(1,)),
+    Row("cut-second-call", f"{T}call:f{{}}{T_}{T}call:g{{a:", calls=[("f", "{}"), ("g", '{"a":""}')],
+        incomplete=(1,)),
 )  # fmt: skip
 def test_tool_calls(row: Row) -> None:
     run(row)
@@ -338,7 +357,8 @@ def test_blanks_before_a_stray_bracket_have_a_longest_length(blanks: int) -> Non
     arguments("string-marker-text", f"a:{Q}x<|channel>y{Q}", '{"a":"x<|channel>y"}'),
     Row(
         "string-spelled-closer",
-        ((f"{T}", "control"), ("call:f{a:", "ordinary"), (Q, "control"), (f"}}{T_}", "ordinary"), (Q, "control"), ("}", "ordinary")),
+        ((f"{T}", "control"), ("call:f{a:", "ordinary"), (Q, "control"), (f"}}{T_}", "ordinary"),
+            (Q, "control"), ("}", "ordinary")),
         calls=[("f", f'{{"a":"}}{T_}"}}')],
     ),
     arguments("key-delimited", f"{Q}a{Q}:1", '{"a":1}'),
@@ -351,7 +371,8 @@ def test_blanks_before_a_stray_bracket_have_a_longest_length(blanks: int) -> Non
     arguments("key-trimmed", " a :1, b\n:2", '{"a":1,"b":2}'),
     arguments("key-spaces-unicode-dash-dot", "my schlüssel-1.b:1", '{"my schlüssel-1.b":1}'),
     arguments("key-twice", "a:1,a:2", '{"a":1,"a":2}'),
-    arguments("separators-with-blanks", "a : 1 ,\n b : [ 1 , 2 ] , c : { d : 3 }", '{"a":1,"b":[1,2],"c":{"d":3}}'),
+    arguments("separators-with-blanks", "a : 1 ,\n b : [ 1 , 2 ] , c : { d : 3 }",
+        '{"a":1,"b":[1,2],"c":{"d":3}}'),
     arguments("trailing-comma", f"a:{Q}x{Q},", '{"a":"x"}'),
     arguments("trailing-comma-bare", "a:1,", '{"a":1}'),
     arguments("trailing-comma-bare-blank", "a:1, ", '{"a":1}'),
@@ -399,12 +420,14 @@ def test_blanks_before_a_stray_bracket_have_a_longest_length(blanks: int) -> Non
     arguments("bare-colon", "a:http://x.org:80/y", '{"a":"http://x.org:80/y"}'),
     Row("missing-closer-token", f"{T}call:f{{a:{Q}x}}{T_}y", content="y", calls=[("f", '{"a":"x"}')]),
     Row("missing-closer-nested", f"{T}call:f{{a:[{{b:{Q}x}}]}}{T_}", calls=[("f", '{"a":[{"b":"x"}]}')]),
-    Row("missing-closer-some", f"{T}call:f{{a:{{b:{Q}x}}{T_}", calls=[("f", '{"a":{"b":"x"}}')], incomplete=(0,)),
+    Row("missing-closer-some", f"{T}call:f{{a:{{b:{Q}x}}{T_}", calls=[("f", '{"a":{"b":"x"}}')],
+        incomplete=(0,)),
     Row("missing-closer-more", f"{T}call:f{{a:{Q}x}}}}{T_}", calls=[("f", '{"a":"x}"}')]),
     Row("missing-closer-blanks", f"{T}call:f{{a:{Q}x\n}}\n{T_}", calls=[("f", '{"a":"x\\n"}')]),
     Row("missing-closer-parenthesis", f"{T}call:f(a={Q}x){T_}", calls=[("f", '{"a":"x"}')]),
     Row("missing-closer-wrapped", f"{T}call:f({{a:{Q}x}}){T_}", calls=[("f", '{"a":"x"}')]),
-    Row("missing-closer-no-brace", f"{T}call:f{{a:{Q}x{T_}y", content="y", calls=[("f", '{"a":"x"}')], incomplete=(0,), kinds="tokens"),
+    Row("missing-closer-no-brace", f"{T}call:f{{a:{Q}x{T_}y", content="y", calls=[("f", '{"a":"x"}')],
+        incomplete=(0,), kinds="tokens"),
     Row(
         "missing-closer-no-brace-in-text", f"{T}call:f{{a:{Q}x{T_}y{Q}}}",
         calls=[("f", f'{{"a":"x{T_}y"}}')], kinds="text",

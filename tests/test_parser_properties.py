@@ -31,16 +31,33 @@ MARKER = re.compile(
     r"|<(?:eos|bos|pad)>|<unused\d{1,4}>"
 )
 
-_PREFIXES = ("<", "<|", "<|tool_call", "<|tool_call|", "<|chan", "<channel|", "<tool_", '<|"', "<unused", "<unused12", "<eo")
+_PREFIXES = (
+    "<",
+    "<|",
+    "<|tool_call",
+    "<|tool_call|",
+    "<|chan",
+    "<channel|",
+    "<tool_",
+    '<|"',
+    "<unused",
+    "<unused12",
+    "<eo",
+)
 _TEXT = (
-    "a", "b:", "key", "x y", "thought", "thought\n", "though", "\n", " ", "\t", "\x1c", "\u00a0", "call:", "call:f{",
-    "call:ns.g-1(", "call:-f {", "call", ":", "=", ",", ", ", "{", "}", "[", "]", "(", ")", '"', "'", "\\", '\\"',
-    "true", "null", "False", "1", "-0.5", "1e+21", "007", "5.0", "Ünï", "👩‍🚀", "\ud83d", "\ude00", "\x00", "n't",
+    "a", "b:", "key", "x y", "thought", "thought\n", "though", "\n", " ", "\t", "\x1c", "\u00a0", "call:",
+    "call:f{",
+    "call:ns.g-1(", "call:-f {", "call", ":", "=", ",", ", ", "{", "}", "[", "]", "(", ")", '"', "'", "\\",
+    '\\"',
+    "true", "null", "False", "1", "-0.5", "1e+21", "007", "5.0", "Ünï", "👩‍🚀", "\ud83d", "\ude00", "\x00",
+    "n't",
     '"v"', "'v',", "San Francisco, CA", "{{", "({", "})", "_.:/-", "unlabelled text ",
 )  # fmt: skip
 _OPENINGS = (
-    "", "", "<|tool_call>call:f{", "<|tool_call>call:f{a:", "<|tool_call>call:f(", f"<|tool_call>call:f{{a:{Q}",
-    "<|tool_call>call:f{a:'", '<|tool_call>call:f{a:["', "<|channel>", "<|channel>thought\n", DRIFTED + "call:f{",
+    "", "", "<|tool_call>call:f{", "<|tool_call>call:f{a:", "<|tool_call>call:f(",
+    f"<|tool_call>call:f{{a:{Q}",
+    "<|tool_call>call:f{a:'", '<|tool_call>call:f{a:["', "<|channel>", "<|channel>thought\n",
+    DRIFTED + "call:f{",
     "<|tool_call>call:f{a:x,", "<|tool_call>call:f{\"a", "<|tool_call>call:f{}", "thought",
 )  # fmt: skip
 
@@ -68,7 +85,9 @@ fragments = st.one_of(
     st.sampled_from(_TEXT), st.sampled_from(_TEXT), st.sampled_from((*CONTROL, DRIFTED)),
     st.sampled_from(_PREFIXES), st.text(max_size=3),
 )  # fmt: skip
-texts = st.tuples(st.sampled_from(_OPENINGS), st.lists(fragments, max_size=14)).map(lambda t: t[0] + "".join(t[1]))
+texts = st.tuples(st.sampled_from(_OPENINGS), st.lists(fragments, max_size=14)).map(
+    lambda t: t[0] + "".join(t[1])
+)
 Runs = tuple[tuple[str, Tokens], ...]
 
 
@@ -98,7 +117,9 @@ outputs = st.one_of(
     texts.map(lambda t: ((t, "unknown"),)),
     texts.map(token_runs),
     st.lists(
-        st.one_of(st.sampled_from(CONTROL).map(lambda m: (m, "control")), texts.map(lambda t: (t, "ordinary"))),
+        st.one_of(
+            st.sampled_from(CONTROL).map(lambda m: (m, "control")), texts.map(lambda t: (t, "ordinary"))
+        ),
         max_size=6,
     ).map(lambda runs: spelled(tuple(runs))),
     texts.map(lambda t: ((t, "ordinary"),)),
@@ -180,7 +201,9 @@ def test_every_character_has_one_role_and_arguments_are_objects(runs: Runs, requ
 
 @given(outputs, requests, st.data())
 @settings(derandomised, max_examples=800)
-def test_streams_equal_whole_and_never_take_back(runs: Runs, request: dict[str, Any], data: st.DataObject) -> None:
+def test_streams_equal_whole_and_never_take_back(
+    runs: Runs, request: dict[str, Any], data: st.DataObject
+) -> None:
     whole = parse(runs, **request)
     length = len(text_of(runs))
     chosen = data.draw(st.lists(st.integers(0, length), max_size=6))
@@ -212,7 +235,9 @@ def test_no_marker_reaches_reasoning_or_content(text: str, request: dict[str, An
                 assert not overlap, (span, text[span.start : span.end])
 
 
-@given(st.lists(st.one_of(st.sampled_from(CONTROL), st.sampled_from(_TEXT)), max_size=12).map("".join), requests)
+@given(
+    st.lists(st.one_of(st.sampled_from(CONTROL), st.sampled_from(_TEXT)), max_size=12).map("".join), requests
+)
 @settings(derandomised, max_examples=500)
 def test_markers_spelled_with_ordinary_tokens_are_text(text: str, request: dict[str, Any]) -> None:
     """Without control tokens there is no structure but the drifted opener and a leading label."""
@@ -224,7 +249,9 @@ def test_markers_spelled_with_ordinary_tokens_are_text(text: str, request: dict[
 
 @given(texts, requests)
 @settings(derandomised, max_examples=300)
-def test_nothing_but_blanks_brackets_labels_and_stray_text_is_dropped(text: str, request: dict[str, Any]) -> None:
+def test_nothing_but_blanks_brackets_labels_and_stray_text_is_dropped(
+    text: str, request: dict[str, Any]
+) -> None:
     known = {
         "channel label": re.compile(r"thought\n?"),
         "unbalanced closing bracket": re.compile(r"[}\])\s]+"),
@@ -237,7 +264,10 @@ def test_nothing_but_blanks_brackets_labels_and_stray_text_is_dropped(text: str,
     }
     for span in parse(text, **request).spans:
         if span.role == "dropped":
-            assert known[span.reason].fullmatch(text[span.start : span.end]), (span, text[span.start : span.end])
+            assert known[span.reason].fullmatch(text[span.start : span.end]), (
+                span,
+                text[span.start : span.end],
+            )
 
 
 # ---------------------------------------------------------------------------------------- round trip
@@ -281,10 +311,16 @@ strings = st.one_of(
     st.text(max_size=8), st.lists(st.sampled_from((*_TEXT, *_PREFIXES, *CONTROL)), max_size=5).map("".join)
 )
 scalars = st.one_of(
-    strings, st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(allow_nan=False, allow_infinity=False)
+    strings,
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**30), 10**30),
+    st.floats(allow_nan=False, allow_infinity=False),
 )
 values = st.recursive(
-    scalars, lambda v: st.one_of(st.lists(v, max_size=4), st.dictionaries(strings, v, max_size=4)), max_leaves=12
+    scalars,
+    lambda v: st.one_of(st.lists(v, max_size=4), st.dictionaries(strings, v, max_size=4)),
+    max_leaves=12,
 )
 objects = st.dictionaries(st.one_of(strings, st.sampled_from(("a", "my key", "x.y-z"))), values, max_size=4)
 
@@ -352,13 +388,17 @@ def test_deep_nesting_neither_raises_nor_recurses(
 
 
 REPEATED: Sequence[str] = (
-    "<|tool_call>", "<|channel>", "<|tool_cal", "call:f{", "<|tool_call>call:f{a:'", "call:f{a:'x} ", '"', "'\"", "\\",
-    "a:{b:[", "}", "]", ")", "(", ",", "a,", "a:b,", ":", "=", Q, Q + "}", "<tool_call|>", "<eos>", "<|tool_call|>", " ",
+    "<|tool_call>", "<|channel>", "<|tool_cal", "call:f{", "<|tool_call>call:f{a:'", "call:f{a:'x} ", '"',
+    "'\"", "\\",
+    "a:{b:[", "}", "]", ")", "(", ",", "a,", "a:b,", ":", "=", Q, Q + "}", "<tool_call|>", "<eos>",
+    "<|tool_call|>", " ",
     "thought", "thought\n", "call:f{}", "call:f{b:\"}",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("opening", ["", "<|tool_call>call:f{a:", "<|tool_call>call:f{a:'", f"<|tool_call>call:f{{a:{Q}"])
+@pytest.mark.parametrize(
+    "opening", ["", "<|tool_call>call:f{a:", "<|tool_call>call:f{a:'", f"<|tool_call>call:f{{a:{Q}"]
+)
 @pytest.mark.parametrize("unit", REPEATED)
 def test_repetition_neither_raises_nor_recurses(opening: str, unit: str) -> None:
     """The same few characters some thousand times: no recursion on any of them."""

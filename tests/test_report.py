@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from lxml import html
-from markupsafe import Markup
 
-from conformance import report
-from conformance.errors import ConformanceError
-from conformance.report import MARKER, ReportError, write_site
-from conformance.reporting import evidence
-from conformance.reporting.diff import compare
+from conformance.report import MARKER, write_site
 from conformance.reporting.signs import SIGNS, status_of
-from conformance.reporting.slugs import Slugs
-from conformance.reporting.text import HUGE_TEXT, LONG_TEXT, plain, prose, visible
+from conformance.reporting.text import LONG_TEXT, plain
 from conformance.reporting.view import Site
-from conformance.results import Problem, Run, StreamEvidence
-from conformance.targets.protocol import Chunking
+from conformance.results import Run
 from tests import run_fixtures as fixtures
 
 Tree = html.HtmlElement
@@ -450,12 +440,12 @@ def test_a_case_shows_its_evidence(written, runs):
 
 def test_a_case_shows_what_is_given_beside_its_input(written):
     tree = written["realistic"].tree("cases/parser-typing/declared-integer-0.html")
-    (given_with,) = tree.xpath("//h3[text()='Given with it']/following-sibling::dl")
+    (given_with,) = tree.xpath("//h3[text()='What the case also states']/following-sibling::dl")
     assert given_with.xpath("./dt/text()") == ["tools"]
     assert '"name": "get_weather"' in given_with.text_content()
+    tree = written["realistic"].tree("cases/parser-reasoning/label-is-dropped-0.html")
+    assert not tree.xpath("//h3[text()='What the case also states']")
     tree = written["realistic"].tree("cases/template-turns/system-turn-0.html")
-    (given_with,) = tree.xpath("//h3[text()='Given with it']/following-sibling::dl")
-    assert text_of(given_with) == "families large e"
     assert not tree.xpath("//h3[text()='Prompt that it answers']")
 
 
@@ -506,287 +496,3 @@ def test_page_names_are_slugs(written, name):
         assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]*(\.(html|css|svg))?", p) for p in parts) or parts == (
             MARKER,
         )
-
-
-@given(st.lists(st.text(max_size=120), unique=True, max_size=30))
-@example(["vllm@0.32.0", "vllm-0.32.0", "vllm-0-32-0", "..", ".", "", "/", "\ud800", "A", "a"])
-def test_slugs_are_safe_and_never_shared(names):
-    slugs = Slugs()
-    made = [slugs[name] for name in names]
-    assert len(set(made)) == len(names)
-    assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", slug) and len(slug) < 200 for slug in made)
-    assert made == [slugs[name] for name in names]
-
-
-def _shown(markup: Markup) -> str:
-    return html.fragment_fromstring(f"<pre>{markup}</pre>").text_content()
-
-
-_printable = st.text(
-    st.characters(exclude_categories=["Cc", "Cf", "Cs", "Cn", "Zl", "Zp", "Zs"], include_characters=" \n\t")
-)
-_texts = st.lists(
-    st.one_of(
-        _printable, st.sampled_from(["<|channel>", "<channel|>", '<|"|>', "<script>", "&amp;", "  \n", "\t"])
-    )
-).map("".join)
-
-
-@given(_texts)
-def test_visible_text_keeps_every_character(text):
-    # A leading newline of `pre` is dropped by parsers; `visible` always puts a sign before it.
-    assert _shown(visible(text)) == text
-    assert _shown(visible(text, signs=False)).lstrip("\n") == text.lstrip("\n")
-
-
-@given(st.text(st.characters()))
-def test_no_unseen_character_gets_through(text):
-    for drawn in (visible(text), prose(text), plain(text)):
-        assert not _UNSEEN.search(drawn)
-        drawn.encode("utf-8")
-
-
-def test_markers_and_whitespace_get_signs():
-    drawn = visible("<|channel>a b  c\n\td \n<unused12><|tool_call|>\u202e\x00\u00a0")
-    tree = html.fragment_fromstring(f"<pre>{drawn}</pre>")
-    chips = tree.xpath(".//*[starts-with(@class, 'mk')]")
-    assert [c.text for c in chips] == ["<|channel>", "<unused12>", "<|tool_call|>"]
-    assert chips[0].get("title") == "thought channel opens"
-    assert [s.text for s in tree.xpath(".//*[@class='unseen']")] == ["U+202E", "NUL", "U+00A0"]
-    assert len(tree.xpath(".//*[@class='nl']")) == 2
-    assert len(tree.xpath(".//*[@class='tab']")) == 1
-    assert len(tree.xpath(".//*[@class='sp']")) == 3
-
-
-def test_backticks_become_code_and_stay_escaped():
-    assert prose("use `a<b` or `c`") == Markup("use <code>a&lt;b</code> or <code>c</code>")
-    assert prose("one ` alone") == Markup("one ` alone")
-
-
-# Differences and evidence
-
-
-@given(_texts, _texts)
-@example("a b c", "a b c ")
-@example("x" * 5000, "y" * 5000)
-@example("a " * 3000, "a b " * 2000)
-def test_both_sides_of_a_difference_keep_their_text(left, right):
-    sides = compare(left, right)
-    assert _shown(sides.left).lstrip("\n") == left.lstrip("\n")
-    assert _shown(sides.right).lstrip("\n") == right.lstrip("\n")
-    assert ("<del>" in sides.left or "<ins>" in sides.right) == (left != right)
-
-
-def test_a_difference_marks_words_and_not_the_rest():
-    sides = compare("It is sunny in Paris.", "It is rainy in Paris.")
-    assert sides.left == Markup("It is <del>sunny</del> in Paris.")
-    assert sides.right == Markup("It is <ins>rainy</ins> in Paris.")
-
-
-def test_a_difference_of_long_texts_is_quick():
-    left = " ".join(f"w{i % 7}" for i in range(40_000))
-    right = " ".join(f"w{i % 5}" for i in range(40_000))
-    start = time.process_time()
-    compare(left, right)
-    compare("ab" * 199, "ba" * 199)
-    assert time.process_time() - start < 5
-
-
-def test_fields_are_compared_one_by_one_and_calls_alike():
-    problem = Problem(
-        rule="expected",
-        message="m",
-        expected={
-            "reasoning": "",
-            "content": "a",
-            "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": 2}}],
-        },
-        got={"reasoning": None, "content": "b", "tool_calls": [{"name": "f", "arguments": '{"a":2,"b":1}'}]},
-    )
-    view = evidence.problem_view(problem)
-    assert [c.name for c in view.comparisons] == ["content"]
-    assert view.agreeing == ["tool_calls"]
-    assert view.expected == view.got == []
-
-
-@pytest.mark.parametrize(
-    ("expected", "got", "left", "right"),
-    [
-        ("text", {"a": 1}, ["text"], ["1"]),
-        (None, "text", [], ["text"]),
-        (["only"], None, ["only"], []),
-        (0, False, ["0"], ["false"]),
-        ({"error": True}, "a prompt", ["true"], ["a prompt"]),
-    ],
-)
-def test_values_of_different_shape_stand_side_by_side(expected, got, left, right):
-    view = evidence.problem_view(Problem(rule="r", message="m", expected=expected, got=got))
-    assert view.comparisons == []
-    assert [_shown(b.html) for f in view.expected for b in f.blocks] == left
-    assert [_shown(b.html) for f in view.got for b in f.blocks] == right
-
-
-def test_a_part_is_not_compared_with_the_whole_that_should_hold_it():
-    prompt = "<bos><|turn>user\nHello<turn|>\n<|turn>model\n"
-    view = evidence.problem_view(
-        Problem(rule="prompt-contains", message="m", expected="<|think|>", got=prompt)
-    )
-    assert view.comparisons == []
-    assert [_shown(b.html) for f in view.got for b in f.blocks] == [prompt]
-    view = evidence.problem_view(Problem(rule="prompt", message="m", expected=prompt + "x", got=prompt))
-    assert "<del>x</del>" in view.comparisons[0].sides.left
-
-
-def test_answers_of_equal_families_are_set_out_once():
-    value = {"large": {"prompt": "a", "token_ids": [2, 105]}, "e": {"prompt": "a", "token_ids": [2, 105]}}
-    drawn = [(f.name, _shown(f.blocks[0].html)) for f in evidence.fields(value)]
-    assert drawn == [("large, e: prompt", "a"), ("large, e: token_ids", "[2, 105]")]
-    value["e"] = {"error": "refused"}
-    assert [f.name for f in evidence.fields(value)] == ["large: prompt", "large: token_ids", "e: error"]
-
-
-def test_lists_of_texts_keep_their_lines():
-    (field,) = evidence.fields({"contains": ["a\nb", "c"]})
-    assert [_shown(b.html) for b in field.blocks] == ["a\nb", "c"]
-
-
-@pytest.mark.parametrize(
-    ("spans", "refused"),
-    [
-        ("no list", "they are not a list"),
-        ([1], "span 0 is not a mapping"),
-        ([{"start": "0", "end": 1}], "span 0 has no integer start and end"),
-        ([{"start": 0, "end": 4}, {"start": 3, "end": 5}], "span 1 covers [3, 5)"),
-        ([{"start": 0, "end": 99}], "span 0 covers [0, 99)"),
-        ([{"start": 2, "end": 2}], "span 0 covers [2, 2)"),
-        ([{"start": True, "end": 2}], "span 0 has no integer start and end"),
-    ],
-)
-def test_spans_that_cannot_be_drawn_say_why(spans, refused):
-    assert evidence.annotate("hello", spans).refused.startswith(refused)
-
-
-def test_gaps_between_spans_are_drawn_without_a_role():
-    drawn = evidence.annotate("hello you", [{"start": 2, "end": 5, "role": "content"}])
-    assert [(_shown(s.html), s.role) for s in drawn.stretches] == [
-        ("he", ""),
-        ("llo", "content"),
-        (" you", ""),
-    ]
-    assert evidence.annotate("hello", None) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "pieces", "chunkings", "exponent", "words"),
-    [
-        ("certified", 5, "16", 4, "16"),
-        ("certified", 5, "15", None, "15"),
-        ("certified", 200, str(2**199), 199, "a number of 60 digits"),
-        ("sampled", 9000, "9" * 5000, None, "a number of 5000 digits"),
-        ("sampled", 12, "1480", None, "1\u2009480"),
-        ("sampled", 0, "many", None, "many"),
-    ],
-)
-def test_the_number_of_chunkings_is_a_power_only_if_it_is(kind, pieces, chunkings, exponent, words):
-    view = evidence.stream_view(StreamEvidence(kind=kind, pieces=pieces, chunkings=chunkings))
-    assert (view.exponent, view.chunkings) == (exponent, words)
-
-
-def test_chunkings_without_texts_are_still_described():
-    problem = Problem(
-        rule="r", message="m", chunking=Chunking(name="per-token", cuts=tuple(range(1, 30)), lag=3)
-    )
-    chunks = evidence.problem_view(problem).chunks
-    assert chunks.caption.startswith("per-token; 30 chunks; cut after token 1, 2, 3")
-    assert chunks.caption.endswith("…; text 3 characters behind its token ids")
-    assert chunks.parts == ()
-
-
-def test_long_texts_are_folded_and_huge_ones_cut():
-    short, long, huge = (
-        evidence.block("x"),
-        evidence.block("x" * (LONG_TEXT + 1)),
-        evidence.block("é" * 900_000),
-    )
-    assert short.preview is None
-    assert len(long.preview) < 1000 < len(long.html)
-    assert huge.left_out == 900_000 - HUGE_TEXT
-    assert len(huge.html) < HUGE_TEXT + 200
-    assert f"{huge.left_out} characters left out" in huge.html
-    assert evidence.block("line\n" * 500).preview is not None
-
-
-# The folder
-
-
-def _snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_the_same_run_gives_the_same_bytes_and_replaces_the_old_site(tmp_path):
-    out = tmp_path / "deep" / "site"
-    assert write_site(fixtures.wide_run(2), out) == out
-    (out / "targets" / "stale.html").write_text("old")
-    write_site(fixtures.wide_run(1), out)
-    first = _snapshot(out)
-    assert not [name for name in first if "stale" in name or "engine-1" in name]
-    write_site(fixtures.wide_run(1), out)
-    assert _snapshot(out) == first
-    assert [p.name for p in out.parent.iterdir()] == ["site"]
-    assert out.stat().st_mode & 0o055 == 0o055
-
-
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    out = tmp_path / "precious"
-    out.mkdir()
-    write_site(fixtures.empty_run(), out)  # an empty folder may be used
-    (out / MARKER).unlink()
-    before = _snapshot(out)
-    with pytest.raises(ReportError, match=r"precious: holds files that are not a dashboard.*left alone"):
-        write_site(fixtures.empty_run(), out)
-    assert _snapshot(out) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-
-
-def test_files_and_links_are_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ReportError, match="is a file; name a folder"):
-        write_site(fixtures.empty_run(), tmp_path / "file")
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    with pytest.raises(ReportError, match="is a symbolic link"):
-        write_site(fixtures.empty_run(), tmp_path / "link")
-    with pytest.raises(ReportError, match="cannot be written"):
-        write_site(fixtures.empty_run(), tmp_path / "file" / "below")
-    assert issubclass(ReportError, ConformanceError)
-
-
-@pytest.mark.parametrize("where", ["pages", "swap"])
-def test_a_site_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch, where):
-    out = write_site(fixtures.wide_run(1), tmp_path / "site")
-    before = _snapshot(out)
-
-    def broken(*_args):
-        raise OSError("disk full")
-
-    if where == "pages":
-        monkeypatch.setattr(report.shutil, "copytree", broken)
-    else:
-        rename = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda self, to: broken() if ".new-" in self.name else rename(self, to)
-        )
-    with pytest.raises(ReportError, match="disk full"):
-        write_site(fixtures.wide_run(2), out)
-    assert _snapshot(out) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["site"]
-
-
-def test_three_thousand_cases_on_four_targets_take_less_than_half_a_minute(tmp_path):
-    run = fixtures.big_run(3_000, 4)
-    start = time.process_time()
-    out = write_site(run, tmp_path / "site")
-    took = time.process_time() - start
-    assert took < 30, f"{took:.0f} s of processor time"
-    assert len(list((out / "cases").rglob("*.html"))) == 3_000
-    assert (out / "index.html").stat().st_size < 1_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conformance.checks import parser as parser_check
 from conformance.checks import template as template_check
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, Search
 from conformance.suites import Case, ParserCase, ParserSuite, TemplateCase, TemplateSuite
 from conformance.targets.protocol import Target
 
@@ -15,7 +15,7 @@ def judge(
     target: Target,
     *,
     seed: int = 0,
-    thorough: bool = True,
+    search: Search = "bounded",
 ) -> CheckOutcome:
     """Judge one case on one target.
 
@@ -24,16 +24,16 @@ def judge(
         suite: The suite it stands in, for toolsets.
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
-        thorough: Search all chunkings where the target allows it; otherwise sample them, which is quicker.
+        search: How much is spent on visiting every chunking; what is not searched is sampled.
 
     Raises:
         EngineError, WorkerDied, TargetTimeout: from the target.
     """
     if isinstance(suite, ParserSuite) and isinstance(case, ParserCase):
-        return parser_check.judge(case, suite, target, seed=seed, thorough=thorough)
+        return parser_check.judge(case, suite, target, seed=seed, search=search)
     if isinstance(suite, TemplateSuite) and isinstance(case, TemplateCase):
         return template_check.judge(case, suite, target)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 
-__all__ = ["CheckOutcome", "judge"]
+__all__ = ["CheckOutcome", "Search", "judge"]

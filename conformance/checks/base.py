@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from conformance.results import Evidence, Problem, Verdict
+
+Search = Literal["none", "bounded", "full"]
+"""How much is spent on certificates: nothing, what `TargetInfo.search_feeds` allows, or all it takes."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, Search
 from conformance.checks.streams import Streamed, explore
 from conformance.compare import complete_json, json_equal, load_json, same_text
 from conformance.errors import EngineError
@@ -33,9 +33,7 @@ _LEAK = re.compile("|".join(re.escape(m) for m in MARKERS) + r"|<unused\d+>")
 _LABEL = re.compile(r"\A\s*thought\s*\Z")
 
 
-def judge(
-    case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, thorough: bool
-) -> CheckOutcome:
+def judge(case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, search: Search) -> CheckOutcome:
     """Judge one parser case; see `conformance.checks.judge`."""
     info = target.describe()
     if "parse" not in info.capabilities:
@@ -58,7 +56,7 @@ def judge(
         target,
         info,
         seed=seed,
-        thorough=thorough,
+        search=search,
         judge=lambda s: rules.judge_streamed(s, whole),
     )
     evidence = evidence.model_copy(

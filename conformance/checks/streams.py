@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from conformance.checks.base import Search
 from conformance.chunking import chunk_texts, lagging, sampled, shrink
 from conformance.errors import EngineError
 from conformance.results import Problem, StreamEvidence
@@ -59,14 +60,14 @@ def explore(
     info: TargetInfo,
     *,
     seed: int,
-    thorough: bool,
+    search: Search,
     judge: Judge,
 ) -> Exploration:
     """Stream an output in every way that can be had; report each broken rule with its smallest chunking."""
     if "parse_stream" not in info.capabilities:
         return Exploration(StreamEvidence(kind="unsupported", reason="the target does not stream"))
     explorer = _Explorer(request, target, info, seed, judge)
-    evidence = explorer.certify(attempt=thorough)
+    evidence = explorer.certify(search)
     if evidence.kind != "certified":
         evidence = explorer.sample(evidence)
     elif info.stream_unit == "tokens":
@@ -87,14 +88,21 @@ class _Explorer:
         self._judge = judge
         self.problems: dict[str, Problem] = {}
 
-    def certify(self, *, attempt: bool) -> StreamEvidence:
+    def certify(self, search: Search) -> StreamEvidence:
         """Search all chunkings, in the finest unit that the target can meet and the budget allows."""
         unit: PieceUnit = "tokens"
         if self._info.stream_unit == "characters" and len(self._request.output) <= MAX_CERTIFIED_CHARACTERS:
             unit = "characters"
         pieces = self._pieces(unit)
-        if not attempt or "certify" not in self._info.capabilities:
-            reason = "the target's parser state cannot be copied" if attempt else "a quick run"
+        feeds = len(pieces) * (len(pieces) + 1) // 2
+        reason = ""
+        if "certify" not in self._info.capabilities:
+            reason = "the target's parser state cannot be copied"
+        elif search == "none":
+            reason = "no search was asked for"
+        elif search == "bounded" and feeds > self._info.search_feeds:
+            reason = f"a search takes {feeds} feeds, above this target's {self._info.search_feeds}"
+        if reason:
             return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
         try:
             certificate = self._target.certify(
@@ -111,7 +119,16 @@ class _Explorer:
         for outcome in certificate.outcomes:
             if self._judge(_of_outcome(outcome)):
                 chunking = Chunking(name="smallest that leads here", unit=unit, cuts=outcome.cuts)
-                self._report(chunking, self._stream([chunking])[0])
+                streamed = self._stream([chunking])[0]
+                if not self._judge(streamed):
+                    reason = f"the search found what streaming does not show (cuts {list(chunking.cuts)})"
+                    return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
+                self._report(chunking, streamed)
+        # Of ids a certificate says nothing, so the two extremes are streamed as well.
+        every = tuple(range(1, len(pieces)))
+        self.sample_chunkings(
+            [Chunking(name="one chunk", unit=unit), Chunking(name="all", unit=unit, cuts=every)]
+        )
         return StreamEvidence(
             kind="certified",
             unit=unit,
@@ -174,7 +191,7 @@ def assemble(stream: StreamResult) -> Streamed:
     reasoning: list[str] = []
     content: list[str] = []
     calls: dict[int, list[str]] = {}
-    ids: list[str] = []
+    ids: dict[int, str] = {}
     for delta in stream.deltas:
         reasoning.append(delta.reasoning or "")
         content.append(delta.content or "")
@@ -182,8 +199,8 @@ def assemble(stream: StreamResult) -> Streamed:
             call = calls.setdefault(part.index, ["", ""])
             call[0] += part.name or ""
             call[1] += part.arguments or ""
-            if part.id and part.id not in ids[-1:]:
-                ids.append(part.id)
+            if part.id:
+                ids.setdefault(part.index, part.id)
     indices = tuple(calls)
     return Streamed(
         result=ParseResult(
@@ -192,7 +209,7 @@ def assemble(stream: StreamResult) -> Streamed:
             tool_calls=tuple(ToolCall(name=name, arguments=arguments) for name, arguments in calls.values()),
         ),
         indices=indices,
-        ids=tuple(ids),
+        ids=tuple(ids.values()),
         error=stream.error,
         ragged=list(indices) != list(range(len(indices))),
     )

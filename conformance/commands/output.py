@@ -57,9 +57,12 @@ class TargetRow(Output):
     """One target that can be named."""
 
     spec: str
+    description: str
     default: bool
     """It runs when no target is named."""
     usable: bool
+    megabytes: int
+    """Size of its environment, as measured or expected."""
     reason: str
     """Why it cannot be used, and what to do."""
 

@@ -14,22 +14,34 @@ from conformance.targets import environments, registry
 
 
 def target_rows() -> tuple[TargetRow, ...]:
-    """Every target that the registry names."""
-    defaults = _defaults()
-    rows = []
-    for spec in dict.fromkeys([*defaults, *(registry.resolve(spec) for spec in registry.known_targets())]):
-        reason = registry.unavailable(spec)
-        rows.append(TargetRow(spec=spec, default=spec in defaults, usable=not reason, reason=reason))
-    return tuple(rows)
+    """Every target and version that the registry names."""
+    return tuple(
+        TargetRow(
+            spec=found.spec,
+            description=found.description,
+            default=found.default,
+            usable=not found.reason,
+            megabytes=found.megabytes,
+            reason=found.reason,
+        )
+        for found in registry.summaries()
+    )
 
 
 def target_table(rows: Iterable[TargetRow]) -> Table:
     """The same for people."""
-    columns = ("target", "default", "usable", "what to do")
-    words = {True: "yes", False: "no"}
-    return output.table(
-        "targets", columns, [(row.spec, words[row.default], words[row.usable], row.reason) for row in rows]
-    )
+    columns = ("target", "what it is", "default", "MB", "usable")
+    cells = [
+        (
+            row.spec,
+            row.description,
+            "yes" if row.default else "",
+            str(row.megabytes or ""),
+            "yes" if row.usable else f"no: {row.reason}",
+        )
+        for row in rows
+    ]
+    return output.table("targets", columns, cells)
 
 
 @click.group("targets", invoke_without_command=True)
@@ -75,30 +87,26 @@ def remove_targets(specs: tuple[str, ...], as_json: bool) -> None:
 @json_option
 @click.pass_context
 def doctor_command(context: click.Context, specs: tuple[str, ...], as_json: bool) -> None:
-    """Check the environments of SPECS (default: of all that are installed); exit with 1 if one is ill."""
-    installed = [found.spec for found in environments.environments() if found.state != "missing"]
+    """Start SPECS (default: all that are installed) and check them; exit with 1 if one is ill."""
+    usable = [found.spec for found in registry.summaries() if not found.reason]
     rows = tuple(
         DoctorRow(target=spec, name=check.name, ok=check.ok, detail=check.detail)
-        for spec in (_chosen(specs, defaults=False) if specs else installed)
-        for check in environments.doctor(spec)
+        for spec in ([registry.resolve(spec) for spec in specs] or usable)
+        for check in registry.doctor(spec)
     )
     if as_json:
         output.emit_json(DoctorOutput(checks=rows))
     else:
         columns = ("target", "check", "result", "detail")
         table = [(row.target, row.name, "good" if row.ok else "ILL", row.detail) for row in rows]
-        output.console().print(output.table("environments", columns, table))
+        output.console().print(output.table("health of targets", columns, table))
     context.exit(0 if all(row.ok for row in rows) else 1)
-
-
-def _defaults() -> tuple[str, ...]:
-    return tuple(dict.fromkeys(registry.resolve(spec) for spec in registry.default_targets()))
 
 
 def _chosen(specs: Sequence[str], *, defaults: bool) -> list[str]:
     """Resolved specs that have an environment of their own."""
     with_environment = {found.spec for found in environments.environments()}
-    chosen = [spec for spec in _defaults() if spec in with_environment] if defaults else []
+    chosen = [spec for spec in registry.default_targets() if spec in with_environment] if defaults else []
     for spec in specs:
         resolved = registry.resolve(spec)
         if resolved not in with_environment:

@@ -1,141 +1,25 @@
-"""The parts of a case page: texts, fields, differences, chunks and annotated input."""
+"""The parts of a case page: differences, chunks, annotated input, answers."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, get_args
 
 from markupsafe import Markup
 
 from conformance.loading import resolve_tools
 from conformance.reporting.diff import Sides, compare
-from conformance.reporting.text import HUGE_TEXT, LONG_TEXT, shorten, visible
+from conformance.reporting.text import HUGE_TEXT, shorten, visible
+from conformance.reporting.values import Field, as_text, fields, is_empty, laid_out
 from conformance.reporting.view import Case, Entry
 from conformance.results import Problem, StreamEvidence
 from conformance.suites import ParserCase
 from conformance.targets.protocol import Chunking, Span
 
-_PREVIEW = 600
-_MANY_LINES = 80
 _MANY_CHUNKS = 400
-_MANY_BLOCKS = 20
-_SHORT_JSON = 60
 _ALIKE = 0.3
 _ROLES: tuple[str, ...] = get_args(Span.model_fields["role"].annotation)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A stretch of text, drawn; a long one also has its beginning, to be shown while it is folded."""
-
-    html: Markup
-    characters: int
-    lines: int
-    preview: Markup | None = None
-    left_out: int = 0
-
-
-@lru_cache(maxsize=64)
-def block(text: str, *, signs: bool = True) -> Block:
-    """Draw a text; `signs` as in `visible`. Targets of one case mostly say the same, hence the cache."""
-    shown, left_out = shorten(text)
-    lines = text.count("\n") + 1
-    preview = None
-    if len(text) > LONG_TEXT or lines > _MANY_LINES:
-        head = "\n".join(text[:_PREVIEW].split("\n")[:12])
-        preview = visible(head, signs=signs, ends=False)
-    return Block(visible(shown, signs=signs), len(text), lines, preview, left_out)
-
-
-@dataclass(frozen=True)
-class Field:
-    """A named part of an answer."""
-
-    name: str
-    blocks: tuple[Block, ...]
-    """Several for a list of texts."""
-
-
-def is_empty(value: Any) -> bool:
-    """An absent field: None, "" and empty lists mean the same (numbers and False are values)."""
-    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
-
-
-def as_text(value: Any) -> str:
-    """A value for people: text as it is, tool calls as name and arguments, the rest as JSON."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if _are_calls(value):
-        return "\n".join(f"{call['name']} {_arguments(call.get('arguments'))}" for call in value)
-    return _json(value)
-
-
-def _are_calls(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and bool(value)
-        and all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in value)
-    )
-
-
-def _arguments(value: Any) -> str:
-    """Arguments come as JSON text from engines and as a mapping from suites; draw both alike."""
-    if isinstance(value, str):
-        try:
-            return _json(json.loads(value))
-        except (ValueError, RecursionError):
-            return value
-    return _json(value)
-
-
-def _json(value: Any, *, sort: bool = True) -> str:
-    """JSON on one line where that is short, or a list of numbers; else indented."""
-    line = json.dumps(value, ensure_ascii=False, sort_keys=sort, default=str)
-    numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
-    if numbers or len(line) <= _SHORT_JSON:
-        return line
-    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort, default=str)
-
-
-def fields(value: Any, *, skip: tuple[str, ...] = ()) -> list[Field]:
-    """The parts of an answer that are there; a value without parts is one field without a name.
-
-    Answers that were given for several families are set out family by family, equal ones together.
-    """
-    if isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values()):
-        return [
-            Field(f"{name}: {field.name}", field.blocks)
-            for name, part in _families(value)
-            for field in fields(part, skip=skip)
-        ]
-    if isinstance(value, dict):
-        return [
-            Field(str(key), _blocks(part))
-            for key, part in value.items()
-            if not is_empty(part) and key not in skip
-        ]
-    return [] if is_empty(value) else [Field("", _blocks(value))]
-
-
-def _families(value: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    alike: dict[str, list[str]] = {}
-    for name, part in value.items():
-        alike.setdefault(_json(part), []).append(name)
-    return [(", ".join(names), value[names[0]]) for names in alike.values()]
-
-
-def _blocks(value: Any) -> tuple[Block, ...]:
-    if (
-        isinstance(value, list | tuple)
-        and len(value) <= _MANY_BLOCKS
-        and all(isinstance(v, str) for v in value)
-    ):
-        return tuple(block(text) for text in value)
-    return (block(as_text(value), signs=isinstance(value, str)),)
 
 
 @dataclass(frozen=True)
@@ -362,11 +246,11 @@ def request(case: Case) -> list[Field]:
     told: dict[str, Any] = {
         name: value
         for name in _REQUEST
-        if (value := getattr(given, name, None)) is not None
-        and (name in given.model_fields_set or name == "families")
+        if name in given.model_fields_set and (value := getattr(given, name)) is not None
     }
     if given.tools:
-        told["tools"] = [_declaration(tool) for tool in resolve_tools(given, case.loaded.suite.suite)]
+        # Every tool has the same wrapper, which says nothing.
+        told["tools"] = [t.get("function", t) for t in resolve_tools(given, case.loaded.suite.suite)]
     return fields(told)
 
 
@@ -380,11 +264,6 @@ _REQUEST = (
     "allow_markers",
     "stream_exempt",
 )
-
-
-def _declaration(tool: dict[str, Any]) -> Any:
-    """A tool without the wrapper that all tools have."""
-    return tool.get("function", tool)
 
 
 def first_evidence(case: Case, name: str) -> Any:
@@ -402,7 +281,7 @@ def input_text(case: Case) -> str:
     text = str(first_evidence(case, "input") or "")
     if case.kind != "parser" and text[:1] in ("[", "{"):
         try:
-            return _json(json.loads(text), sort=False)
+            return laid_out(json.loads(text), fit=True, sort=False)
         except (ValueError, RecursionError):
             return text
     return text

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from conformance import resources
-from conformance.reporting import evidence
+from conformance.reporting import evidence, values
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
 from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
@@ -152,17 +152,17 @@ class Pages:
             after=after,
             controls=case.suite.controls.get(case.id, []),
             controlled=case.suite.by_id.get(case.control_of) if case.control_of else None,
-            source=evidence.block(source, signs=case.kind == "parser") if source else None,
+            source=values.block(source, signs=case.kind == "parser") if source else None,
             request=evidence.request(case),
-            prompt=evidence.block(str(prompt)) if prompt else None,
-            expected=[] if case.contested else evidence.fields(evidence.first_evidence(case, "expected")),
+            prompt=values.block(str(prompt)) if prompt else None,
+            expected=[] if case.contested else values.fields(evidence.first_evidence(case, "expected")),
             recorded=evidence.first_evidence(case, "expected") is not None,
             answers=evidence.answers(case) if case.contested else [],
             views=[_entry_view(entry) for entry in case.entries],
         )
 
-    def _render(self, template: str, depth: int, **values: Any) -> str:
-        return self._env.get_template(template).render(root="../" * depth, **values)
+    def _render(self, template: str, depth: int, **context: Any) -> str:
+        return self._env.get_template(template).render(root="../" * depth, **context)
 
 
 def _entry_view(entry: Entry) -> dict[str, Any]:
@@ -174,9 +174,9 @@ def _entry_view(entry: Entry) -> dict[str, Any]:
         "entry": entry,
         "result": result,
         "problems": [evidence.problem_view(problem) for problem in result.problems],
-        "got": evidence.fields(result.evidence.got),
+        "got": values.fields(result.evidence.got),
         "annotated": evidence.annotate(result.evidence.input, result.evidence.spans),
         "stream": evidence.stream_view(result.evidence.stream),
-        "stderr": evidence.block(result.stderr) if result.stderr else None,
+        "stderr": values.block(result.stderr) if result.stderr else None,
         "repeat": result.repeat,
     }

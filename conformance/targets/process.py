@@ -264,7 +264,7 @@ class _Worker:
         self._drain = threading.Thread(target=_drain, args=(stderr, self._tail), daemon=True)
         self._drain.start()
         # Runs at the latest when this process exits, whatever becomes of the target.
-        self._end = weakref.finalize(self, _end, self._process, scratch)
+        self._end = weakref.finalize(self, _end, self._process, scratch, os.getpid())
 
     @property
     def pid(self) -> int:
@@ -282,7 +282,10 @@ class _Worker:
     def wait_for_start(self, seconds: float) -> None:
         """Wait until the adapter is loaded."""
         line = self._transfer(b"", time.monotonic() + seconds, f"it did not start within {seconds:g} s")
-        self._read_answer(line, 0)
+        try:
+            self._read_answer(line, 0)
+        except EngineError as error:
+            raise EngineError(f"{self._spec} could not start: {error}", traceback=error.traceback) from None
 
     def exchange(self, question: dict[str, Any], seconds: float) -> Any:
         """Send one request and return its result.
@@ -333,15 +336,15 @@ class _Worker:
                     poll.unregister(self._stdin)
             if self._stdout.fileno() not in ready:
                 continue
-            chunk = self._stdout.read(1 << 16)
+            chunk = os.read(self._stdout.fileno(), 1 << 16)
             if not chunk:
                 raise self._death()
             line += chunk
             if len(line) > self._max_line:
                 raise self._broken(f"an answer of more than {self._max_line} bytes")
             if b"\n" in chunk:
-                if data or not line.endswith(b"\n") or line.count(b"\n") > 1:
-                    raise self._broken(f"more than one answer: {_shorten(bytes(line))}")
+                if data or line.find(b"\n") != len(line) - 1:
+                    raise self._broken(f"more than it was asked for: {_shorten(bytes(line))}")
                 return bytes(line)
 
     def _write_some(self, data: bytes) -> bytes:
@@ -355,8 +358,8 @@ class _Worker:
             answer = json.loads(line)
             if answer["id"] != number:
                 raise ValueError(f"expected an answer to request {number}")
-            error = answer["error"] if "error" in answer else None
-            if error is not None:
+            if "error" in answer:
+                error = answer["error"]
                 raise EngineError(f"{error['type']}: {error['message']}", traceback=str(error["traceback"]))
             return answer["result"]
         except (ValueError, LookupError, TypeError, RecursionError) as bad:
@@ -403,8 +406,10 @@ def _drain(stderr: IO[bytes], tail: bytearray) -> None:
             del tail[:-_STDERR_TAIL]
 
 
-def _end(process: subprocess.Popen[bytes], scratch: Path) -> None:
+def _end(process: subprocess.Popen[bytes], scratch: Path, owner: int) -> None:
     """Tell the guardian to kill everything, or do so if it does not."""
+    if os.getpid() != owner:  # a fork of the process that started the worker
+        return
     if process.poll() is None:
         process.terminate()
         try:

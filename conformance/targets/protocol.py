@@ -38,6 +38,9 @@ class TargetInfo(Model):
     stream_unit: PieceUnit = "tokens"
     """Finest cut the engine's own streaming interface can meet: `characters` where it takes text
     alone, `tokens` where it takes token ids with the text."""
+    search_feeds: int = 0
+    """Longest search for a certificate, in feeds, that an ordinary run asks for: it depends on what copying
+    this engine's parser costs, and is fixed so that a verdict does not depend on the machine's speed."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Package versions and platform facts that may change a verdict."""
     note: str = ""

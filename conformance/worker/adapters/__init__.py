@@ -1,0 +1,1 @@
+"""One module per engine; each has `create()`, which makes its adapter."""

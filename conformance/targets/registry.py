@@ -1,0 +1,214 @@
+"""The targets that can be named, and how each is opened.
+
+To add a target: an entry in `_ENGINES`, an adapter in `conformance/worker/adapters`, and a lock file in
+`conformance/targets/locks` for each version.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+import conformance
+from conformance.errors import ConformanceError, TargetError
+from conformance.targets import environments
+from conformance.targets.environments import Check, State
+from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
+from conformance.targets.protocol import Target
+from conformance.targets.reference import ReferenceTarget
+from conformance.tokenization import tokenizer_files
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that runs in a worker."""
+
+    adapter: str
+    """Module in `conformance.worker.adapters`."""
+    description: str
+
+
+_ENGINES: dict[str, Engine] = {
+    "transformers": Engine(
+        "transformers", "Hugging Face transformers: response parser of its server, and chat template"
+    ),
+    "vllm": Engine("vllm", "vLLM: reasoning and tool-call parsers of its OpenAI server"),
+    "sglang-parsers": Engine(
+        "sglang_parsers", "SGLang: reasoning and tool-call parsers of its OpenAI server"
+    ),
+}
+_REFERENCE = "the bundled implementation"
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """One target and version, for lists."""
+
+    spec: str
+    description: str
+    state: State
+    """Of its environment; `ready` for the bundled target, which needs none."""
+    reason: str
+    """Why it cannot be used, and what to do; empty when it can."""
+    megabytes: int
+    """Size of its environment, as measured or expected."""
+    seconds: int
+    """Time to install it, as measured or expected."""
+    default: bool
+
+
+def default_targets() -> tuple[str, ...]:
+    """Canonical specs of the targets of a run that names none."""
+    return ("reference", *(resolve(name) for name in _ENGINES))
+
+
+def known_targets() -> tuple[str, ...]:
+    """Canonical specs of all targets and versions."""
+    return ("reference", *(f"{name}@{version}" for name in _ENGINES for version in _versions(name)))
+
+
+def summaries() -> tuple[TargetSummary, ...]:
+    """All targets with their state."""
+    return tuple(summary(spec) for spec in known_targets())
+
+
+def summary(spec: str) -> TargetSummary:
+    """One target with its state.
+
+    Raises:
+        TargetError: no such target.
+    """
+    canonical = resolve(spec)
+    default = canonical in default_targets()
+    if is_factory(canonical) or canonical == "reference":
+        description = _REFERENCE if canonical == "reference" else f"made by {canonical}"
+        return TargetSummary(canonical, description, "ready", "", 0, 0, default)
+    found = environments.status(canonical)
+    engine = _ENGINES[found.lock.target]
+    return TargetSummary(
+        canonical, engine.description, found.state, found.reason, found.megabytes, found.seconds, default
+    )
+
+
+def resolve(spec: str) -> str:
+    """Canonical form of a spec: with the version, the newest known one where none is given.
+
+    Raises:
+        TargetError: no such target, or no such version.
+    """
+    if is_factory(spec):
+        return spec
+    name, at, version = spec.partition("@")
+    if name == "reference":
+        if at:
+            raise TargetError(f"{spec}: the bundled implementation has no versions; say `reference`")
+        return name
+    if name not in _ENGINES:
+        raise TargetError(
+            f"there is no target {name!r}; targets are {', '.join(['reference', *_ENGINES])}, "
+            "or a Python factory `package.module:function`"
+        )
+    versions = _versions(name)
+    if not versions:
+        raise TargetError(f"{name}: this installation has no lock file for it; install the harness again")
+    if at and version not in versions:
+        raise TargetError(f"{spec}: unknown version; versions of {name} are {', '.join(versions)}")
+    return f"{name}@{version or versions[-1]}"
+
+
+def is_factory(spec: str) -> bool:
+    """Whether a spec names a Python function that makes a target: `package.module:function`."""
+    module, colon, function = spec.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def unavailable(spec: str) -> str:
+    """Why a target cannot be used here and what to do about it; empty if it can.
+
+    Raises:
+        TargetError: no such target.
+    """
+    return summary(spec).reason
+
+
+def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
+    """Open a target; engines start at their first request.
+
+    Args:
+        spec: `reference`, `name`, `name@version`, or `package.module:function`.
+        timeout: Seconds for one request.
+
+    Raises:
+        TargetError: no such target, or its environment is missing; says how to install it.
+    """
+    canonical = resolve(spec)
+    if canonical == "reference":
+        return ReferenceTarget()
+    if is_factory(canonical):
+        return _from_factory(canonical)
+    found = environments.status(canonical)
+    if found.state != "ready":
+        raise TargetError(f"{canonical} cannot be used: {found.reason}")
+    return WorkerTarget(
+        canonical,
+        python=found.python,
+        adapter=_ENGINES[found.lock.target].adapter,
+        timeout=timeout,
+        environment={
+            "CONFORMANCE_TOKENIZER": str(tokenizer_files()),
+            "CONFORMANCE_CHAT_TEMPLATE": str(_chat_template()),
+        },
+    )
+
+
+def doctor(spec: str) -> tuple[Check, ...]:
+    """Examine a target: its environment, and whether its engine starts and answers.
+
+    Raises:
+        TargetError: no such target.
+    """
+    canonical = resolve(spec)
+    checks: tuple[Check, ...] = ()
+    if not is_factory(canonical) and canonical != "reference":
+        checks = environments.doctor(canonical)
+        if not all(check.ok for check in checks):
+            return checks
+    return (*checks, _answers(canonical))
+
+
+def _answers(spec: str) -> Check:
+    try:
+        target = open_target(spec)
+    except TargetError as error:
+        return Check("engine", ok=False, detail=str(error))
+    try:
+        info = target.describe()
+    except ConformanceError as error:
+        return Check("engine", ok=False, detail=str(error))
+    finally:
+        target.close()
+    return Check("engine", ok=True, detail=f"{info.name} {info.version}: {', '.join(info.capabilities)}")
+
+
+def _from_factory(spec: str) -> Target:
+    module_name, _, function = spec.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"{spec}: cannot be imported: {error}") from error
+    target = make()
+    if not isinstance(target, Target):
+        raise TargetError(f"{spec}: returned {type(target).__name__}, which is not a target")
+    return target
+
+
+def _versions(name: str) -> tuple[str, ...]:
+    """Versions with a lock file, oldest first."""
+    return tuple(sorted((lock.version for lock in environments.locks() if lock.target == name), key=Version))
+
+
+def _chat_template() -> Path:
+    return Path(conformance.__file__).parents[1] / "model_impl" / "chat" / "chat_template.jinja"

@@ -1,0 +1,148 @@
+"""Hugging Face transformers: the response parser behind `transformers serve`, and the chat template.
+
+Driven as the server's chat completions are: `parse_assistant_message` for a whole answer,
+`build_response_parser` and `response_events_to_chunks` for a stream. The parser follows a response
+template. Published Gemma 4 tokenizers carry none in the form that this release reads, so what a user gets
+is the server's own fallback for the model type `gemma4`; a tokenizer with a template of its own would win.
+
+* Generated text is decoded with its stop token, which the response template knows as an end of content.
+* The server passes no tools to the parser, so arguments keep the types that their text gives them;
+  `tool_choice` is not supported by the server and plays no part.
+* When `finalize` fails, the server logs it and ends the stream without what was left.
+
+`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import AutoTokenizer  # type: ignore[import-not-found]
+from transformers.cli.serving.utils import (  # type: ignore[import-not-found]
+    ReasoningText,
+    ToolCall,
+    build_response_parser,
+    parse_assistant_message,
+    response_events_to_chunks,
+)
+
+from conformance.worker.adapter import Json, search, stream
+
+_MODEL = SimpleNamespace(config=SimpleNamespace(model_type="gemma4"))
+"""All that the parsing functions ask of the model."""
+
+
+def create() -> TransformersAdapter:
+    """Make the adapter."""
+    return TransformersAdapter()
+
+
+class TransformersAdapter:
+    """Implements `conformance.worker.adapter.Adapter`."""
+
+    def __init__(self) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(os.environ["CONFORMANCE_TOKENIZER"])
+        self._template = Path(os.environ["CONFORMANCE_CHAT_TEMPLATE"]).read_text(encoding="utf-8")
+
+    def describe(self) -> Json:
+        """`TargetInfo`."""
+        packages = ("jinja2", "regex", "tokenizers")
+        return {
+            "name": "transformers",
+            "version": metadata.version("transformers"),
+            "capabilities": ["parse", "parse_stream", "certify", "render"],
+            "stream_unit": "characters",
+            "environment": {
+                "python": platform.python_version(),
+                **{f"package:{name}": metadata.version(name) for name in packages},
+            },
+            "note": "transformers.cli.serving.utils.parse_assistant_message with its gemma4 fallback; "
+            "apply_chat_template",
+        }
+
+    def parse(self, request: Json) -> Json:
+        """As `ChatCompletionHandler._non_streaming`."""
+        content, reasoning, calls = parse_assistant_message(
+            self._tokenizer, _MODEL, request["output"], input_ids=self._prompt_ids(request)
+        )
+        return {
+            "reasoning": reasoning,
+            "content": content,
+            "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in calls or ()],
+        }
+
+    def parse_stream(self, request: Json) -> Sequence[Json]:
+        """As `DirectStreamer` and `ChatCompletionHandler._streaming`."""
+        return stream(request, self._open)
+
+    def certify(self, request: Json) -> Json:
+        """The same, over every chunking."""
+        return search(request, self._open)
+
+    def render(self, request: Json) -> Json:
+        """`apply_chat_template`, as text and as ids."""
+        variables = {"family": request["family"]}
+        for name, key in (("enable_thinking", "thinking"), ("preserve_thinking", "preserve_thinking")):
+            if request[key] is not None:
+                variables[name] = request[key]
+        prompt, ids = (
+            self._tokenizer.apply_chat_template(
+                request["messages"],
+                tools=request["tools"] or None,
+                chat_template=self._template,
+                add_generation_prompt=request["add_generation_prompt"],
+                tokenize=tokenize,
+                return_dict=False,
+                **variables,
+            )
+            for tokenize in (False, True)
+        )
+        return {"prompt": prompt, "token_ids": ids}
+
+    def _open(self, request: Json) -> _Session:
+        return _Session(build_response_parser(self._tokenizer, _MODEL, self._prompt_ids(request)))
+
+    def _prompt_ids(self, request: Json) -> list[int]:
+        ids = list(request["prompt_ids"])
+        return ids or list(self._tokenizer.encode(request["prompt"], add_special_tokens=False))
+
+
+class _Session:
+    """One stream."""
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+        self._calls = 0
+        self._started = False
+        self.shared: tuple[object, ...] = (parser._spec,)
+
+    def feed(self, text: str, ids: list[int], finished: bool) -> list[Json]:
+        """The text that a decoding step adds."""
+        del ids  # the parser takes text alone
+        parser = self._parser
+        items = [] if self._started else response_events_to_chunks(parser.initial_events)
+        self._started = True
+        items += response_events_to_chunks(parser.feed(text))
+        if finished:
+            try:
+                _, events = parser.finalize()
+            except (ValueError, RuntimeError):  # as the server does
+                events = []
+            items += response_events_to_chunks(events)
+        return [self._delta(item) for item in items]
+
+    def _delta(self, item: Any) -> Json:
+        if isinstance(item, ToolCall):
+            index = self._calls
+            self._calls += 1
+            call = {"index": index, "id": f"chatcmpl-1_tool_call_{index}", "type": "function"}
+            return {"tool_calls": [{**call, "name": item.name, "arguments": item.arguments}]}
+        if isinstance(item, ReasoningText):
+            return {"reasoning": str(item)}
+        return {"content": item}
