@@ -38,7 +38,8 @@ def visible(text: str) -> str:
 def headline(result: Result) -> str:
     """`parser/reasoning::label-is-dropped on vllm@0.32.0 failed: reason`."""
     line = f"{result.suite}::{result.case} on {result.target} {WORDS[result.verdict]}"
-    return visible(f"{line}: {result.reason}" if result.reason else line)
+    reason = result.reason or ", ".join(dict.fromkeys(problem.rule for problem in result.problems))
+    return visible(f"{line}: {reason}" if reason else line)
 
 
 def explain(result: Result) -> str:

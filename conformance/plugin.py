@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="conformance_timeout",
         metavar="SECONDS",
         type=float,
-        help="limit of one request to a target (default: 60)",
+        help="limit of one request to a target (default: 10)",
     )
 
 

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from conformance.explain import explain, visible
+from conformance.explain import explain, headline, visible
 from conformance.plugin import RECORDER
 from conformance.results import Result, Verdict
 
@@ -33,6 +33,8 @@ SHORT: dict[Verdict, tuple[str, str]] = {
 
 BAD: frozenset[Verdict] = frozenset({"fail", "xpass", "error", "timeout"})
 _HEARTBEAT = 10.0
+_EXPLAINED = 5
+"""Failures of one target that are explained in full; more would bury the summary."""
 
 
 class ProgressPlugin:
@@ -42,6 +44,7 @@ class ProgressPlugin:
         self._console = console
         self._verbose = verbose
         self._counts: dict[str, Counter[Verdict]] = {}
+        self._failures: Counter[str] = Counter()
         self._live: Live | None = None
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -119,7 +122,13 @@ class ProgressPlugin:
             )
         name = f"{result.suite}::{result.case} [{result.target}]"
         if result.verdict in BAD:
-            self._line(explain(result) + "\n")
+            self._failures[result.target] += 1
+            number = self._failures[result.target]
+            self._line(f"{explain(result)}\n" if self._verbose or number <= _EXPLAINED else headline(result))
+            if number == _EXPLAINED and not self._verbose:
+                self._line(
+                    f"further failures of {result.target} are named only; see the dashboard, or use -v\n"
+                )
         elif self._verbose or result.verdict == "inconclusive":
             self._line(visible(f"{result.verdict} {name}{f': {result.reason}' if result.reason else ''}"))
         elif self._live is None and time.monotonic() - self._last_line > _HEARTBEAT:

@@ -27,11 +27,15 @@ from conformance.results import PlannedCase, Result
 from conformance.targets import registry
 from conformance.targets.protocol import Target, TargetInfo
 
-DEFAULT_TIMEOUT = 60.0
-"""Seconds that one request to a target, or one whole case on an in-process target, may take."""
+DEFAULT_TIMEOUT = 10.0
+"""Seconds that one request to a target may take; a case makes several."""
+
+_START_LIMIT = 300.0
+"""Seconds that a target may take to start, whatever its own limit says."""
 
 _MAX_OPEN = 2
 _MAX_REQUESTS = 20
+_REQUESTS_IN_PROCESS = 6
 _STDERR_TAIL = 4000
 
 
@@ -67,13 +71,13 @@ class TargetPool:
             while len(self._open) >= _MAX_OPEN:
                 self._open.popitem(last=False)[1].target.close()
             try:
-                with _deadline(self.timeout * 10):
+                with _deadline(_START_LIMIT):
                     self._open[spec] = _open(spec, self.timeout)
             except ConformanceError as error:
                 self._failed[spec] = error
                 raise
             except _DeadlineExceeded:
-                self._failed[spec] = TargetTimeout(f"{spec} did not start within {self.timeout * 10:g} s")
+                self._failed[spec] = TargetTimeout(f"{spec} did not start within {_START_LIMIT:g} s")
                 raise self._failed[spec] from None
         self._open.move_to_end(spec)
         return self._open[spec]
@@ -126,7 +130,8 @@ def run_case(
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.traceback
     except _DeadlineExceeded:
         pool.discard(spec)
-        outcome = CheckOutcome("timeout", reason=f"no verdict within {pool.timeout:g} s")
+        limit = _case_limit(spec, pool.timeout)
+        outcome = CheckOutcome("timeout", reason=f"no verdict within {limit:g} s")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this case only
         pool.discard(spec)
         outcome = CheckOutcome("error", reason=f"{type(error).__name__}: {error}")
@@ -213,7 +218,7 @@ def in_process(spec: str) -> bool:
 
 def _case_limit(spec: str, timeout: float) -> float:
     """Seconds for one case. Targets in other processes keep their own limit for each request."""
-    return timeout if in_process(spec) else timeout * _MAX_REQUESTS
+    return timeout * (_REQUESTS_IN_PROCESS if in_process(spec) else _MAX_REQUESTS)
 
 
 def _result(

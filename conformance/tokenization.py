@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -101,6 +101,7 @@ def _stretch_pieces(stretch: str | PlainText) -> Iterator[Piece]:
         yield Piece(text=decoder.decode(bytes_of[number]), ids=(number,), special=number in control)
 
 
+@lru_cache(maxsize=16)
 def characters(text: str) -> tuple[Piece, ...]:
     """Cut a text into characters, for engines whose parsers see no tokens."""
     return tuple(Piece(text=character) for character in text)

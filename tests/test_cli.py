@@ -72,6 +72,15 @@ def test_run_prints_a_table_and_where_things_are(run_conformance: Run, suites: S
     assert "test session starts" not in done.stdout + done.stderr
 
 
+def test_many_failures_do_not_bury_the_summary(run_conformance: Run, suites: Suites) -> None:
+    suites.write(*(f"out{n}" for n in range(8)))
+    short = run_conformance("run", "suites", "-t", LYING, "--no-report").stderr
+    assert short.count(f"on {LYING} failed: expected") == 8
+    assert short.count("repeat: ") == 5
+    full = run_conformance("run", "suites", "-t", LYING, "--no-report", "-v").stderr
+    assert full.count("repeat: ") == 8
+
+
 def test_the_repeat_line_repeats_the_failure(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
     suites.write("hello", "bye")
     done = run_conformance("run", "suites", "-t", HONEST, "--no-report", "--json", env={"LIES": "bye"})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conformance import runfile
+from conformance.scheduling import TargetScheduling
 from tests.conftest import Run, Suites
 
 HONEST, LYING = "lying_targets:Honest", "lying_targets:Lying"
@@ -192,12 +193,12 @@ def test_a_crash_costs_one_case(run_pytest: Run, suites: Suites, tmp_path: Path)
 def test_a_hang_costs_one_case(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
     suites.write("hello")
     done = run_pytest(
-        *("suites", "--target", "lying_targets:Hanging", "--conformance-timeout", "0.5"),
+        *("suites", "--target", "lying_targets:Hanging", "--conformance-timeout", "0.2"),
         *("--conformance-run", "run.jsonl"),
     )
     assert done.returncode == 1, quiet(done)
     (result,) = runfile.read(tmp_path / "run.jsonl").results
-    assert (result.verdict, result.reason) == ("timeout", "no verdict within 0.5 s")
+    assert (result.verdict, result.reason) == ("timeout", "no verdict within 1.2 s")
 
 
 def test_a_target_that_does_not_start_is_started_once(
@@ -320,3 +321,17 @@ def test_header_holds_manifest_and_no_secrets(run_pytest: Run, suites: Suites, t
     assert [entry["case"] for entry in first["manifest"]] == ["case-hello"]
     assert first["environment"]["env:OMP_NUM_THREADS"] == "1"
     assert first["argv"][0] == "pytest"
+
+
+def test_an_engine_stays_on_one_worker_and_cheap_targets_are_spread() -> None:
+    scope = TargetScheduling._split_scope
+    node = "suites/parser/demo.yaml::case-hello[{}]"
+    assert scope(SCHEDULER, node.format("vllm@0.32.0")) == "vllm@0.32.0"
+    for cheap in ("reference", HONEST):
+        assert scope(SCHEDULER, node.format(cheap)) == node.format(cheap)
+    assert scope(SCHEDULER, "tests/test_it.py::test_it[a]") == "tests/test_it.py::test_it[a]"
+    assert scope(SCHEDULER, "tests/test_it.py::test_it@group") == "group"
+
+
+SCHEDULER = object.__new__(TargetScheduling)
+"""Grouping looks at node ids alone, so it needs no session."""

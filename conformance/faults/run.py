@@ -14,7 +14,7 @@ from conformance.results import Verdict
 from conformance.runner import TargetPool, run_case
 
 REFERENCE = "reference"
-_CASE_SECONDS = 30.0
+_REQUEST_SECONDS = 5.0
 _ALARMS: tuple[Verdict, ...] = ("fail", "error", "timeout", "xpass")
 
 
@@ -88,7 +88,7 @@ def detect(
 
 
 def _failures(kinds: set[str], suites: LoadedSuites, expectations: Expectations) -> list[Catch]:
-    pool = TargetPool(timeout=_CASE_SECONDS)
+    pool = TargetPool(timeout=_REQUEST_SECONDS)
     caught = []
     try:
         for loaded in suites.cases:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -184,22 +184,29 @@ class WorkerTarget:
             worker = self._running()
             self._number += 1
             question = {"id": self._number, "method": method, "params": params}
-            try:
+            with self._fatal():
                 answer = worker.exchange(question, self.timeout + extra)
-                return validate(answer)
-            except EngineError:
-                raise
-            except ValueError as error:  # pydantic's ValidationError among them
-                tail = worker.stderr_tail()
-                self._stop(gently=False)
-                raise WorkerDied(
-                    f"{self.spec} gave an answer to {method!r} that does not fit the protocol: "
-                    f"{_first_lines(str(error))}",
-                    stderr_tail=tail,
-                ) from error
-            except BaseException:
-                self._stop(gently=False)
-                raise
+                try:
+                    return validate(answer)
+                except ValueError as error:  # pydantic's ValidationError among them
+                    raise WorkerDied(
+                        f"{self.spec} gave an answer to {method!r} that does not fit the protocol: "
+                        f"{_first_lines(str(error))}"
+                    ) from error
+
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """End the worker on everything but an exception of its engine."""
+        try:
+            yield
+        except EngineError:
+            raise
+        except (WorkerDied, TargetTimeout) as error:
+            error.stderr_tail = self._stop(gently=False)
+            raise
+        except BaseException:
+            self._stop(gently=False)
+            raise
 
     def _running(self) -> _Worker:
         """The worker, started if need be."""
@@ -212,16 +219,19 @@ class WorkerTarget:
                 self.spec, self._command, self._environment, self._import_paths, self._max_line
             )
             try:
-                self._worker.wait_for_start(self._start_timeout)
-            except BaseException:
-                self._stop(gently=False)
+                with self._fatal():
+                    self._worker.wait_for_start(self._start_timeout)
+            except EngineError:
+                self._stop(gently=False)  # without an adapter it ends by itself anyway
                 raise
         return self._worker
 
-    def _stop(self, *, gently: bool) -> None:
-        if self._worker is not None:
-            self._worker.stop(gently=gently)
-            self._worker = None
+    def _stop(self, *, gently: bool) -> str:
+        """End the worker; return the end of what it wrote to standard error."""
+        if self._worker is None:
+            return ""
+        worker, self._worker = self._worker, None
+        return worker.stop(gently=gently)
 
 
 class _Worker:
@@ -281,9 +291,9 @@ class _Worker:
 
     def wait_for_start(self, seconds: float) -> None:
         """Wait until the adapter is loaded."""
-        line = self._transfer(b"", time.monotonic() + seconds, f"it did not start within {seconds:g} s")
+        data = self._transfer(b"", time.monotonic() + seconds, f"it did not start within {seconds:g} s")
         try:
-            self._read_answer(line, 0)
+            self._read_answer(data, 0)
         except EngineError as error:
             raise EngineError(f"{self._spec} could not start: {error}", traceback=error.traceback) from None
 
@@ -296,17 +306,11 @@ class _Worker:
             TargetTimeout: no answer came in time.
         """
         late = f"it did not answer {question['method']!r} within {seconds:g} s"
-        line = self._transfer(json.dumps(question).encode() + b"\n", time.monotonic() + seconds, late)
-        return self._read_answer(line, question["id"])
+        data = self._transfer(json.dumps(question).encode() + b"\n", time.monotonic() + seconds, late)
+        return self._read_answer(data, question["id"])
 
-    def stderr_tail(self) -> str:
-        """The end of what it wrote to standard error; complete once it is dead."""
-        if self._process.poll() is not None:
-            self._drain.join(1.0)
-        return bytes(self._tail).decode(errors="replace")
-
-    def stop(self, *, gently: bool) -> None:
-        """End it and all it started.
+    def stop(self, *, gently: bool) -> str:
+        """End it and all it started; return the end of what it wrote to standard error.
 
         Args:
             gently: Let the engine put things in order first.
@@ -317,10 +321,11 @@ class _Worker:
                 self._process.wait(_STOP_GRACE)
         self._end()
         self._stdout.close()
-        self._drain.join(1.0)
+        self._drain.join(_STOP_GRACE)
+        return bytes(self._tail).decode(errors="replace")
 
     def _transfer(self, data: bytes, deadline: float, late: str) -> bytes:
-        """Write all of `data` and read one line, whichever order the worker takes it in."""
+        """Write `data`, and read until a line is complete."""
         poll = select.poll()
         poll.register(self._stdout, select.POLLIN)
         if data:
@@ -329,7 +334,7 @@ class _Worker:
         while True:
             ready = dict(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
             if not ready:
-                raise TargetTimeout(f"{self._spec}: {late}", stderr_tail=self.stderr_tail())
+                raise TargetTimeout(f"{self._spec}: {late}")
             if self._stdin.fileno() in ready:
                 data = self._write_some(data)
                 if not data:
@@ -343,8 +348,6 @@ class _Worker:
             if len(line) > self._max_line:
                 raise self._broken(f"an answer of more than {self._max_line} bytes")
             if b"\n" in chunk:
-                if data or line.find(b"\n") != len(line) - 1:
-                    raise self._broken(f"more than it was asked for: {_shorten(bytes(line))}")
                 return bytes(line)
 
     def _write_some(self, data: bytes) -> bytes:
@@ -353,20 +356,24 @@ class _Worker:
         except BrokenPipeError:  # the end of its output will tell
             return b""
 
-    def _read_answer(self, line: bytes, number: int) -> Any:
+    def _read_answer(self, data: bytes, number: int) -> Any:
+        line, _, rest = data.partition(b"\n")
         try:
             answer = json.loads(line)
             if answer["id"] != number:
                 raise ValueError(f"expected an answer to request {number}")
-            if "error" in answer:
-                error = answer["error"]
-                raise EngineError(f"{error['type']}: {error['message']}", traceback=str(error["traceback"]))
-            return answer["result"]
+            error = _engine_error(answer["error"]) if "error" in answer else None
+            result = answer["result"] if error is None else None
         except (ValueError, LookupError, TypeError, RecursionError) as bad:
             raise self._broken(f"what is no answer: {_shorten(line)}") from bad
+        if rest:
+            raise self._broken(f"more than an answer: {_shorten(rest)}")
+        if error is not None:
+            raise error
+        return result
 
     def _broken(self, what: str) -> WorkerDied:
-        return WorkerDied(f"{self._spec}: the worker wrote {what}", stderr_tail=self.stderr_tail())
+        return WorkerDied(f"{self._spec}: the worker wrote {what}")
 
     def _death(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -377,7 +384,7 @@ class _Worker:
             number = -code if code < 0 else code - 128
             with contextlib.suppress(ValueError):
                 how = f"was killed by {signal.Signals(number).name}"
-        return WorkerDied(f"{self._spec}: the worker {how}", stderr_tail=self.stderr_tail())
+        return WorkerDied(f"{self._spec}: the worker {how}")
 
 
 def _variables(extra: Mapping[str, str], import_paths: Sequence[str]) -> dict[str, str]:
@@ -419,6 +426,10 @@ def _end(process: subprocess.Popen[bytes], scratch: Path, owner: int) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _engine_error(error: dict[str, str]) -> EngineError:
+    return EngineError(f"{error['type']}: {error['message']}", traceback=str(error["traceback"]))
 
 
 def _shorten(line: bytes) -> str:

@@ -105,9 +105,9 @@ class ReferenceTarget:
         session = _Session(request)
         deltas: list[Delta] = []
         chunks = chunk_texts(_units(request, chunking.unit), chunking)
-        for number, (text, ids) in enumerate(chunks, 1):
+        for number, (text, _) in enumerate(chunks, 1):
             finished = number == len(chunks)
-            deltas.extend(Delta.model_validate(d) for d in session.feed(text, list(ids), finished))
+            deltas.extend(_delta(d) for d in session.read(text, finished=finished))
         return StreamResult(deltas=tuple(deltas))
 
 
@@ -143,20 +143,27 @@ class _Session:
         self.shared: tuple[object, ...] = (request.tools, self._runs)
 
     def feed(self, text: str, ids: list[int], finished: bool) -> list[dict[str, Any]]:
-        """Feed one chunk, run by run, and finish after the last."""
-        del ids  # the text is cut by runs of like tokens, which says the same
-        deltas = []
+        """One chunk for the search; the runs of like tokens say what the ids would."""
+        del ids
+        return [_delta(d).model_dump() for d in self.read(text, finished=finished)]
+
+    def read(self, text: str, *, finished: bool) -> list[gemma.Delta]:
+        """Feed one chunk, and finish after the last; return what that brought."""
+        deltas = [self._parser.feed_runs(self._cut(text))]
+        if finished:
+            deltas.append(self._parser.finish())
+        return [d for d in deltas if d]
+
+    def _cut(self, text: str) -> Iterator[tuple[str, Tokens]]:
+        """Cut the next chunk where the kind of token changes."""
         while text:
             run, kind = self._runs[self._run]
             part = text[: len(run) - self._offset]
-            deltas.append(self._parser.feed(part, kind))
+            yield part, kind
             text = text[len(part) :]
             self._offset += len(part)
             if self._offset == len(run):
                 self._run, self._offset = self._run + 1, 0
-        if finished:
-            deltas.append(self._parser.finish())
-        return [_delta(d).model_dump() for d in deltas if d]
 
 
 def _delta(delta: gemma.Delta) -> Delta:

@@ -171,8 +171,13 @@ class Parser:
             tokens: What it was decoded from. `ordinary`: the text spells no markers, whatever it looks
                 like; `control`: it is one; `unknown`: everything that looks like a marker is one.
         """
-        for run, is_marker, kind in self._lexer.feed(text, tokens):
-            self._run(run, is_marker, kind)
+        return self.feed_runs([(text, tokens)])
+
+    def feed_runs(self, runs: Iterable[tuple[str, m.Tokens]]) -> Delta:
+        """Read one chunk of a stream, given as runs of like tokens; one delta for all of it."""
+        for text, tokens in runs:
+            for run, is_marker, kind in self._lexer.feed(text, tokens):
+                self._run(run, is_marker, kind)
         return self._take()
 
     def finish(self) -> Delta:
@@ -513,7 +518,6 @@ def parse(
     parser = Parser(prompt, tools=tools, calls_allowed=calls_allowed, track_spans=True)
     builder = MessageBuilder()
     runs: Iterable[tuple[str, m.Tokens]] = [(output, "unknown")] if isinstance(output, str) else output
-    for text, tokens in runs:
-        builder.add(parser.feed(text, tokens))
+    builder.add(parser.feed_runs(runs))
     builder.add(parser.finish())
     return builder.message(parser)

@@ -30,6 +30,7 @@ class Liar:
                 "path": json.dumps(sys.path),
                 "variables": json.dumps(dict(os.environ)),
                 "cwd": str(Path.cwd()),
+                "import": json.dumps([entry.name for entry in Path(sys.path[0]).iterdir()]),
             },
         }
 
@@ -136,11 +137,11 @@ class Liar:
 
     def _daemon_and_die(self, pid_file: str) -> Any:
         # Twice removed and in a session of its own, as servers put themselves.
-        command = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
-        middle = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {command!r}, {pid_file!r}], start_new_session=True)"
-        subprocess.run([sys.executable, "-c", middle], check=True)
-        while not (Path(pid_file).exists() and Path(pid_file).read_text()):
-            time.sleep(0.01)
+        if os.fork() == 0:
+            os.setsid()
+            _fork_sleeper(pid_file)
+            os._exit(0)
+        os.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
