@@ -80,10 +80,6 @@ class Expectation:
         """Whether it speaks about this case at this version."""
         return address in self.addresses and _in_range(self.entry.versions, version)
 
-    def overdue(self, today: dt.date) -> bool:
-        """Whether its review date has passed."""
-        return self.entry.review < today
-
 
 @dataclass(frozen=True)
 class Expectations:
@@ -98,9 +94,14 @@ class Expectations:
                 return expectation
         return None
 
-    def overdue(self, today: dt.date) -> tuple[Expectation, ...]:
-        """Those whose review date has passed."""
-        return tuple(e for e in self.all if e.overdue(today))
+    def overdue(self) -> tuple[str, ...]:
+        """A note for each entry whose review date has passed."""
+        today = dt.datetime.now(dt.UTC).date()
+        return tuple(
+            f"{e.where}: review was due on {e.entry.review}; the date only warns"
+            for e in self.all
+            if e.entry.review < today
+        )
 
 
 def load(suites: LoadedSuites) -> Expectations:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import importlib
 import warnings
 from collections.abc import Sequence
@@ -124,11 +123,8 @@ class SuiteSession:
         """
         if root not in self._expectations:
             loaded = expectations.load(load_suites([root])) if self._expect_failures else Expectations()
-            for entry in loaded.overdue(dt.datetime.now(dt.UTC).date()):
-                warnings.warn(
-                    ReviewDue(f"{entry.where}: review was due on {entry.entry.review}; the date only warns"),
-                    stacklevel=2,
-                )
+            for note in loaded.overdue():
+                warnings.warn(ReviewDue(note), stacklevel=2)
             self._expectations[root] = loaded
         return self._expectations[root]
 

@@ -258,8 +258,8 @@ def test_nothing_but_blanks_brackets_labels_and_stray_text_is_dropped(
         "blanks after a call": re.compile(r"\s+"),
         "text after a closed value": re.compile(r".+", re.DOTALL),
         "text after a delimited key": re.compile(r".+", re.DOTALL),
-        "delimiter out of place": re.compile(re.escape(Q)),
-        "delimiter after a quoted value": re.compile(re.escape(Q)),
+        "delimiter out of place": re.compile(rf"(?:{re.escape(Q)})+"),
+        "delimiter after a quoted value": re.compile(rf"(?:{re.escape(Q)})+"),
         "marker inside arguments": re.compile(r"(<[^<>]+>)+"),
     }
     for span in parse(text, **request).spans:

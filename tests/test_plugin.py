@@ -234,12 +234,17 @@ def test_expected_failures_can_be_turned_into_failures(run_pytest: Run, suites: 
     assert run_pytest("suites", "--target", LYING, "--runxfail").returncode == 1
 
 
-def test_a_past_review_warns_and_a_broken_expectation_stops(run_pytest: Run, suites: Suites) -> None:
+def test_a_past_review_warns_and_a_broken_expectation_stops(
+    run_pytest: Run, run_conformance: Run, suites: Suites
+) -> None:
     suites.write("hello")
     path = suites.expect(EXPECTED_FAILURE.format(rule="expected", review="2020-01-01"), LYING)
     done = run_pytest("suites", "--target", LYING)
     assert done.returncode == 0
-    assert f"suites/expectations/{path.name}:3: review was due on 2020-01-01" in done.stdout
+    note = f"suites/expectations/{path.name}:3: review was due on 2020-01-01"
+    assert note in done.stdout
+    ran = run_conformance("run", "suites", "--target", LYING, "--no-report")
+    assert (ran.returncode, f"warning: {note}" in ran.stderr) == (0, True)
     path.write_text(path.read_text().replace("case-hello", "case-gone"))
     done = run_pytest("suites", "--target", LYING)
     assert done.returncode == 2

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import array
 import copy
-import enum
 import functools
 import io
 import itertools
-import random
 import re
 import threading
 import types
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import regex
 
 from conformance.targets.protocol import (
     Certificate,
@@ -32,22 +28,12 @@ from conformance.tokenization import characters, pieces
 from conformance.worker import search
 from conformance.worker.search import Assembled, OpaqueStateError, certify
 from model_impl.chat.parser import Parser
+from tests import search_toys as toys
+from tests.search_toys import GLOBAL, TOYS, Child, Colour, CountsChunks, Faithful, Frugal, Point, Session
 
 Q = '<|"|>'
 Outcomes = dict[str, tuple[int, tuple[int, ...]]]
 """By what came out: how many chunkings lead there, and the smallest one."""
-
-
-class Session:
-    """Base of the toys: content is what `read` gives for each chunk."""
-
-    shared: tuple[object, ...] = ()
-
-    def feed(self, text: str, ids: list[int], finished: bool) -> list[dict[str, Any]]:
-        return [{"content": self.read(text, finished)}]
-
-    def read(self, text: str, finished: bool) -> str:
-        raise NotImplementedError
 
 
 def letters(text: str) -> list[dict[str, Any]]:
@@ -86,7 +72,7 @@ def brute_force(session: Callable[[], Any], text: str) -> Outcomes:
             chunk = text[start:end]
             try:
                 deltas = stream.feed(chunk, [ord(c) for c in chunk], end == len(text))
-            except Exception as raised:
+            except Exception as raised:  # noqa: BLE001 - a toy may raise what it likes
                 # What came before the error is kept; the cuts behind it were never made.
                 error, cuts = f"{type(raised).__name__}: {raised}", tuple(c for c in cuts if c <= end)
                 break
@@ -106,137 +92,6 @@ def _result(assembled: Assembled) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------- toys with real bugs
-
-
-class Faithful(Session):
-    """Holds back what may become `<x>`, and drops it."""
-
-    def __init__(self) -> None:
-        self.held = ""
-
-    def read(self, text: str, finished: bool) -> str:
-        text = (self.held + text).replace("<x>", "")
-        keep = 0 if finished else max((k for k in (1, 2) if text.endswith("<x>"[:k])), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-class SplitMarkerMissed(Session):
-    """Drops `<x>` only where a chunk holds all of it."""
-
-    def read(self, text: str, finished: bool) -> str:
-        return text.replace("<x>", "")
-
-
-class CountsChunks(Session):
-    """Says how many chunks came: every number of chunks is another outcome."""
-
-    def __init__(self) -> None:
-        self.chunks: list[str] = []
-
-    def read(self, text: str, finished: bool) -> str:
-        self.chunks.append(text)
-        return str(len(self.chunks)) if finished else ""
-
-
-class LosesAfterLongChunk(Session):
-    """Drops the chunk that follows one of three characters or more."""
-
-    def __init__(self) -> None:
-        self.skip = False
-
-    def read(self, text: str, finished: bool) -> str:
-        skip, self.skip = self.skip, len(text) >= 3
-        return "" if skip else text
-
-
-class RaisesAtChunkStart(Session):
-    """Raises on a chunk that begins with `<`, unless it is the first."""
-
-    def __init__(self) -> None:
-        self.first = True
-
-    def read(self, text: str, finished: bool) -> str:
-        first, self.first = self.first, False
-        if text[:1] == "<" and not first:
-            raise ValueError(f"chunk {text!r}")
-        return text
-
-
-class RaggedIndices(Session):
-    """Gives the call the index of the chunk that it begins in."""
-
-    def __init__(self) -> None:
-        self.number = -1
-
-    def feed(self, text: str, ids: list[int], finished: bool) -> list[dict[str, Any]]:
-        self.number += 1
-        index = min(self.number, 2)
-        return [{"tool_calls": [{"index": index, "name": "f", "arguments": text}]}] if "<" in text else []
-
-
-class Frugal(Session):
-    """Slots, aliases, cycles and every container that can be copied, with the bug of losing a doubled letter."""
-
-    __slots__ = (
-        "__private",
-        "again",
-        "bag",
-        "cycle",
-        "log",
-        "names",
-        "queue",
-        "seen",
-        "table",
-        "tell",
-        "unset",
-    )
-
-    def __init__(self) -> None:
-        self.log = io.StringIO()
-        self.queue: deque[str] = deque(maxlen=3)
-        self.again = self.queue
-        self.seen = {"start"}
-        self.table: defaultdict[str, list[str]] = defaultdict(list)
-        self.bag = (Counter("a"), OrderedDict(z=1), bytearray(b"x"), types.MappingProxyType({"k": [1]}))
-        self.cycle: list[Any] = [self]
-        self.cycle.append(self.cycle)
-        self.__private = 0
-        self.tell = self.log.write
-
-    def read(self, text: str, finished: bool) -> str:
-        out = []
-        for character in text:
-            if self.again and self.again[-1] == character and len(text) > 1:
-                continue
-            self.queue.append(character)
-            self.table[character].append(character)
-            self.bag[0][character] += 1
-            self.bag[2].append(ord(character))
-            self.bag[3]["k"].append(1)
-            self.seen.add(character)
-            self.__private += 1
-            self.tell(character)
-            out.append(character)
-        assert self.cycle[0] is self
-        assert self.cycle[1] is self.cycle
-        assert self.log.getvalue().endswith("".join(out))
-        state = sum(map(len, self.table.values())), len(self.bag[2]), len(self.bag[3]["k"]), self.__private
-        return "".join(out) + (f"{state}{sorted(self.seen)}{self.bag[0]['a']}" if finished else "")
-
-
-TOYS = [
-    Faithful,
-    SplitMarkerMissed,
-    CountsChunks,
-    LosesAfterLongChunk,
-    RaisesAtChunkStart,
-    RaggedIndices,
-    Frugal,
-]
-
-
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("text", ["", "a", "<x>", "a<x>b", "<<x>>aab<", "a<x><x>bb<x"])
 def test_certificate_agrees_with_brute_force(toy: type[Session], text: str) -> None:
@@ -254,7 +109,7 @@ def test_toys_have_the_bugs_they_are_said_to_have() -> None:
 
 
 def test_outcomes_are_sorted_by_number_and_named_by_the_smallest_chunking() -> None:
-    found = certificate(SplitMarkerMissed, "ab<x>")
+    found = certificate(toys.SplitMarkerMissed, "ab<x>")
     assert [(o.result.content, o.chunkings, o.cuts) for o in found.outcomes] == [
         ("ab<x>", "12", (3,)),
         ("ab", "4", ()),
@@ -262,7 +117,7 @@ def test_outcomes_are_sorted_by_number_and_named_by_the_smallest_chunking() -> N
 
 
 def test_errors_are_outcomes_and_keep_what_came_before() -> None:
-    found = certificate(RaisesAtChunkStart, "ab<x>")
+    found = certificate(toys.RaisesAtChunkStart, "ab<x>")
     by_error = {o.error: (o.result.content, o.chunkings, o.cuts) for o in found.outcomes}
     assert by_error == {
         None: ("ab<x>", "8", ()),
@@ -273,7 +128,7 @@ def test_errors_are_outcomes_and_keep_what_came_before() -> None:
 
 
 def test_ragged_indices_are_told() -> None:
-    assert {(o.ragged, o.cuts) for o in certificate(RaggedIndices, "a<").outcomes} == {
+    assert {(o.ragged, o.cuts) for o in certificate(toys.RaggedIndices, "a<").outcomes} == {
         (False, ()),
         (True, (1,)),
     }
@@ -282,7 +137,7 @@ def test_ragged_indices_are_told() -> None:
 def test_long_outputs_are_searched_whole() -> None:
     text = "ab" * 40 + "<x>" + "cd" * 5
     total = 2 ** (len(text) - 1)
-    found = certificate(SplitMarkerMissed, text)
+    found = certificate(toys.SplitMarkerMissed, text)
     # The marker is met whole in one chunking of four: neither boundary inside it is a cut.
     assert [(o.result.content, int(o.chunkings), o.cuts) for o in found.outcomes] == [
         (text, total * 3 // 4, (81,)),
@@ -290,7 +145,7 @@ def test_long_outputs_are_searched_whole() -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------- the reference parser
+# ------------------------------------------------------------------------------ the reference parser
 
 TARGET = ReferenceTarget()
 SHORT = ["Hi<eos>", "<|channel>ab<channel|>", f"{Q}a", "{'a", "call:f{", "🙂é\n", "a<tool_cal", ""]
@@ -372,115 +227,7 @@ def test_reference_search_is_small() -> None:
 # ---------------------------------------------------------------------------------------- refusals
 
 
-class Generator(Session):
-    """Keeps its state in a suspended generator."""
-
-    def __init__(self) -> None:
-        self.run = self._run()
-        next(self.run)
-
-    def _run(self) -> Any:
-        seen = ""
-        while True:
-            seen += yield seen
-
-    def read(self, text: str, finished: bool) -> str:
-        return self.run.send(text) or ""
-
-
-class GeneratorMethod(Generator):
-    """The same, behind the generator's bound method."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.push = self.run.send
-        del self.run
-
-    def read(self, text: str, finished: bool) -> str:
-        return self.push(text) or ""
-
-
-class Holder(Session):
-    """Any object besides a faithful parser."""
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def read(self, text: str, finished: bool) -> str:
-        return text
-
-
-class Closure(Session):
-    """Keeps its state in a function's closure."""
-
-    def __init__(self) -> None:
-        seen: list[str] = []
-
-        def remember(text: str) -> int:
-            seen.append(text)
-            return len(seen)
-
-        self.remember = remember
-
-    def read(self, text: str, finished: bool) -> str:
-        return text if self.remember(text) < 3 else ""
-
-
-class NestedClosure(Closure):
-    """The same, one function further in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        inner = self.remember
-        self.remember = lambda text: inner(text)
-
-
-class DefaultArgument(Session):
-    """Keeps its state in a default argument made for this session."""
-
-    def __init__(self) -> None:
-        self.remember = lambda text, seen=[]: seen.append(text) or len(seen)  # noqa: B006
-
-    def read(self, text: str, finished: bool) -> str:
-        return text if self.remember(text) < 3 else ""
-
-
-class StrWithAttributes(str):
-    pass
-
-
-class ListOfMine(list[str]):
-    pass
-
-
-class Tagged(tuple[int, ...]):
-    pass
-
-
-REFUSED: dict[str, Callable[[], Any]] = {
-    "generator": Generator,
-    "bound-method-of-generator": GeneratorMethod,
-    "iterator": lambda: Holder(iter([1, 2])),
-    "itertools": lambda: Holder(itertools.count()),
-    "lock": lambda: Holder(threading.Lock()),
-    "local": lambda: Holder(threading.local()),
-    "random": lambda: Holder(random.Random(1)),
-    "array": lambda: Holder(array.array("i", [1])),
-    "partial": lambda: Holder(functools.partial(print, [])),
-    "weak": lambda: Holder(__import__("weakref").ref(Session)),
-    "bytes-io": lambda: Holder(io.BytesIO()),
-    "cached-function": lambda: Holder(functools.lru_cache(len)),
-    "str-subclass": lambda: Holder(StrWithAttributes("a")),
-    "list-subclass": lambda: Holder(ListOfMine()),
-    "tuple-subclass": lambda: Holder(Tagged((1,))),
-    "closure": Closure,
-    "closure-in-closure": NestedClosure,
-    "default-argument": DefaultArgument,
-    "too-deep": lambda: Holder(functools.reduce(lambda inner, _: [inner], range(5000), [])),
-}
-
-
-@pytest.mark.parametrize("session", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("session", toys.REFUSED.values(), ids=toys.REFUSED.keys())
 def test_state_out_of_sight_is_refused(session: Callable[[], Any]) -> None:
     found = certificate(session, "abcd")
     assert not found.complete
@@ -488,70 +235,11 @@ def test_state_out_of_sight_is_refused(session: Callable[[], Any]) -> None:
     assert re.search("cannot be compared|holds state|has attributes|nested too deeply", found.reason)
 
 
-GLOBAL: dict[str, Any] = {"feeds": 0, "held": ""}
-
-
-class GlobalCounter(Session):
-    """Loses every third feed of the process."""
-
-    def read(self, text: str, finished: bool) -> str:
-        GLOBAL["feeds"] += 1
-        return text if GLOBAL["feeds"] % 3 else ""
-
-
-class GlobalBuffer(Session):
-    """Holds text in a module's global, made anew for each session."""
-
-    def __init__(self) -> None:
-        GLOBAL["held"] = ""
-
-    def read(self, text: str, finished: bool) -> str:
-        text, GLOBAL["held"] = GLOBAL["held"] + text[:-1], text[-1:]
-        return text + (GLOBAL["held"] if finished else "")
-
-
-class ClassAttribute(Session):
-    """Holds text in a class attribute, made anew for each session."""
-
-    held: ClassVar[list[str]] = []
-
-    def __init__(self) -> None:
-        ClassAttribute.held = []
-
-    def read(self, text: str, finished: bool) -> str:
-        self.held.append(text)
-        return "".join(self.held) if finished else ""
-
-
-class SharedTooMuch(Session):
-    """Calls something shared that it writes to."""
-
-    def __init__(self) -> None:
-        self.buffer: list[str] = []
-        self.shared = (self.buffer,)
-
-    def read(self, text: str, finished: bool) -> str:
-        self.buffer.append(text)
-        return "".join(self.buffer) if finished else ""
-
-
-class ClassCounter(Session):
-    """Counts its feeds in a class attribute that nothing resets."""
-
-    feeds = 0
-
-    def read(self, text: str, finished: bool) -> str:
-        ClassCounter.feeds += 1
-        return text.upper() if ClassCounter.feeds % 2 else text
-
-
-@pytest.mark.parametrize(
-    "session", [GlobalCounter, GlobalBuffer, ClassAttribute, ClassCounter, SharedTooMuch]
-)
+@pytest.mark.parametrize("session", toys.UNSEEN)
 @pytest.mark.parametrize("text", ["abcd", "abcdefghijklmnop"])
 def test_state_outside_the_session_is_found_by_the_audit(session: type[Session], text: str) -> None:
     for before in range(3):
-        GLOBAL["feeds"] = ClassCounter.feeds = before
+        GLOBAL["feeds"] = toys.ClassCounter.feeds = before
         found = certificate(session, text)
         assert not found.complete
         assert found.reason == "the parser keeps state that a copy of it does not carry"
@@ -576,68 +264,11 @@ def test_too_little_time() -> None:
 # ---------------------------------------------------------------------------------------- copies
 
 
-class Colour(enum.Enum):
-    RED = 1
-
-
-Point = namedtuple("Point", "x y")
-
-
-class Parent:
-    __slots__ = ("__hidden", "left")
-
-    def __init__(self) -> None:
-        self.__hidden = [1]
-        self.left = {"a": {1, 2}}
-
-    def hidden(self) -> list[int]:
-        return self.__hidden
-
-
-class Child(Parent):
-    """A `__dict__` below slots, and a constructor that a copy must not run."""
-
-    made = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        Child.made += 1
-        self.method = self.hidden
-        self.same_method = self.method
-        self.append = self.hidden().append
-        self.point = Point([1], 2)
-        self.items = {
-            Colour.RED: re.compile("a"),
-            "b": regex.compile("b"),
-            "c": len,
-            "d": Colour,
-            "e": re,
-            "f": ...,
-        }
-        self.key: list[Any] = [
-            {id: frozenset({1, (2, 3)})},
-            1.5,
-            float("nan"),
-            -0.0,
-            2j,
-            b"x",
-            range(3),
-            True,
-        ]
-
-
-COPYABLE: dict[str, Callable[[], Any]] = {
-    "child": Child,
-    **{toy.__name__: toy for toy in TOYS},
-    "members": lambda: Holder({Child()}),
-}
-
-
-@pytest.mark.parametrize("make", COPYABLE.values(), ids=COPYABLE.keys())
+@pytest.mark.parametrize("make", toys.COPYABLE.values(), ids=toys.COPYABLE.keys())
 def test_equal_objects_have_equal_keys_and_copies(make: Callable[[], Any]) -> None:
     value = make()
     first, key = search._Copier(()).copy(value)
-    second, again = search._Copier(()).copy(first)
+    _, again = search._Copier(()).copy(first)
     assert key == again
     assert hash(key) == hash(again)
     assert type(first) is type(value)
@@ -670,10 +301,14 @@ def test_members_of_sets_are_copied() -> None:
 @pytest.mark.parametrize(
     ("a", "b"),
     [
-        ([1], [True]), ([1], [1.0]), ([0.0], [-0.0]), ([1], (1,)), ({1: 2}, {1: 3}), ({1}, {2}), ("a", b"a"), ([[], []], [[]] * 2),
-        (deque([1], maxlen=1), deque([1], maxlen=2)), (defaultdict(int), defaultdict(list)), ({}, OrderedDict()),
-        ({"a": 1, "b": 2}, {"b": 2, "a": 1}), (Point(1, 2), (1, 2)), (Colour.RED, 1), (len, max), (re.compile("a"), re.compile("b")),
-        (io.StringIO("a"), io.StringIO("b")), (bytearray(b"a"), bytearray(b"b")), ([None], [0]), (types.MappingProxyType({1: 2}), {1: 2}),
+        ([1], [True]), ([1], [1.0]), ([0.0], [-0.0]), ([1], (1,)), ({1: 2}, {1: 3}), ({1}, {2}), ("a", b"a"),
+        ([[], []], [[]] * 2),
+        (deque([1], maxlen=1), deque([1], maxlen=2)), (defaultdict(int), defaultdict(list)),
+        ({}, OrderedDict()),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}), (Point(1, 2), (1, 2)), (Colour.RED, 1), (len, max),
+        (re.compile("a"), re.compile("b")),
+        (io.StringIO("a"), io.StringIO("b")), (bytearray(b"a"), bytearray(b"b")), ([None], [0]),
+        (types.MappingProxyType({1: 2}), {1: 2}),
     ],
 )  # fmt: skip
 def test_unlike_objects_have_unlike_keys(a: Any, b: Any) -> None:

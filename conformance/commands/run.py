@@ -78,7 +78,9 @@ def run_command(
         cases, targets = _of_manifest(runfile.read(resume))
     selected = select(cases)
     select_targets(targets)  # both refuse what is wrong before anything starts
-    expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
+    known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
+    for note in known.overdue():
+        click.echo(f"warning: {note}", err=True)
     path = resume or out or Path("runs") / f"{new_run_id()}.jsonl"
     arguments = [
         *_ISOLATION,

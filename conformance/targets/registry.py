@@ -199,7 +199,12 @@ def _from_factory(spec: str) -> Target:
         make = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise TargetError(f"{spec}: cannot be imported: {error}") from error
-    target = make()
+    try:
+        target = make()
+    except ConformanceError:
+        raise
+    except Exception as error:
+        raise TargetError(f"{spec}: raised {type(error).__name__}: {error}") from error
     if not isinstance(target, Target):
         raise TargetError(f"{spec}: returned {type(target).__name__}, which is not a target")
     return target
