@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from conformance.errors import ConformanceError, TargetTimeout
+from conformance.errors import ConformanceError, TargetTimeoutError
 from conformance.suites import PROMPTS
 from conformance.targets.protocol import Chunking, ParseRequest, StreamRequest, Target
 from conformance.targets.registry import default_targets, open_target, unavailable
@@ -143,7 +143,7 @@ def measure_target(target: Target, family: str, mode: Mode, sizes: tuple[int, in
         try:
             answer_time(target, request, mode)  # the first call may start the engine, or compile
             seconds[number] = min(answer_time(target, request, mode) for _ in range(2))
-        except TargetTimeout:
+        except TargetTimeoutError:
             note = "time-out"
             break
         except ConformanceError as error:

@@ -25,7 +25,7 @@ class EngineError(ConformanceError):
         self.traceback = traceback
 
 
-class WorkerDied(ConformanceError):
+class WorkerDiedError(ConformanceError):
     """The engine's worker process ended, or broke the protocol, while a request was open."""
 
     def __init__(self, message: str, *, stderr_tail: str = "") -> None:
@@ -33,7 +33,7 @@ class WorkerDied(ConformanceError):
         self.stderr_tail = stderr_tail
 
 
-class TargetTimeout(ConformanceError):
+class TargetTimeoutError(ConformanceError):
     """A request was not answered before its deadline."""
 
     def __init__(self, message: str, *, stderr_tail: str = "") -> None:

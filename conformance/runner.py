@@ -20,7 +20,7 @@ from types import FrameType
 
 from conformance import checks, resources
 from conformance.checks import CheckOutcome, Search
-from conformance.errors import ConformanceError, EngineError, TargetTimeout, WorkerDied
+from conformance.errors import ConformanceError, EngineError, TargetTimeoutError, WorkerDiedError
 from conformance.expectations import Expectation, Expectations
 from conformance.loading import LoadedCase
 from conformance.results import PlannedCase, Result
@@ -77,7 +77,7 @@ class TargetPool:
                 self._failed[spec] = error
                 raise
             except _DeadlineExceeded:
-                self._failed[spec] = TargetTimeout(f"{spec} did not start within {_START_LIMIT:g} s")
+                self._failed[spec] = TargetTimeoutError(f"{spec} did not start within {_START_LIMIT:g} s")
                 raise self._failed[spec] from None
         self._open.move_to_end(spec)
         return self._open[spec]
@@ -122,9 +122,9 @@ def run_case(
         expectation = expectations.find(loaded.address, target_name(spec), opened.info.version)
         with _deadline(_case_limit(spec, pool.timeout)):
             outcome = checks.judge(loaded.case, loaded.suite.suite, opened.target, search=search)
-    except TargetTimeout as error:
+    except TargetTimeoutError as error:
         outcome, stderr = CheckOutcome("timeout", reason=str(error)), error.stderr_tail
-    except WorkerDied as error:
+    except WorkerDiedError as error:
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.stderr_tail
     except EngineError as error:
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.traceback

@@ -1,7 +1,7 @@
 """Suite files: pydantic models, discriminated by `kind`.
 
 A suite is one YAML file under `suites/`. `conformance.loading` turns files into these models and
-maps every validation error back to its line; `conformance schema suites` prints their JSON Schema.
+maps every validation error back to its line; `conformance schema suite` prints their JSON Schema.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import conformance.checks
 from conformance.checks.base import CheckOutcome
-from conformance.errors import EngineError, WorkerDied
+from conformance.errors import EngineError, WorkerDiedError
 from conformance.results import Evidence
 from conformance.targets.protocol import (
     Certificate,
@@ -105,7 +105,9 @@ class Gone(Honest):
     """Its worker process has died."""
 
     def parse(self, request: ParseRequest) -> ParseResult:
-        raise WorkerDied("the worker was killed by signal 11", stderr_tail="Segmentation fault: last words")
+        raise WorkerDiedError(
+            "the worker was killed by signal 11", stderr_tail="Segmentation fault: last words"
+        )
 
 
 class Unstartable(Honest):
@@ -116,7 +118,7 @@ class Unstartable(Honest):
         if log:
             with Path(log).open("a") as file:
                 file.write("start\n")
-        raise WorkerDied("the engine did not start", stderr_tail="ImportError: no engine")
+        raise WorkerDiedError("the engine did not start", stderr_tail="ImportError: no engine")
 
 
 class Terminal(Honest):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conformance.checks import CheckOutcome, judge
-from conformance.errors import EngineError, TargetTimeout, WorkerDied
+from conformance.errors import EngineError, TargetTimeoutError, WorkerDiedError
 from conformance.loading import load_suites
 from conformance.suites import TemplateCase, TemplateSuite
 from conformance.targets.protocol import (
@@ -179,7 +179,7 @@ def test_errors_of_the_engine() -> None:
     assert rules(run(target, {"error": True})) == []
 
 
-@pytest.mark.parametrize("error", [WorkerDied("gone"), TargetTimeout("late")])
+@pytest.mark.parametrize("error", [WorkerDiedError("gone"), TargetTimeoutError("late")])
 def test_errors_of_the_transport_pass_through(error: Exception) -> None:
     with pytest.raises(type(error)):
         run(fails(error), {"error": True})

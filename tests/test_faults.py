@@ -20,7 +20,7 @@ def suites() -> LoadedSuites:
 
 
 def citing(suites: LoadedSuites, fault: Fault) -> LoadedSuites:
-    """The suites of the fault's area that hold a case with one of its sources: enough to notice it, and quick."""
+    """The suites of the fault's area that hold a case with one of its sources: enough, and quick."""
     return LoadedSuites(
         tuple(
             suite

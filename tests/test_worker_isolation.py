@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.errors import EngineError, TargetError, TargetTimeout, WorkerDied
+from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
 from conformance.targets.process import WorkerTarget
 from conformance.targets.protocol import Chunking, ParseRequest, StreamRequest, Target
 
@@ -154,7 +154,7 @@ def test_a_worker_that_dies_or_lies_costs_one_request(
 ) -> None:
     target = liar(max_line=65536)
     _echo(target)
-    with pytest.raises(WorkerDied, match=r"^liar@1") as caught:
+    with pytest.raises(WorkerDiedError, match=r"^liar@1") as caught:
         target.parse(_request(output))
     assert message in str(caught.value)
     assert f"standard error says: {output}" in caught.value.stderr_tail
@@ -162,7 +162,7 @@ def test_a_worker_that_dies_or_lies_costs_one_request(
 
 
 def test_a_native_crash_shows_where(liar: Callable[..., WorkerTarget]) -> None:
-    with pytest.raises(WorkerDied) as caught:
+    with pytest.raises(WorkerDiedError) as caught:
         liar().parse(_request("segfault"))
     assert "Fatal Python error: Segmentation fault" in caught.value.stderr_tail
     assert "in _segfault" in caught.value.stderr_tail
@@ -175,7 +175,7 @@ def test_a_worker_that_hangs_or_floods_costs_one_deadline(
     target = liar(timeout=1.0)
     _echo(target)
     started = time.monotonic()
-    with pytest.raises(TargetTimeout, match=r"^liar@1: it did not answer 'parse' within 1 s$") as caught:
+    with pytest.raises(TargetTimeoutError, match=r"^liar@1: it did not answer 'parse' within 1 s$") as caught:
         target.parse(_request(output))
     assert 1.0 <= time.monotonic() - started < 5.0
     assert len(caught.value.stderr_tail.encode()) <= 8192
@@ -193,7 +193,7 @@ def test_a_hung_worker_does_not_block_a_large_request(liar: Callable[..., Worker
     _echo(target)
     worker = int(Path(f"/proc/{target.pid}/task/{target.pid}/children").read_text())
     os.kill(worker, signal.SIGSTOP)
-    with pytest.raises(TargetTimeout):
+    with pytest.raises(TargetTimeoutError):
         target.parse(_request("echo " + "x" * 500_000))
     _echo(target)
 
@@ -220,7 +220,7 @@ def test_descendants_end_with_their_worker(
 ) -> None:
     target = liar(timeout=2.0)
     pid_file = tmp_path / "pid"
-    with pytest.raises((WorkerDied, TargetTimeout)):
+    with pytest.raises((WorkerDiedError, TargetTimeoutError)):
         target.parse(_request(f"{output} {pid_file}"))
     descendant = pid_file.read_text()
     assert _gone(descendant), "the engine's own process lives on"
@@ -313,7 +313,7 @@ def test_an_engine_that_cannot_start(liar: Callable[..., WorkerTarget], adapter:
 
 
 def test_an_engine_that_takes_too_long_to_start(liar: Callable[..., WorkerTarget]) -> None:
-    with pytest.raises(TargetTimeout, match=r"it did not start within 0\.5 s"):
+    with pytest.raises(TargetTimeoutError, match=r"it did not start within 0\.5 s"):
         liar("adapters.slow_adapter", start_timeout=0.5).describe()
 
 
@@ -325,7 +325,7 @@ def test_an_interpreter_that_is_not_there(liar: Callable[..., WorkerTarget]) -> 
 def test_a_result_for_every_chunking(liar: Callable[..., WorkerTarget]) -> None:
     chunkings = (Chunking(name="one"), Chunking(name="two", cuts=(1,)))
     target = liar()
-    with pytest.raises(WorkerDied, match="1 results for 2 chunkings"):
+    with pytest.raises(WorkerDiedError, match="1 results for 2 chunkings"):
         target.parse_stream(StreamRequest(request=_request("x"), chunkings=chunkings))
     assert len(target.parse_stream(StreamRequest(request=_request("x"), chunkings=chunkings[:1]))) == 1
 
@@ -335,7 +335,7 @@ def test_a_closed_target_stays_closed(liar: Callable[..., WorkerTarget]) -> None
     _echo(target)
     target.close()
     target.close()
-    with pytest.raises(WorkerDied, match="is closed"):
+    with pytest.raises(WorkerDiedError, match="is closed"):
         target.parse(_request("echo x"))
 
 

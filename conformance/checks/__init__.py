@@ -27,7 +27,7 @@ def judge(
         search: How much is spent on visiting every chunking; what is not searched is sampled.
 
     Raises:
-        EngineError, WorkerDied, TargetTimeout: from the target.
+        EngineError, WorkerDiedError, TargetTimeoutError: from the target.
     """
     if isinstance(suite, ParserSuite) and isinstance(case, ParserCase):
         return parser_check.judge(case, suite, target, seed=seed, search=search)

@@ -16,7 +16,7 @@ class CheckOutcome:
     """Judgement of one case on one target, before expectations are applied.
 
     A check never raises on bad target output: whatever the engine said becomes a `Problem`. Errors of
-    the transport (`WorkerDied`, `TargetTimeout`) pass through; the runner turns them into verdicts.
+    the transport (`WorkerDiedError`, `TargetTimeoutError`) pass through; the runner turns them into verdicts.
     """
 
     verdict: Verdict

@@ -36,7 +36,7 @@ def judge(case: TemplateCase, suite: TemplateSuite, target: Target) -> CheckOutc
     """Render the case's conversation for each of its families and judge every prompt.
 
     Raises:
-        WorkerDied, TargetTimeout: From the target.
+        WorkerDiedError, TargetTimeoutError: From the target.
     """
     if "render" not in target.describe().capabilities:
         return CheckOutcome("skip", reason=f"{target.spec} has no capability `render`")

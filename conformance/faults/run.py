@@ -24,7 +24,7 @@ class Catch(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     case: str
-    """`suite-id/case-id`."""
+    """`suite-id::case-id`."""
     area: str
     verdict: Verdict
     rules: tuple[str, ...]

@@ -1,7 +1,7 @@
 """A target in a worker process, under the interpreter of its engine's environment.
 
 Whatever the engine does there costs one request: an exception is an `EngineError`; death, a broken or
-endless answer a `WorkerDied`; a missed deadline a `TargetTimeout`. The next request starts a new worker
+endless answer a `WorkerDiedError`; a missed deadline a `TargetTimeoutError`. The next request starts a new worker
 where the old one is gone. `conformance.worker.guardian` sees to it that no process is left behind, even
 when this one is killed.
 """
@@ -27,7 +27,7 @@ from typing import IO, Any, Self, TypeVar
 from pydantic import TypeAdapter
 
 import conformance
-from conformance.errors import EngineError, TargetError, TargetTimeout, WorkerDied
+from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
 from conformance.targets.protocol import (
     Certificate,
     CertifyRequest,
@@ -189,7 +189,7 @@ class WorkerTarget:
                 try:
                     return validate(answer)
                 except ValueError as error:  # pydantic's ValidationError among them
-                    raise WorkerDied(
+                    raise WorkerDiedError(
                         f"{self.spec} gave an answer to {method!r} that does not fit the protocol: "
                         f"{_first_lines(str(error))}"
                     ) from error
@@ -201,7 +201,7 @@ class WorkerTarget:
             yield
         except EngineError:
             raise
-        except (WorkerDied, TargetTimeout) as error:
+        except (WorkerDiedError, TargetTimeoutError) as error:
             error.stderr_tail = self._stop(gently=False)
             raise
         except BaseException:
@@ -211,7 +211,7 @@ class WorkerTarget:
     def _running(self) -> _Worker:
         """The worker, started if need be."""
         if self._closed:
-            raise WorkerDied(f"{self.spec} is closed; open the target again")
+            raise WorkerDiedError(f"{self.spec} is closed; open the target again")
         if self._worker is not None and not self._worker.idle():
             self._stop(gently=False)
         if self._worker is None:
@@ -302,8 +302,8 @@ class _Worker:
 
         Raises:
             EngineError: the engine raised.
-            WorkerDied: the worker ended, or what it wrote is no answer.
-            TargetTimeout: no answer came in time.
+            WorkerDiedError: the worker ended, or what it wrote is no answer.
+            TargetTimeoutError: no answer came in time.
         """
         late = f"it did not answer {question['method']!r} within {seconds:g} s"
         data = self._transfer(json.dumps(question).encode() + b"\n", time.monotonic() + seconds, late)
@@ -334,7 +334,7 @@ class _Worker:
         while True:
             ready = dict(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
             if not ready:
-                raise TargetTimeout(f"{self._spec}: {late}")
+                raise TargetTimeoutError(f"{self._spec}: {late}")
             if self._stdin.fileno() in ready:
                 data = self._write_some(data)
                 if not data:
@@ -372,10 +372,10 @@ class _Worker:
             raise error
         return result
 
-    def _broken(self, what: str) -> WorkerDied:
-        return WorkerDied(f"{self._spec}: the worker wrote {what}")
+    def _broken(self, what: str) -> WorkerDiedError:
+        return WorkerDiedError(f"{self._spec}: the worker wrote {what}")
 
-    def _death(self) -> WorkerDied:
+    def _death(self) -> WorkerDiedError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_GRACE)
         code = self._process.returncode
@@ -384,7 +384,7 @@ class _Worker:
             number = -code if code < 0 else code - 128
             with contextlib.suppress(ValueError):
                 how = f"was killed by {signal.Signals(number).name}"
-        return WorkerDied(f"{self._spec}: the worker {how}")
+        return WorkerDiedError(f"{self._spec}: the worker {how}")
 
 
 def _variables(extra: Mapping[str, str], import_paths: Sequence[str]) -> dict[str, str]:

@@ -3,8 +3,8 @@
 1. Every type here is JSON in and JSON out, so one request runs in process or across a pipe.
 2. A target answers what its engine says. Judging, trimming and comparing is the checks' work.
 3. A target that lacks a capability says so in `TargetInfo.capabilities`; it is then never asked.
-4. An engine's exception is raised as `EngineError`; a dead worker as `WorkerDied`; a missed
-   deadline as `TargetTimeout`. Nothing else leaves a target.
+4. An engine's exception is raised as `EngineError`; a dead worker as `WorkerDiedError`; a missed
+   deadline as `TargetTimeoutError`. Nothing else leaves a target.
 """
 
 from __future__ import annotations
