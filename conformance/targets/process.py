@@ -1,9 +1,9 @@
 """A target in a worker process, under the interpreter of its engine's environment.
 
 Whatever the engine does there costs one request: an exception is an `EngineError`; death, a broken or
-endless answer a `WorkerDiedError`; a missed deadline a `TargetTimeoutError`. The next request starts a new worker
-where the old one is gone. `conformance.worker.guardian` sees to it that no process is left behind, even
-when this one is killed.
+endless answer a `WorkerDiedError`; a missed deadline a `TargetTimeoutError`. The next request starts a new
+worker where the old one is gone. `conformance.worker.guardian` sees to it that no process is left behind,
+even when this one is killed.
 """
 
 from __future__ import annotations
