@@ -22,6 +22,9 @@ LAGS = (1, 2, 5, 12, 32)
 MAX_SINGLE_CUTS = 64
 """Besides those at markers."""
 
+MAX_MARKERS = 24
+"""How many markers are cut around on both sides at once."""
+
 RANDOM_CHUNKINGS = 12
 
 
@@ -61,7 +64,7 @@ def _named_cuts(pieces: Sequence[Piece], n: int, rng: random.Random) -> Iterator
         singles = {*rng.sample(range(1, n), MAX_SINGLE_CUTS), *marks, *(k + 1 for k in marks)}
     for cut in sorted(singles):
         yield f"cut after piece {cut}", (cut,)
-    for k in marks:
+    for k in marks[:MAX_MARKERS]:
         for before in (k - 1, k):
             for after in (k + 1, k + 2):
                 yield f"around the marker at piece {k + 1}", (before, after)
