@@ -220,7 +220,7 @@ def _backslashes_unescaped() -> Patch:
 @faults("quotes-kept", source=("T14",), area="strings", module=arguments)
 def _quotes_kept() -> Patch:
     """ASCII quotes around a value are kept as part of it."""
-    return replace(arguments, "_QUOTED_STOP", {})
+    return replace(arguments, "QUOTED_STOP", {})
 
 
 @faults("keys-cut-at-blanks", source=("T38",), area="strings", module=keys)

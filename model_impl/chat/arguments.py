@@ -14,7 +14,8 @@ from io import StringIO
 
 from model_impl.chat.argument_phases import Phase
 from model_impl.chat.json_writer import OPENER_OF, JsonWriter
-from model_impl.chat.keys import KeyText, unescape
+from model_impl.chat.keys import KeyText
+from model_impl.chat.quoted import QUOTED_STOP, QuotedText, Run
 from model_impl.chat.schema import Node, may_cast_quoted, quote, type_bare, type_quoted
 from model_impl.chat.spans import Role, SpanLog
 
@@ -22,14 +23,10 @@ _KEY_STOP = re.compile(r"[:=,{}\[\])]")
 _BARE_STOP = re.compile(r"[,{}\[\]()]")
 _NEXT_STOP = re.compile(r"[:=,{}\[\]()]")
 _AFTER_STOP = re.compile(r"[:=,}\])]")
-_QUOTED_STOP = {'"': re.compile(r'["\\]'), "'": re.compile(r"'")}
 _BLANK = re.compile(r"\s*")
 _CLOSERS = "}])"
 _TAIL = " \t\r\n}])"
 """What may stand between the last character of an unclosed string and the end of its call."""
-
-Run = tuple[str, bool]
-"""Text, or a marker (True)."""
 
 
 class ArgumentReader:
@@ -56,10 +53,8 @@ class ArgumentReader:
         self._brackets: list[str] = []
         self._tail = StringIO()
         self._hold = StringIO()
-        self._strays: list[tuple[int, int]] = []
         self._live = False
-        self._quote = ""
-        self._escaped = False
+        self._quoted = QuotedText('"')
         self.plain_quotes = plain_quotes
 
     # ------------------------------------------------------------------ interface
@@ -145,9 +140,7 @@ class ArgumentReader:
         if self._phase is Phase.QUOTE_END:
             self._quote_goes_on()
         if self._phase is Phase.QUOTED:
-            self._strays.append((self._hold.tell(), len(marker)))
-            self._hold.write(marker)
-            self._escaped = False
+            self._quoted.add_marker(marker)
             return
         self._settle_after(keep=False)
         self._log.add("dropped", len(marker), "marker inside arguments")
@@ -302,11 +295,8 @@ class ArgumentReader:
             self._json.start_value()
             self._json.open(char, node)
             self._begin_item()
-        elif char in _QUOTED_STOP and char not in self.plain_quotes:
-            self._quote = char
-            self._hold = StringIO()
-            self._strays = []
-            self._escaped = False
+        elif char in QUOTED_STOP and char not in self.plain_quotes:
+            self._quoted = QuotedText(char)
             self._phase = Phase.QUOTED
             return start + 1  # recorded when it is known whether the quote closes
         elif char == ",":
@@ -400,26 +390,14 @@ class ArgumentReader:
     # ------------------------------------------------------------------ quoted strings
 
     def _read_quoted(self, text: str, position: int) -> int:
-        if self._escaped:
-            self._hold.write(text[position])
-            self._escaped = False
-            return position + 1
-        match = _QUOTED_STOP[self._quote].search(text, position)
-        if match is None:
-            self._hold.write(text[position:])
-            return len(text)
-        self._hold.write(text[position : match.start()])
-        if match.group() == "\\":
-            self._hold.write("\\")
-            self._escaped = True
-        else:
-            self._segment = StringIO()
+        position, at_quote = self._quoted.read(text, position)
+        if at_quote:
             self._phase = Phase.QUOTE_END
-        return match.end()
+        return position
 
     def _read_quote_end(self, text: str, position: int) -> int:
         end = _blank_end(text, position)
-        self._segment.write(text[position:end])
+        self._quoted.add_blanks(text[position:end])
         if end == len(text):
             return end
         char = text[end]
@@ -430,22 +408,20 @@ class ArgumentReader:
         return end
 
     def _quote_goes_on(self) -> None:
-        """No separator followed the quote, so it is part of the value."""
-        self._hold.write(self._quote + self._segment.getvalue())
+        self._quoted.go_on()
         self._phase = Phase.QUOTED
 
     def _finish_quoted(self) -> None:
-        raw = self._hold.getvalue()
-        self._log.add("call_arguments", len(raw) + 2 + len(self._segment.getvalue()), "")
+        self._log.add("call_arguments", self._quoted.length, "")
         node = self._value_node()
         self._json.start_value()
-        self._json.write(type_quoted(unescape(raw) if self._quote == '"' else raw, node))
+        self._json.write(type_quoted(self._quoted.value(), node))
         self._end_value()
 
     def _read_again(self) -> list[Run]:
         """No quote closed the value: read it again as a bare one; return what lies behind the call's end."""
-        runs = self._held_runs()
-        self.plain_quotes |= {self._quote}
+        runs = self._quoted.runs()
+        self.plain_quotes |= {self._quoted.quote}
         self._begin_bare()
         for number, (text, is_marker) in enumerate(runs):
             if is_marker:
@@ -456,16 +432,6 @@ class ArgumentReader:
                 return [(text[used:], False), *runs[number + 1 :]]
         # The other kind of quote may have opened inside, and not have closed either.
         return self._read_again() if self._phase is Phase.QUOTED else []
-
-    def _held_runs(self) -> list[Run]:
-        """The text since the opening quote, with the markers in it."""
-        text = self._hold.getvalue()
-        runs: list[Run] = [(self._quote, False)]
-        position = 0
-        for start, length in self._strays:
-            runs += [(text[position:start], False), (text[start : start + length], True)]
-            position = start + length
-        return [*runs, (text[position:], False)]
 
     # ------------------------------------------------------------------ bare values
 

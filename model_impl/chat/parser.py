@@ -21,7 +21,8 @@ from typing import Any
 import regex
 
 from model_impl.chat import markers as m
-from model_impl.chat.arguments import ArgumentReader, Run
+from model_impl.chat.arguments import ArgumentReader
+from model_impl.chat.quoted import Run
 from model_impl.chat.schema import Node, declared, parameters_of
 from model_impl.chat.spans import Span, SpanLog
 
