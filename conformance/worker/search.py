@@ -17,6 +17,7 @@ Standard library only: this runs inside the engines' environments.
 from __future__ import annotations
 
 import enum
+import functools
 import gc
 import io
 import itertools
@@ -32,6 +33,10 @@ from typing import Any, Protocol
 _AUDITS = 12
 """Replayed chunkings besides the two extremes. A parser that counts its feeds in a global is caught by
 the first; one that misbehaves on a share p of chunkings escapes with probability (1-p)^12."""
+
+
+_SPARES = 64
+"""Sessions that one state keeps ready; a step that finds none makes a copy."""
 
 
 class Session(Protocol):
@@ -81,30 +86,32 @@ class _Copier:
             raise OpaqueStateError("the parser's state is nested too deeply to compare") from None
 
     def _walk(self, value: Any) -> tuple[Any, Key]:
-        kind = type(value)
+        kind: type = type(value)
         if kind is str or kind is int or kind is bool or value is None:
             return value, (kind, value)
         identity = id(value)
         if identity in self._shared:
             return value, ("shared", self._shared[identity])
-        if _is_constant(value, kind):
-            return value, (kind, identity)
-        if isinstance(value, _VALUES) and not kind.__dictoffset__:
-            return value, (kind, repr(value) if kind is float or kind is complex else value)
         if identity in self._order:
             return self._copies[identity], ("again", self._order[identity])
-        if isinstance(value, _WRAPPERS):
-            return self._walk_wrapper(value, kind)
+        match _sort_of(kind):
+            case "constant":
+                return value, (kind, identity)
+            case "value":
+                return value, (kind, repr(value) if kind is float or kind is complex else value)
+            case "wrapper":
+                return self._walk_wrapper(value, kind)
         self._order[identity] = len(self._order)
         if kind in _CONTAINERS:
             return self._walk_container(value, kind, identity)
-        if kind is io.StringIO or kind is bytearray:
-            content = value.getvalue() if kind is io.StringIO else bytes(value)
-            copy = self._copies[identity] = kind(content)
-            position = value.tell() if kind is io.StringIO else 0
-            if position:
-                copy.seek(position)
-            return copy, (kind, content, position)
+        if kind is bytearray:
+            self._copies[identity] = bytearray(value)
+            return self._copies[identity], (kind, bytes(value))
+        if kind is io.StringIO:
+            text, position = value.getvalue(), value.tell()
+            copy = self._copies[identity] = io.StringIO(text)
+            copy.seek(position)
+            return copy, (kind, text, position)
         return self._walk_object(value, kind, identity)
 
     def _walk_wrapper(self, value: Any, kind: type) -> tuple[Any, Key]:
@@ -116,6 +123,8 @@ class _Copier:
             owner, key = self._walk(value.__self__)
             return types.MethodType(value.__func__, owner), (kind, id(value.__func__), key)
         if isinstance(value, types.BuiltinFunctionType):
+            if _is_constant(value):
+                return value, (kind, id(value))
             owner, key = self._walk(value.__self__)
             return getattr(owner, value.__name__), (kind, value.__name__, key)
         if isinstance(value, types.MappingProxyType):
@@ -218,15 +227,26 @@ def _refuse_state_of(function: types.FunctionType) -> None:
                 if id(item) not in seen:
                     seen.add(id(item))
                     queue.append(item)
-            elif type(item) not in _VALUES and not _is_constant(item, type(item)):
+            elif type(item) not in _VALUES and not _is_constant(item):
                 raise OpaqueStateError(f"function {function.__qualname__} holds state")
 
 
-def _is_constant(value: Any, kind: type) -> bool:
+def _is_constant(value: Any) -> bool:
     """Whether a copy may share this object, as it is one and the same in every stream."""
     if isinstance(value, types.BuiltinFunctionType):
         return value.__self__ is None or isinstance(value.__self__, type | types.ModuleType)
-    return isinstance(value, _CONSTANTS) or (kind.__module__, kind.__qualname__) in _CONSTANT_NAMES
+    kind: type = type(value)
+    return _sort_of(kind) == "constant"
+
+
+@functools.cache
+def _sort_of(kind: type) -> str:
+    """How objects of a type are walked: as a constant, a value, a wrapper, or (``) by what they are."""
+    if issubclass(kind, _CONSTANTS) or (kind.__module__, kind.__qualname__) in _CONSTANT_NAMES:
+        return "constant"
+    if issubclass(kind, _VALUES) and not kind.__dictoffset__:
+        return "value"
+    return "wrapper" if issubclass(kind, _WRAPPERS) else ""
 
 
 def _name(kind: type) -> str:
@@ -242,25 +262,29 @@ def _cell(cell: types.CellType) -> Any:
 
 def _attribute_names(value: Any, kind: type) -> list[str] | None:
     """Attributes that hold the whole state of a Python-level object; None if it has other state."""
+    slots = _slots_of(kind)
+    if slots is None:
+        return None
+    names = [name for name in slots if hasattr(value, name)]
+    return [*names, "__dict__"] if hasattr(value, "__dict__") else names
+
+
+@functools.cache
+def _slots_of(kind: type) -> tuple[str, ...] | None:
+    """Names of all slots of a type and its bases; None if its objects have state out of sight."""
     if any(not base.__flags__ & _HEAPTYPE for base in kind.__mro__[:-1]) or kind.__itemsize__:
-        return None  # inherits from a type written in C, whose fields are out of sight
+        return None  # inherits from a type written in C
     names: list[str] = []
-    slots = 0
     for base in kind.__mro__[:-1]:
         declared = base.__dict__.get("__slots__", ())
         for slot in (declared,) if isinstance(declared, str) else declared:
             if slot in ("__dict__", "__weakref__"):
                 continue
-            slots += 1
             mangled = slot.startswith("__") and not slot.endswith("__")
-            name = f"_{base.__name__.lstrip('_')}{slot}" if mangled else slot
-            if hasattr(value, name):
-                names.append(name)
-    if kind.__basicsize__ > _python_size(kind, slots):
+            names.append(f"_{base.__name__.lstrip('_')}{slot}" if mangled else slot)
+    if kind.__basicsize__ > _python_size(kind, len(names)):
         return None  # as above: since Python 3.9 types written in C may be heap types too
-    if hasattr(value, "__dict__"):
-        names.append("__dict__")
-    return names
+    return tuple(names)
 
 
 _HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made at run time, as class statements do
@@ -328,10 +352,11 @@ class Assembled:
 class _Node:
     """A distinct state at one position. Compared by identity: keys are long, nodes are unique."""
 
-    __slots__ = ("assembled", "cuts", "session", "ways")
+    __slots__ = ("assembled", "cuts", "sessions", "ways")
 
-    def __init__(self, session: Any, assembled: Assembled, cuts: tuple[int, ...]) -> None:
-        self.session = session
+    def __init__(self, assembled: Assembled, cuts: tuple[int, ...]) -> None:
+        self.sessions: list[Any] = []
+        """Sessions in this state: the first is kept to be copied, the others are there to be used up."""
         self.assembled = assembled
         self.cuts = cuts
         self.ways = 0
@@ -397,7 +422,7 @@ class _Search:
             for node in self._levels[i].values():
                 for j in range(i + 1, n + 1) if n else (0,):
                     self._step(i, node, j)
-                node.session = None  # no longer needed; frees memory
+                node.sessions = []  # no longer needed; frees memory
             if i == 0:
                 self._give_up_early(n)
 
@@ -412,7 +437,8 @@ class _Search:
         """Feed pieces i..j to a copy of the node's session."""
         if time.monotonic() > self._deadline:
             raise _LimitError("the time limit of the search was reached")
-        session, _ = self._copier.copy(node.session)
+        spare = len(node.sessions) > 1
+        session = node.sessions.pop() if spare else self._copier.copy(node.sessions[0])[0]
         last = j == len(self._pieces)
         cuts = node.cuts if last else (*node.cuts, j)
         deltas, error = self._feed(session, i, j, last)
@@ -435,7 +461,7 @@ class _Search:
             return [], f"{type(exc).__name__}: {exc}"
 
     def _visit(self, position: int, session: Any, assembled: Assembled, cuts: tuple[int, ...]) -> _Node:
-        _, state = self._copier.copy(session)
+        twin, state = self._copier.copy(session)
         level = self._levels[position]
         key = (state, assembled.key())
         node = level.get(key)
@@ -443,9 +469,11 @@ class _Search:
             self.states += 1
             if self.states > self._max_states:
                 raise _LimitError(f"more than {self._max_states} distinct states")
-            node = level[key] = _Node(session, assembled, cuts)
+            node = level[key] = _Node(assembled, cuts)
         elif (len(cuts), cuts) < (len(node.cuts), node.cuts):
             node.cuts = cuts
+        # Two more for the steps from here, which saves as many copies; the limit is for memory's sake.
+        node.sessions += (session, twin)[: _SPARES - len(node.sessions)]
         return node
 
     def _end(self, assembled: Assembled, cuts: tuple[int, ...], ways: int, error: str | None) -> Key:

@@ -116,7 +116,7 @@ class VllmAdapter:
 
     def _open_comparable(self, request: Json) -> _Session:
         session = self._open(request)
-        session.comparable = True
+        session.make_comparable()
         return session
 
     def _chat_request(self, request: Json, *, streamed: bool) -> Any:
@@ -147,13 +147,22 @@ class _Session:
     """One stream through a parser."""
 
     comparable = False
-    """Normalise the parser after each chunk, so that states which cannot differ in effect are equal."""
+    shared: tuple[object, ...] = ()
 
     def __init__(self, parser: Any, chat: Any, prompt_ids: list[int]) -> None:
         self._parser = parser
         self._chat = chat
         self._prompt_ids = prompt_ids
-        self.shared = (chat, prompt_ids, *(chat.tools or ()), *_constants(parser))
+
+    def make_comparable(self) -> None:
+        """Name what is never written to, and from now on normalise the parser after each chunk.
+
+        Both cost time that only a search needs: states that cannot differ in effect become equal.
+        """
+        self.comparable = True
+        self.shared = (
+            self._chat, self._prompt_ids, *(self._chat.tools or ()), *_constants(self._parser)
+        )  # fmt: skip
 
     def feed(self, text: str, ids: list[int], finished: bool) -> list[Json]:
         """One `RequestOutput` of the engine."""
