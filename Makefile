@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: run test lint schemas clean
 
 run: $(VENV)/.installed
-	$(BIN)/conformance targets install --default
+	$(BIN)/conformance targets install --default || echo 'going on with the targets that are there'
 	$(BIN)/conformance run -n $(WORKERS) --site reports/site
 
 test: $(VENV)/.installed-dev

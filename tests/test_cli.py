@@ -374,6 +374,19 @@ def test_environments_of_targets(run_conformance: Run, tmp_path: Path) -> None:
     assert [check["ok"] for check in validated("doctor", ill)["checks"]] == [False]
 
 
+def test_one_target_that_cannot_be_installed_does_not_stop_the_others(
+    run_conformance: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    home = {"CONFORMANCE_HOME": str(tmp_path / "file" / "home")}
+    done = run_conformance("targets", "install", "--default", "--json", env=home)
+    assert done.returncode == 1
+    defaults = [row["spec"] for row in validated("targets", done)["targets"] if row["default"]]
+    tried = [line.split(":")[0] for line in done.stderr.splitlines() if "cannot be created" in line]
+    assert sorted(tried) == sorted(spec for spec in defaults if spec != "reference")
+    assert len(tried) > 1
+
+
 def test_defaults_that_are_not_installed_are_skipped_with_the_command(
     run_conformance: Run, run_pytest: Run, suites: Suites, tmp_path: Path
 ) -> None:

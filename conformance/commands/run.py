@@ -74,6 +74,8 @@ def run_command(
     """
     if resume is not None and out is not None:
         raise UsageError("--resume appends to the run it names; leave out --out")
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists; go on with it by --resume {out}, or name another file")
     if resume is not None and not cases and not targets:
         cases, targets = _of_manifest(runfile.read(resume))
     selected = select(cases)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from conformance.commands import output
 from conformance.commands.output import DoctorOutput, DoctorRow, TargetRow, TargetsOutput, json_option
-from conformance.errors import UsageError
+from conformance.errors import TargetError, UsageError
 from conformance.targets import environments, registry
 
 
@@ -64,11 +64,21 @@ def list_targets(as_json: bool) -> None:
 @click.argument("specs", nargs=-1)
 @click.option("--default", "defaults", is_flag=True, help="Those that run when no target is named.")
 @json_option
-def install_targets(specs: tuple[str, ...], defaults: bool, as_json: bool) -> None:
-    """Install the environments of SPECS, such as vllm@0.32.0; complete ones are left alone."""
+@click.pass_context
+def install_targets(context: click.Context, specs: tuple[str, ...], defaults: bool, as_json: bool) -> None:
+    """Install the environments of SPECS, such as vllm@0.32.0; complete ones are left alone.
+
+    One that fails does not keep the others from being installed; the exit code is then 1.
+    """
+    failed = False
     for spec in _chosen(specs, defaults=defaults):
-        environments.install(spec, progress=lambda line: click.echo(line, err=True))
+        try:
+            environments.install(spec, progress=lambda line: click.echo(line, err=True))
+        except TargetError as error:
+            click.echo(f"{spec}: {error}", err=True)
+            failed = True
     _print(as_json)
+    context.exit(1 if failed else 0)
 
 
 @targets_group.command("remove")
