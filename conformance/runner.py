@@ -27,7 +27,7 @@ from conformance.results import PlannedCase, Result
 from conformance.targets import registry
 from conformance.targets.protocol import Target, TargetInfo
 
-DEFAULT_TIMEOUT = 10.0
+DEFAULT_TIMEOUT = 5.0
 """Seconds that one request to a target may take; a case makes several."""
 
 _START_LIMIT = 300.0

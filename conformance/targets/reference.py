@@ -47,7 +47,7 @@ class ReferenceTarget:
             version=conformance.__version__,
             capabilities=get_args(Capability),
             stream_unit="characters",
-            search_feeds=1500,
+            search_feeds=1000,
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render",
         )

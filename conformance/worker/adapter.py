@@ -41,13 +41,18 @@ class Adapter(Protocol):
         ...
 
 
-def stream(request: Json, open_session: Callable[[Json], Session]) -> list[Json]:
+Opener = Callable[[Json], Callable[[], Session]]
+"""Does for a `ParseRequest` what all its streams share; returns what opens a session for one of them."""
+
+
+def stream(request: Json, opener: Opener) -> list[Json]:
     """Answer a `StreamRequest`: each chunking through a session of its own.
 
     What the parser raises ends that stream only, and is part of its result.
     """
+    open_session = opener(request["request"])
     return [
-        _stream_one(open_session(request["request"]), units(request["request"], chunking["unit"]), chunking)
+        _stream_one(open_session(), units(request["request"], chunking["unit"]), chunking)
         for chunking in request["chunkings"]
     ]
 
@@ -62,10 +67,10 @@ def _stream_one(session: Session, pieces: Sequence[Json], chunking: Json) -> Jso
     return {"deltas": deltas}
 
 
-def search(request: Json, open_session: Callable[[Json], Session]) -> Json:
+def search(request: Json, opener: Opener) -> Json:
     """Answer a `CertifyRequest`."""
     return certify(
-        lambda: open_session(request["request"]),
+        opener(request["request"]),
         units(request["request"], request["unit"]),
         unit=request["unit"],
         max_states=request["max_states"],

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -111,15 +111,21 @@ class SGLangAdapter:
 
     def parse_stream(self, request: Json) -> Sequence[Json]:
         """As `OpenAIServingChat._generate_stream_content`."""
-        return stream({**request, "request": without_stop_text(request["request"])}, self._open)
+        return stream({**request, "request": without_stop_text(request["request"])}, self._opener)
 
     def certify(self, request: Json) -> Json:
         """The same, over every chunking."""
-        return search({**request, "request": without_stop_text(request["request"])}, self._open)
+        return search({**request, "request": without_stop_text(request["request"])}, self._opener)
 
-    def _open(self, request: Json) -> _Session:
+    def _opener(self, request: Json) -> Callable[[], _Session]:
         chat = _chat_request(request, streamed=True)
-        return _Session(self._serving, chat, self._reasoning_parser(chat), calls=self._calls_active(chat))
+        calls = self._calls_active(chat)
+
+        def open_session() -> _Session:
+            own = chat.model_copy()
+            return _Session(self._serving, own, self._reasoning_parser(own), calls=calls)
+
+        return open_session
 
     def _reasoning_parser(self, chat: Any) -> Any:
         serving = self._serving

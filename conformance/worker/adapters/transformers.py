@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,11 +79,11 @@ class TransformersAdapter:
 
     def parse_stream(self, request: Json) -> Sequence[Json]:
         """As `DirectStreamer` and `ChatCompletionHandler._streaming`."""
-        return stream(request, self._open)
+        return stream(request, self._opener)
 
     def certify(self, request: Json) -> Json:
         """The same, over every chunking."""
-        return search(request, self._open)
+        return search(request, self._opener)
 
     def render(self, request: Json) -> Json:
         """`apply_chat_template`, as text and as ids."""
@@ -105,8 +105,9 @@ class TransformersAdapter:
         )
         return {"prompt": prompt, "token_ids": ids}
 
-    def _open(self, request: Json) -> _Session:
-        return _Session(build_response_parser(self._tokenizer, _MODEL, self._prompt_ids(request)))
+    def _opener(self, request: Json) -> Callable[[], _Session]:
+        prompt_ids = self._prompt_ids(request)
+        return lambda: _Session(build_response_parser(self._tokenizer, _MODEL, prompt_ids))
 
     def _prompt_ids(self, request: Json) -> list[int]:
         ids = list(request["prompt_ids"])

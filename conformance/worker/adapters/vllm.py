@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 from unittest import mock
@@ -103,21 +103,32 @@ class VllmAdapter:
 
     def parse_stream(self, request: Json) -> Sequence[Json]:
         """As `OpenAIServingChat.chat_completion_stream_generator`."""
-        return stream(_with(request, without_stop_text(request["request"])), self._open)
+        return stream(_with(request, without_stop_text(request["request"])), self._opener)
 
     def certify(self, request: Json) -> Json:
         """The same, over every chunking."""
         with _repeatable_ids():
-            return search(_with(request, without_stop_text(request["request"])), self._open_comparable)
+            return search(_with(request, without_stop_text(request["request"])), self._comparable_opener)
 
-    def _open(self, request: Json) -> _Session:
+    def _opener(self, request: Json) -> Callable[[], _Session]:
         chat = self._chat_request(request, streamed=True)
-        return _Session(self._parser(chat), chat, self._prompt_ids(request))
+        prompt_ids = self._prompt_ids(request)
 
-    def _open_comparable(self, request: Json) -> _Session:
-        session = self._open(request)
-        session.make_comparable()
-        return session
+        def open_session() -> _Session:
+            own = chat.model_copy()
+            return _Session(self._parser(own), own, prompt_ids)
+
+        return open_session
+
+    def _comparable_opener(self, request: Json) -> Callable[[], _Session]:
+        open_plain = self._opener(request)
+
+        def open_session() -> _Session:
+            session = open_plain()
+            session.make_comparable()
+            return session
+
+        return open_session
 
     def _chat_request(self, request: Json, *, streamed: bool) -> Any:
         fields: Json = {
