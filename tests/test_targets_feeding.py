@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,13 +94,17 @@ class Recorder:
 def _stream(output: str, *chunkings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Recorder]]:
     sessions: list[Recorder] = []
 
-    def open_session(request: dict[str, Any]) -> Recorder:
+    def opener(request: dict[str, Any]) -> Callable[[], Recorder]:
         assert request["output"] == output
-        sessions.append(Recorder())
-        return sessions[-1]
+
+        def open_session() -> Recorder:
+            sessions.append(Recorder())
+            return sessions[-1]
+
+        return open_session
 
     request = {"request": _request(output), "chunkings": chunkings}
-    return adapter.stream(request, open_session), sessions
+    return adapter.stream(request, opener), sessions
 
 
 def test_each_chunking_has_a_session_of_its_own() -> None:
