@@ -1,0 +1,70 @@
+"""Mixture of experts (fact sheet, section 2.7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_impl.config import MoEConfig
+from model_impl.layers.mlp import gelu_tanh
+from model_impl.layers.norm import RMSNorm
+
+
+class Router(nn.Module):
+    """Chooses `top_k` experts for each token, and their weights.
+
+    Softmax over all experts, the largest `top_k`, renormalised to sum to one, times each expert's scale.
+    The input is the residual stream itself; the router norms it on its own.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig, eps: float) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.norm = RMSNorm(hidden_size, eps, scale=False)
+        self.proj = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, H] to probabilities of all experts [N, E], weights [N, top_k] and expert indices [N, top_k]."""
+        r = self.norm(h) * self.scale * h.shape[-1] ** -0.5
+        p = torch.softmax(self.proj(r), dim=-1, dtype=torch.float32)
+        w, experts = torch.topk(p, self.top_k, dim=-1)
+        w = w / w.sum(dim=-1, keepdim=True)
+        return p, w * self.per_expert_scale[experts], experts
+
+
+class Experts(nn.Module):
+    """All experts; the gate half comes first in `gate_up_proj`."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        shape = (config.num_experts, 2 * config.intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.intermediate_size))
+
+    def forward(self, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts.
+
+        Tokens are sorted by expert, so that each expert that is hit runs once, on all its tokens.
+
+        Args:
+            z: [N, H].
+            experts: int [N, K].
+            weights: [N, K].
+
+        Returns:
+            [N, H].
+        """
+        order = experts.flatten().argsort(stable=True)
+        tokens = order // experts.shape[1]
+        counts = torch.bincount(experts.flatten(), minlength=len(self.down_proj)).tolist()
+        groups = torch.split(z[tokens], counts)
+        outputs = [self._expert(e, group) for e, group in enumerate(groups) if counts[e]]
+        weighted = torch.cat(outputs) * weights.flatten()[order, None]
+        return torch.zeros_like(z).index_add_(0, tokens, weighted.to(z.dtype))
+
+    def _expert(self, index: int, z: Tensor) -> Tensor:
+        gate, up = F.linear(z, self.gate_up_proj[index]).chunk(2, dim=-1)
+        return F.linear(gelu_tanh(gate) * up, self.down_proj[index])

@@ -1,0 +1,1 @@
+"""Running the model: key-value cache, sampling, generation."""

@@ -1,0 +1,185 @@
+"""The text decoder (fact sheet, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_impl.config import AttentionKind, LayerConfig, TextConfig
+from model_impl.layers import rope
+from model_impl.layers.attention import Attention
+from model_impl.layers.backends import Backend, Mask
+from model_impl.layers.mlp import MLP, gelu_tanh
+from model_impl.layers.moe import Experts, Router
+from model_impl.layers.norm import RMSNorm
+from model_impl.runtime.cache import KVCache
+from model_impl.runtime.masks import visible
+from model_impl.runtime.step import Step
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times the root of its width, which is rounded to the weight's dtype first."""
+
+    def __init__(self, rows: int, width: int, scaled_width: int) -> None:
+        super().__init__(rows, width)
+        self.scale = scaled_width**0.5
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] to [..., width]."""
+        scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        return F.embedding(ids, self.weight) * scale
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense MLP (and experts beside it), then the gated per-layer input."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig, backend: Backend) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer, backend)
+        self.mlp = MLP(hidden, layer.intermediate_size)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.layer_scalar: Tensor
+        self.register_buffer("layer_scalar", torch.ones(1))
+        self.has_experts = config.moe is not None
+        if config.moe is not None:
+            self.router = Router(hidden, config.moe, eps)
+            self.experts = Experts(hidden, config.moe)
+            self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+            self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+            self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        if config.per_layer_inputs is not None:
+            width = config.per_layer_inputs.width
+            self.per_layer_input_gate = nn.Linear(hidden, width, bias=False)
+            self.per_layer_projection = nn.Linear(width, hidden, bias=False)
+            self.post_per_layer_input_norm = RMSNorm(hidden, eps)
+
+    def forward(self, x: Tensor, per_layer_input: Tensor | None, step: Step) -> Tensor:
+        """[B, T, H] to [B, T, H]; `per_layer_input` is [B, T, width] where the model has such inputs."""
+        h: Tensor = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step))
+        f = self.mlp(self.pre_feedforward_layernorm(h))
+        if self.has_experts:
+            f = self.post_feedforward_layernorm_1(f) + self.post_feedforward_layernorm_2(self.route(h))
+        h = h + self.post_feedforward_layernorm(f)
+        if per_layer_input is not None:
+            gated = gelu_tanh(self.per_layer_input_gate(h)) * per_layer_input
+            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return h * self.layer_scalar
+
+    def route(self, h: Tensor) -> Tensor:
+        """The experts' part: they see the normed residual stream, the router the stream itself."""
+        tokens = h.flatten(0, 1)
+        _, weights, experts = self.router(tokens)
+        mixed: Tensor = self.experts(self.pre_feedforward_layernorm_2(tokens), experts, weights)
+        return mixed.view_as(h)
+
+
+class TextModel(nn.Module):
+    """Token ids to hidden states and logits.
+
+    Args:
+        config: The text decoder's.
+        attention: Backend of all layers.
+    """
+
+    PAIR_SCALE = 2.0**-0.5
+    """Keeps the sum of the token's and the context's part of a per-layer input at unit variance."""
+
+    def __init__(self, config: TextConfig, attention: Backend = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = attention
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, attention) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if (ple := config.per_layer_inputs) is not None:
+            packed = len(config.layers) * ple.width
+            self.embed_tokens_per_layer = ScaledEmbedding(ple.vocab_size, packed, ple.width)
+            self.per_layer_model_projection = nn.Linear(config.hidden_size, packed, bias=False)
+            self.per_layer_projection_norm = RMSNorm(ple.width, config.rms_norm_eps)
+        self._frequencies: dict[tuple[AttentionKind, torch.device], Tensor] = {}
+
+    def forward(
+        self, input_ids: Tensor, *, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: int [B, T], right-padded.
+            cache: Holds the tokens before these, and receives these.
+            lengths: Valid tokens of each row; all T if left out.
+
+        Returns:
+            [B, T, H]; what stands at padding means nothing.
+
+        Raises:
+            CacheError: the cache is for another number of rows.
+        """
+        batch, width = input_ids.shape
+        counts = [width] * batch if lengths is None else list(lengths)
+        step = self._step(width, counts, cache, input_ids.device)
+        x = self.embed_tokens(input_ids)
+        per_layer = self.per_layer_inputs(input_ids, x)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if per_layer is None else per_layer[:, :, index], step)
+        if cache is not None:
+            cache.commit()
+        final: Tensor = self.norm(x)
+        return final
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] to [..., vocabulary], soft-capped: `cap · tanh(logits / cap)`."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits = F.linear(hidden, head.weight)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def per_layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
+        """What each layer gets beside the residual stream: [B, T, layers, width], or None.
+
+        A part that depends on the token alone, from a table packed layer by layer, and a part that is
+        projected from the embedded input.
+        """
+        if (ple := self.config.per_layer_inputs) is None:
+            return None
+        shape = (len(self.layers), ple.width)
+        identity = self.embed_tokens_per_layer(ids).view(*ids.shape, *shape)
+        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
+        context = self.per_layer_projection_norm(context.view(*ids.shape, *shape))
+        inputs: Tensor = (context + identity) * self.PAIR_SCALE
+        return inputs
+
+    def _step(self, width: int, counts: list[int], cache: KVCache | None, device: torch.device) -> Step:
+        if cache is not None:
+            positions, masks = cache.begin(width, counts)
+        else:
+            positions = torch.arange(width, device=device).expand(len(counts), width)
+            masks = {kind: self._mask(kind, positions) for kind in self.config.kinds}
+        dtype = self.embed_tokens.weight.dtype
+        angles = {
+            kind: rope.angles(positions, self._inverse_frequencies(kind, device), dtype)
+            for kind in self.config.kinds
+        }
+        return Step(angles, masks, cache)
+
+    def _mask(self, kind: AttentionKind, positions: Tensor) -> Mask:
+        """Without a cache; padding stands behind all valid tokens, so that no valid query sees it."""
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        if window is None or positions.shape[1] <= window:
+            return Mask(None, causal=True)
+        return Mask(visible(positions, positions, window))
+
+    def _inverse_frequencies(self, kind: AttentionKind, device: torch.device) -> Tensor:
+        if (kind, device) not in self._frequencies:
+            head_dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
+            made = rope.inverse_frequencies(self.config.rope[kind], head_dim)
+            self._frequencies[kind, device] = made.to(device)
+        return self._frequencies[kind, device]
