@@ -7,26 +7,93 @@ works out again what kind it is, how wide its heads are, or whose keys and value
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model_impl.errors import ConfigError
 
 AttentionKind = Literal["sliding_attention", "full_attention"]
 
-_DEFAULT_GLOBAL_HEAD_DIM = 512
 _DEFAULT_PATTERN = 6
 """Without `layer_types`, every sixth layer attends to everything."""
-_DEFAULT_ROPE: dict[str, dict[str, Any]] = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-    "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-}
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "sliding_window",
-)  # fmt: skip
+
+_LISTED = 8
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Published(BaseModel):
+    """Base of the published forms: numbers are numbers, keys of no concern here are left alone."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class _PublishedRope(_Published):
+    rope_type: Literal["default", "proportional"]
+    rope_theta: Annotated[float, Field(gt=0)]
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    factor: Literal[1, None] = None
+    """No published model scales positions."""
+
+
+class _PublishedRopes(_Published):
+    sliding_attention: _PublishedRope
+    full_attention: _PublishedRope
+
+
+_DEFAULT_ROPES = _PublishedRopes(
+    sliding_attention=_PublishedRope(rope_type="default", rope_theta=10_000.0),
+    full_attention=_PublishedRope(
+        rope_type="proportional", rope_theta=1_000_000.0, partial_rotary_factor=0.25
+    ),
+)
+
+
+class _PublishedLayer(_Published):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    head_dim: Count | None = None
+    num_key_value_heads: Count | None = None
+
+
+class _PublishedText(_Published):
+    """The keys of a text configuration that matter to inference; the values that Gemma 4 has."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    num_global_key_value_heads: Count | None = None
+    head_dim: Count
+    global_head_dim: Count | None = 512
+    per_layer_config: dict[Annotated[int, Field(strict=False, ge=0)], _PublishedLayer] | None = None
+    layer_types: list[AttentionKind] | None = None
+    sliding_window: Count
+    num_kv_shared_layers: Annotated[int, Field(ge=0)] | None = 0
+    attention_k_eq_v: bool = False
+    use_double_wide_mlp: bool = False
+    hidden_size_per_layer_input: Annotated[int, Field(ge=0)] | None = 0
+    vocab_size_per_layer_input: Annotated[int, Field(ge=0)] | None = None
+    enable_moe_block: bool = False
+    num_experts: Count | None = None
+    top_k_experts: Count | None = None
+    moe_intermediate_size: Count | None = None
+    rope_parameters: _PublishedRopes | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    final_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    attention_bias: Literal[False, None] = False
+    attn_logit_softcapping: None = None
+    use_bidirectional_attention: Literal["vision", None] = None
+    tie_word_embeddings: bool | None = None
+    max_position_embeddings: Count = 131_072
+    pad_token_id: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -121,31 +188,32 @@ class TextConfig:
             ConfigError: a key is missing, values contradict each other, or something is asked for that no
                 published Gemma 4 text model has.
         """
-        text = raw.get("text_config", raw)
-        _refuse_foreign(text)
-        missing = [key for key in _REQUIRED if text.get(key) is None]
-        if missing:
-            raise ConfigError(f"the text configuration lacks {', '.join(missing)}")
-        ple_width = text.get("hidden_size_per_layer_input", 0) or 0
+        text = _validated(raw.get("text_config", raw))
+        ropes = text.rope_parameters or _DEFAULT_ROPES
+        tied = raw.get("tie_word_embeddings", True) if text.tie_word_embeddings is None else None
+        ple_width = text.hidden_size_per_layer_input
         return cls(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["hidden_size"],
-            num_heads=text["num_attention_heads"],
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            num_heads=text.num_attention_heads,
             layers=_layers(text),
-            sliding_window=text["sliding_window"],
-            rope=_rope(text.get("rope_parameters") or _DEFAULT_ROPE),
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            final_logit_softcapping=text.get("final_logit_softcapping"),
+            sliding_window=text.sliding_window,
+            rope={
+                "sliding_attention": _rope(ropes.sliding_attention),
+                "full_attention": _rope(ropes.full_attention),
+            },
+            rms_norm_eps=text.rms_norm_eps,
+            final_logit_softcapping=text.final_logit_softcapping,
             per_layer_inputs=PerLayerInputConfig(
-                vocab_size=text.get("vocab_size_per_layer_input") or text["vocab_size"], width=ple_width
+                text.vocab_size_per_layer_input or text.vocab_size, ple_width
             )
             if ple_width
             else None,
-            moe=_moe(text),
-            tie_word_embeddings=text.get("tie_word_embeddings", raw.get("tie_word_embeddings", True)),
-            bidirectional_images=text.get("use_bidirectional_attention") == "vision",
-            max_position_embeddings=text.get("max_position_embeddings", 131_072),
-            pad_token_id=text.get("pad_token_id") or 0,
+            moe=_moe(text) if text.enable_moe_block else None,
+            tie_word_embeddings=bool(text.tie_word_embeddings if tied is None else tied),
+            bidirectional_images=text.use_bidirectional_attention == "vision",
+            max_position_embeddings=text.max_position_embeddings,
+            pad_token_id=text.pad_token_id or 0,
         )
 
     @property
@@ -159,82 +227,94 @@ class TextConfig:
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
 
 
-def _refuse_foreign(text: Mapping[str, Any]) -> None:
-    """Refuse what would silently be computed wrong."""
-    supported: dict[str, tuple[Any, ...]] = {
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "attention_bias": (False, None),
-        "use_bidirectional_attention": ("vision", None),
-        "attn_logit_softcapping": (None,),
-    }
-    for key, values in supported.items():
-        if key in text and text[key] not in values:
-            wanted = " or ".join(repr(value) for value in values)
-            raise ConfigError(f"{key} is {text[key]!r}; this implementation has {wanted}")
+def _validated(text: object) -> _PublishedText:
+    try:
+        return _PublishedText.model_validate(text)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'text configuration'}: {problem['msg']}"
+            + ("" if problem["type"] == "missing" else f", found {str(problem['input'])[:60]}")
+            for problem in error.errors()
+        ]
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ConfigError(
+            f"the text configuration does not fit: {'; '.join(problems[:_LISTED])}{more}"
+        ) from None
 
 
-def _layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    count = text["num_hidden_layers"]
-    kinds = _kinds(text, count)
-    first_shared = count - (text.get("num_kv_shared_layers") or 0)
+def _layers(text: _PublishedText) -> tuple[LayerConfig, ...]:
+    count = text.num_hidden_layers
+    kinds = _kinds(text)
+    first_shared = count - (text.num_kv_shared_layers or 0)
     if first_shared < 0:
         raise ConfigError(f"num_kv_shared_layers is {count - first_shared}, above num_hidden_layers {count}")
-    heads = text["num_attention_heads"]
-    layers = []
-    for index, kind in enumerate(kinds):
-        head_dim, kv_heads = _geometry(text, index, kind)
-        if head_dim % 2 or heads % kv_heads:
-            raise ConfigError(
-                f"layer {index}: head_dim {head_dim} must be even, and num_attention_heads {heads} a "
-                f"multiple of its {kv_heads} key-value heads"
-            )
-        wide = bool(text.get("use_double_wide_mlp")) and index >= first_shared
-        layers.append(
-            LayerConfig(
-                index=index,
-                kind=kind,
-                head_dim=head_dim,
-                num_kv_heads=kv_heads,
-                keys_are_values=bool(text.get("attention_k_eq_v")) and kind == "full_attention",
-                kv_source=_kv_source(kinds, index, first_shared),
-                intermediate_size=text["intermediate_size"] * (2 if wide else 1),
-            )
+    geometry = [_geometry(text, index, kind) for index, kind in enumerate(kinds)]
+    _check_geometry(text, kinds, geometry)
+    return tuple(
+        LayerConfig(
+            index=index,
+            kind=kind,
+            head_dim=geometry[index][0],
+            num_kv_heads=geometry[index][1],
+            keys_are_values=text.attention_k_eq_v and kind == "full_attention",
+            kv_source=_kv_source(kinds, index, first_shared),
+            intermediate_size=text.intermediate_size
+            * (2 if text.use_double_wide_mlp and index >= first_shared else 1),
         )
-    return tuple(layers)
+        for index, kind in enumerate(kinds)
+    )
 
 
-def _kinds(text: Mapping[str, Any], count: int) -> list[AttentionKind]:
-    kinds: list[AttentionKind] = list(text.get("layer_types") or ())
+def _kinds(text: _PublishedText) -> list[AttentionKind]:
+    count = text.num_hidden_layers
+    kinds: list[AttentionKind] = list(text.layer_types or ())
     if not kinds:
         kinds = [
             "sliding_attention" if (i + 1) % _DEFAULT_PATTERN else "full_attention" for i in range(count)
         ]
-    if len(kinds) != count or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    if len(kinds) != count:
         raise ConfigError(
-            f"layer_types must name {count} layers, each sliding_attention or full_attention; "
-            f"it names {len(kinds)}: {', '.join(sorted(set(map(str, kinds))))}"
+            f"layer_types must name {count} layers, as num_hidden_layers says; it names {len(kinds)}"
         )
     kinds[-1] = "full_attention"  # as transformers forces it
     return kinds
 
 
-def _geometry(text: Mapping[str, Any], index: int, kind: AttentionKind) -> tuple[int, int]:
+def _geometry(text: _PublishedText, index: int, kind: AttentionKind) -> tuple[int, int]:
     """Head dimension and number of key-value heads of a layer."""
-    head_dim, kv_heads = text["head_dim"], text["num_key_value_heads"]
-    if (per_layer := text.get("per_layer_config")) is not None:
-        own = per_layer.get(str(index), per_layer.get(index, {}))
-        unknown = sorted(set(own) - {"head_dim", "num_key_value_heads"})
-        if unknown:
-            raise ConfigError(f"per_layer_config[{index}] sets {', '.join(unknown)}, which is not per layer")
-        return own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
+    head_dim, kv_heads = text.head_dim, text.num_key_value_heads
+    if text.per_layer_config is not None:
+        own = text.per_layer_config.get(index, _PublishedLayer())
+        return own.head_dim or head_dim, own.num_key_value_heads or kv_heads
     if kind == "sliding_attention":
         return head_dim, kv_heads
     # The number of global heads counts only where keys are values; E2B and E4B keep the common one.
-    global_heads = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
-    return text.get("global_head_dim") or _DEFAULT_GLOBAL_HEAD_DIM, global_heads or kv_heads
+    global_heads = text.num_global_key_value_heads if text.attention_k_eq_v else None
+    return text.global_head_dim or head_dim, global_heads or kv_heads
 
 
-def _kv_source(kinds: list[AttentionKind], index: int, first_shared: int) -> int:
+def _check_geometry(
+    text: _PublishedText, kinds: Sequence[AttentionKind], geometry: Sequence[tuple[int, int]]
+) -> None:
+    beyond = sorted(index for index in text.per_layer_config or () if index >= len(kinds))
+    if beyond:
+        raise ConfigError(f"per_layer_config names layer {beyond[0]}; there are {len(kinds)}")
+    for index, (head_dim, kv_heads) in enumerate(geometry):
+        if head_dim % 2 or text.num_attention_heads % kv_heads:
+            raise ConfigError(
+                f"layer {index}: head_dim {head_dim} must be even, and num_attention_heads "
+                f"{text.num_attention_heads} a multiple of its {kv_heads} key-value heads"
+            )
+        # Layers of a kind share rotary angles, and later ones the keys and values of earlier ones.
+        first = kinds.index(kinds[index])
+        if geometry[index] != geometry[first]:
+            raise ConfigError(
+                f"layers {first} and {index} are both {kinds[index]}, but their head dimension and key-value "
+                f"heads are {geometry[first]} and {geometry[index]}"
+            )
+
+
+def _kv_source(kinds: Sequence[AttentionKind], index: int, first_shared: int) -> int:
     """The last layer of the same kind before the shared ones; the layer itself if it is not shared.
 
     A shared layer without such a predecessor keeps keys and values of its own.
@@ -245,31 +325,17 @@ def _kv_source(kinds: list[AttentionKind], index: int, first_shared: int) -> int
     return own_kind[-1] if own_kind else index
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[AttentionKind, RopeConfig]:
-    kinds: tuple[AttentionKind, ...] = ("sliding_attention", "full_attention")
-    return {kind: _rope_of(kind, parameters[kind]) for kind in kinds if parameters.get(kind)}
+def _rope(published: _PublishedRope) -> RopeConfig:
+    proportional = published.rope_type == "proportional"
+    return RopeConfig(published.rope_theta, published.partial_rotary_factor if proportional else 1.0)
 
 
-def _rope_of(kind: str, parameters: Mapping[str, Any]) -> RopeConfig:
-    rope_type = parameters.get("rope_type")
-    if rope_type not in ("default", "proportional"):
-        raise ConfigError(
-            f"rope_parameters.{kind}: rope_type {rope_type!r} is neither default nor proportional"
-        )
-    if parameters.get("factor", 1.0) != 1.0:
-        raise ConfigError(f"rope_parameters.{kind}: no published model scales positions; factor must be 1")
-    rotated = parameters.get("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
-    return RopeConfig(theta=float(parameters["rope_theta"]), rotated=float(rotated))
-
-
-def _moe(text: Mapping[str, Any]) -> MoEConfig | None:
-    if not text.get("enable_moe_block"):
-        return None
-    keys = ("num_experts", "top_k_experts", "moe_intermediate_size")
-    missing = [key for key in keys if not text.get(key)]
-    if missing:
+def _moe(text: _PublishedText) -> MoEConfig:
+    experts, top_k, width = text.num_experts, text.top_k_experts, text.moe_intermediate_size
+    if experts is None or top_k is None or width is None:
+        named = {"num_experts": experts, "top_k_experts": top_k, "moe_intermediate_size": width}
+        missing = [key for key, value in named.items() if value is None]
         raise ConfigError(f"enable_moe_block is set, but the configuration lacks {', '.join(missing)}")
-    experts, top_k, width = (text[key] for key in keys)
     if top_k > experts:
         raise ConfigError(f"top_k_experts {top_k} is above num_experts {experts}")
     return MoEConfig(num_experts=experts, top_k=top_k, intermediate_size=width)
