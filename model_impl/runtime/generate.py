@@ -1,0 +1,333 @@
+"""Generation: a ragged batch of prompts to tokens, one a step.
+
+A row's tokens depend on its own prompt and seed only, never on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model_impl.runtime.cache import KVCache
+from model_impl.runtime.sampling import GenerationError, Sampling
+from model_impl.text import TextModel
+
+FinishReason = Literal["stop", "length"]
+
+_GREEDY = Sampling.greedy()
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "bad_words_ids": (None,),
+    "forced_eos_token_id": (None,),
+}
+"""Settings that change what is generated and that no published file has, with the values that do not."""
+_DEFAULT_TOP_K = 50
+"""Of transformers, where a file that samples says nothing."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a checkpoint's `generation_config.json` says (fact sheet, section 1.6)."""
+
+    stop_ids: frozenset[int]
+    sampling: Sampling
+
+    @classmethod
+    def from_file(cls, path: Path) -> GenerationConfig:
+        """Read a `generation_config.json`.
+
+        Raises:
+            GenerationError: it cannot be read, or as in `from_dict`.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GenerationError(f"{path}: cannot be read as JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise GenerationError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> GenerationConfig:
+        """Take over stop ids (`eos_token_id`, one or a list), suppressed ids, and how to sample.
+
+        As in transformers, a file samples only if it sets `do_sample`; `top_k` 0 is no limit.
+
+        Raises:
+            GenerationError: a value has the wrong type or range, or a setting is not supported.
+        """
+        for key, values in _NEUTRAL.items():
+            if raw.get(key) not in values:
+                raise GenerationError(f"{key} is {raw[key]!r}; this implementation does not have it")
+        suppress = _ids(raw, "suppress_tokens")
+        sampling = Sampling.greedy(suppress)
+        if raw.get("do_sample"):
+            sampling = Sampling(
+                temperature=_number(raw, "temperature", 1.0),
+                top_k=int(_number(raw, "top_k", _DEFAULT_TOP_K)) or None,
+                top_p=_number(raw, "top_p", 1.0),
+                suppress=suppress,
+            )
+        return cls(stop_ids=frozenset(_ids(raw, "eos_token_id")), sampling=sampling)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    row: int
+    id: int
+    logprob: float | None
+    """Under the model's own distribution, before suppression, temperature, top-k and top-p; None unless
+    asked for."""
+    finish_reason: FinishReason | None
+    """Why this is the row's last token; None if it is not."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """All that was generated for one row."""
+
+    ids: tuple[int, ...]
+    """With the stop token, if there is one."""
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None
+    """As `Token.logprob`, one for each id."""
+
+
+def generate(
+    model: TextModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling = _GREEDY,
+    seed: int | Sequence[int] = 0,
+    logprobs: bool = False,
+    prefill_chunk: int | None = None,
+) -> list[Generated]:
+    """Generate for all rows, until each has met a stop token or the limit.
+
+    Args:
+        model: In any dtype, on any device.
+        prompts: Token ids of each row; rows may differ in length.
+        max_new_tokens: Most tokens of a row; 0 is allowed.
+        stop_ids: Tokens that end a row.
+        sampling: Greedy unless given.
+        seed: One for the batch, from which `row_seeds` makes the rows' own, or one for each row.
+        logprobs: Compute log-probabilities of the chosen tokens.
+        prefill_chunk: Most prompt tokens in one pass, to bound memory; the result is the same up to
+            rounding. All at once unless given.
+
+    Returns:
+        One entry for each prompt, in their order.
+
+    Raises:
+        GenerationError: an argument is out of range or does not fit the model, or the logits are not finite.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    values: list[list[float]] = [[] for _ in prompts]
+    reasons: list[FinishReason] = ["length" for _ in prompts]
+    for token in stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        sampling=sampling,
+        seed=seed,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    ):
+        ids[token.row].append(token.id)
+        if token.logprob is not None:
+            values[token.row].append(token.logprob)
+        reasons[token.row] = token.finish_reason or reasons[token.row]
+    return [
+        Generated(tuple(row), reason, tuple(own) if logprobs else None)
+        for row, reason, own in zip(ids, reasons, values, strict=True)
+    ]
+
+
+def stream(
+    model: TextModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling = _GREEDY,
+    seed: int | Sequence[int] = 0,
+    logprobs: bool = False,
+    prefill_chunk: int | None = None,
+) -> Iterator[Token]:
+    """As `generate`, token by token: in each step one for every unfinished row, by row.
+
+    Arguments are judged when this is called, not when the first token is asked for.
+    """
+    rows = _checked(model, prompts, max_new_tokens, sampling)
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be 1 or above, or None")
+    seeds = row_seeds(seed, len(rows)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(rows):
+        raise GenerationError(f"there are {len(seeds)} seeds for {len(rows)} rows; give one for each row")
+    if not rows or max_new_tokens == 0:
+        return iter(())
+    batch = _Batch(model, rows, sampling, seeds, logprobs)
+    return _tokens(batch, max_new_tokens, frozenset(stop_ids), prefill_chunk)
+
+
+def row_seeds(seed: int, rows: int) -> list[int]:
+    """The seeds that the rows of a batch get from the batch's one.
+
+    Row r alone, with the r-th of these as `seed=[...]`, has the tokens that it has in the batch.
+    """
+    digests = (hashlib.sha256(f"{seed}:{row}".encode()).digest() for row in range(rows))
+    return [int.from_bytes(digest[:8], "little") for digest in digests]
+
+
+def _tokens(batch: _Batch, limit: int, stop_ids: frozenset[int], chunk: int | None) -> Iterator[Token]:
+    hidden = batch.prefill(chunk)
+    live = list(range(len(batch.prompts)))
+    for count in range(1, limit + 1):
+        fed: list[list[int]] = [[] for _ in batch.prompts]
+        for row, (token, logprob) in zip(live, batch.choose(hidden, live), strict=True):
+            reason: FinishReason | None = "length" if count == limit else None
+            if token in stop_ids:
+                reason = "stop"
+            if reason is None:
+                fed[row] = [token]
+            yield Token(row, token, logprob, reason)
+        live = [row for row in live if fed[row]]
+        if not live:
+            return
+        hidden = batch.feed(fed)
+
+
+class _Batch:
+    """Rows under way: their cache and their sources of randomness."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        logprobs: bool,
+    ) -> None:
+        self.prompts = prompts
+        self._model = model
+        self._sampling = sampling
+        self._random = [random.Random(seed) for seed in seeds]  # noqa: S311 - sampling, not a secret
+        self._logprobs = logprobs
+        weight = model.embed_tokens.weight
+        self._device = weight.device
+        self._cache = KVCache(model.config, len(prompts), weight.dtype, weight.device)
+
+    def prefill(self, chunk: int | None) -> Tensor:
+        """Feed the prompts; hidden states of their last tokens, [B, H]."""
+        longest = max(map(len, self.prompts))
+        size = chunk or longest
+        last = self.feed([row[:size] for row in self.prompts])
+        for start in range(size, longest, size):
+            pieces = [row[start : start + size] for row in self.prompts]
+            fed = self.feed(pieces)
+            goes_on = torch.tensor([bool(piece) for piece in pieces], device=self._device)
+            last = torch.where(goes_on[:, None], fed, last)
+        return last
+
+    @torch.inference_mode()
+    def feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Feed new tokens to the rows; hidden states of the last ones, [B, H].
+
+        What stands in a row that got none means nothing.
+        """
+        width = max(map(len, pieces))
+        padding = self._model.config.pad_token_id
+        ids = [[*piece, *[padding] * (width - len(piece))] for piece in pieces]
+        counts = [len(piece) for piece in pieces]
+        hidden: Tensor = self._model(
+            torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts
+        )
+        last = torch.tensor([max(count - 1, 0) for count in counts], device=self._device)
+        return hidden[torch.arange(len(pieces), device=self._device), last]
+
+    @torch.inference_mode()
+    def choose(self, hidden: Tensor, rows: Sequence[int]) -> list[tuple[int, float | None]]:
+        """The next token of each of `rows`, and its log-probability, from the states of all [B, H].
+
+        The head, a model's largest matrix, sees only these rows and only their last tokens.
+        """
+        logits = self._model.logits(hidden[torch.tensor(rows, device=self._device)]).float()
+        finite = logits.isfinite().all(dim=-1).tolist()
+        if not all(finite):
+            row = rows[finite.index(False)]
+            raise GenerationError(
+                f"row {row}: the logits after {self._cache.lengths[row]} tokens are not finite; "
+                f"look for broken weights, or for overflow in {self._model.embed_tokens.weight.dtype}"
+            )
+        greedy = self._sampling.temperature == 0
+        uniforms = [] if greedy else [self._random[row].random() for row in rows]
+        tokens = self._sampling.choose(logits, uniforms)
+        if not self._logprobs:
+            return [(token, None) for token in tokens.tolist()]
+        values = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        return list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def _checked(
+    model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+) -> list[list[int]]:
+    """The prompts as lists of ints, if they and the limit fit the model."""
+    config = model.config
+    if max_new_tokens < 0:
+        raise GenerationError(f"max_new_tokens is {max_new_tokens}; it must be 0 or above")
+    sampling.check(config.vocab_size)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        try:
+            row = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise GenerationError(f"row {index}: a prompt is a sequence of token ids: {error}") from error
+        if not row:
+            raise GenerationError(f"row {index}: the prompt is empty; begin with the token <bos>")
+        foreign = [token for token in row if not 0 <= token < config.vocab_size]
+        if foreign:
+            raise GenerationError(
+                f"row {index}: token id {foreign[0]} is outside the vocabulary of {config.vocab_size}"
+            )
+        if len(row) + max_new_tokens > config.max_position_embeddings:
+            raise GenerationError(
+                f"row {index}: {len(row)} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                f"{config.max_position_embeddings} positions"
+            )
+        rows.append(row)
+    return rows
+
+
+def _ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """A setting that is one token id, a list of them, or absent."""
+    value = raw.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise GenerationError(f"{key} is {value!r}; it must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    """A setting that is a number; the default if it is absent."""
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) not in (int, float) or (type(default) is int and type(value) is not int):
+        raise GenerationError(f"{key} is {value!r}; it must be of type {type(default).__name__}")
+    return value if isinstance(value, int) else float(value)
