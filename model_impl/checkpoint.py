@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def load_text_model(
     config = TextConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         model = TextModel(config, attention)
-    tensors = {name: tensor.to(dtype) for name, tensor in _text_tensors(folder)}
+    tensors = _text_tensors(folder, dtype)
     assign(model, tensors, str(folder))
     return model.eval().requires_grad_(False)
 
@@ -94,18 +94,28 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _text_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _text_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The text decoder's tensors, by name without prefix."""
     files = _files(folder)
-    names = {name for file in files for name in _names(file)}
+    names = [name for file in files for name in _names(file)]
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else _TEXT_ONLY_PREFIX
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                    if not name.startswith(_OTHER_PARTS):
-                        yield name.removeprefix(prefix), opened.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+        with safe_open(file, framework="pt") as opened:
+            for stored in opened.keys():  # noqa: SIM118 - not a dictionary
+                if stored.startswith(_OTHER_PARTS):
+                    continue
+                name = stored.removeprefix(prefix)
+                tensor = opened.get_tensor(stored)
+                if name in tensors:
+                    raise CheckpointError(f"{file}: {stored} is there twice; keep one of the two")
+                if not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{file}: {stored} is {tensor.dtype}; quantised weights are not supported, "
+                        "load the bfloat16 checkpoint"
+                    )
+                tensors[name] = tensor.to(dtype)
+    return tensors
 
 
 def _names(file: Path) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_impl.config import AttentionKind, LayerConfig, TextConfig
+from model_impl.errors import CacheError
 from model_impl.layers import rope
 from model_impl.layers.attention import Attention
 from model_impl.layers.backends import Backend, Mask
@@ -121,10 +122,12 @@ class TextModel(nn.Module):
             [B, T, H]; what stands at padding means nothing.
 
         Raises:
-            CacheError: the cache is for another number of rows.
+            CacheError: `lengths` does not fit the rows, or the cache does not fit them or the model.
         """
         batch, width = input_ids.shape
         counts = [width] * batch if lengths is None else list(lengths)
+        if len(counts) != batch or not all(0 <= count <= width for count in counts):
+            raise CacheError(f"lengths {counts} do not fit input_ids of {batch} rows and {width} columns")
         step = self._step(width, counts, cache, input_ids.device)
         x = self.embed_tokens(input_ids)
         per_layer = self.per_layer_inputs(input_ids, x)
@@ -158,12 +161,13 @@ class TextModel(nn.Module):
         return inputs
 
     def _step(self, width: int, counts: list[int], cache: KVCache | None, device: torch.device) -> Step:
+        dtype = self.embed_tokens.weight.dtype
         if cache is not None:
+            cache.check(self.config, dtype)
             positions, masks = cache.begin(width, counts)
         else:
             positions = torch.arange(width, device=device).expand(len(counts), width)
             masks = {kind: self._mask(kind, positions) for kind in self.config.kinds}
-        dtype = self.embed_tokens.weight.dtype
         angles = {
             kind: rope.angles(positions, self._inverse_frequencies(kind, device), dtype)
             for kind in self.config.kinds

@@ -121,6 +121,8 @@ def test_optional_parts_are_there_only_where_asked_for() -> None:
     e2b, dense, moe = map(TextConfig.from_dict, (E2B, DENSE, MOE))
     assert e2b.per_layer_inputs is not None
     assert (e2b.per_layer_inputs.width, e2b.per_layer_inputs.vocab_size) == (12, 96)
+    # The table has a row for every token where its size is left out.
+    assert load(vocab_size_per_layer_input=None).per_layer_inputs == e2b.per_layer_inputs
     assert dense.per_layer_inputs is None
     assert e2b.moe is None
     assert moe.moe is not None

@@ -78,6 +78,19 @@ class KVCache:
         """Rows."""
         return len(self.lengths)
 
+    def check(self, config: TextConfig, dtype: torch.dtype) -> None:
+        """Refuse a model that this cache was not made for.
+
+        Raises:
+            CacheError: another configuration, or another dtype.
+        """
+        if config != self._config:
+            raise CacheError("the cache was made for another configuration; make one for this model")
+        if dtype != self._dtype:
+            raise CacheError(
+                f"the cache holds {self._dtype}, the model computes in {dtype}; pass dtype={dtype}"
+            )
+
     def begin(self, width: int, counts: Sequence[int]) -> tuple[Tensor, dict[AttentionKind, Mask]]:
         """Prepare a pass with `counts[row]` new tokens in each row, right-padded to `width`.
 
