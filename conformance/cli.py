@@ -7,6 +7,7 @@ timeout; else 3 any inconclusive; else 0.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -43,6 +44,10 @@ for command in (
 
 def main() -> None:
     """Entry point of the console script."""
+    # As `python -m` does: `--target package.module:Class` finds a package in the working directory.
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
     sys.exit(invoke(sys.argv[1:]))
 
 

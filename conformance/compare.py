@@ -9,10 +9,11 @@ from typing import Any
 
 
 def load_json(text: str) -> Any:
-    """Parse JSON with every number exact (`Decimal`), refusing NaN and Infinity.
+    """Parse JSON with every number exact (`Decimal`), refusing NaN, Infinity and keys given twice.
 
     Raises:
-        ValueError: The text is not JSON, nests too deeply to be read, or holds a number beyond any range.
+        ValueError: The text is not JSON, nests too deeply to be read, has an object with a key twice
+            (readers differ in which one counts), or holds a number beyond any range.
     """
 
     def refuse(name: str) -> Any:
@@ -24,8 +25,22 @@ def load_json(text: str) -> Any:
         except InvalidOperation:
             raise ValueError(f"the exponent of {number[:40]} is beyond any range") from None
 
+    def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(members)
+        if len(found) < len(members):
+            keys = [key for key, _ in members]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice[:40]!r} is given twice")
+        return found
+
     try:
-        return json.loads(text, parse_float=exact, parse_int=exact, parse_constant=refuse)
+        return json.loads(
+            text,
+            parse_float=exact,
+            parse_int=exact,
+            parse_constant=refuse,
+            object_pairs_hook=unique,
+        )
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
 
@@ -63,6 +78,7 @@ def same_text(a: str | None, b: str | None) -> bool:
     return (a or "").strip() == (b or "").strip()
 
 
+_ONE_STRING = re.compile(r'\s*"(?:[^"\\]|\\.)*"', re.DOTALL)
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 
 
@@ -70,11 +86,13 @@ def complete_json(text: str) -> str:
     """Close the strings and brackets that a cut JSON text left open.
 
     Servers send the arguments of a call that was cut by the token limit as cut JSON; closing it makes
-    it comparable. Text that is complete, or broken in another way, comes back unchanged.
+    it comparable. Text that is complete, or broken in another way, comes back unchanged. A cut key that is
+    so far an earlier key of its object is left out.
     """
     stack: list[str] = []
     in_string = escaped = False
     escape_at = 0
+    comma_at = -1
     for position, char in enumerate(text):
         if in_string:
             if escaped:
@@ -90,13 +108,19 @@ def complete_json(text: str) -> str:
             stack.append("}" if char == "{" else "]")
         elif char in "}]" and stack:
             stack.pop()
+        elif char == ",":
+            comma_at = position
+    closed = text
     if in_string:
-        text = (text[:escape_at] if _CUT_ESCAPE.fullmatch(text, escape_at) else text) + '"'
+        closed = (text[:escape_at] if _CUT_ESCAPE.fullmatch(text, escape_at) else text) + '"'
     closers = "".join(reversed(stack))
     if not closers:
-        return text
-    body = text.rstrip().rstrip(",")
-    for candidate in (body, body + ":null", body + "null"):
+        return closed
+    body = closed.rstrip().rstrip(",")
+    candidates = [body, body + ":null", body + "null"]
+    if comma_at >= 0 and _ONE_STRING.fullmatch(body, comma_at + 1):
+        candidates.append(body[:comma_at])
+    for candidate in candidates:
         try:
             load_json(candidate + closers)
         except ValueError:

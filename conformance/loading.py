@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,9 +23,26 @@ from conformance import resources, yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
 from conformance.results import SCHEMA_VERSION
-from conformance.suites import PROMPTS, Case, ParserCase, ParserSuite, Suite, TemplateSuite
+from conformance.suites import (
+    PROMPTS,
+    AnySuite,
+    Case,
+    ParityCase,
+    ParitySuite,
+    ParserCase,
+    ParserSuite,
+    RandomRows,
+    Suite,
+    TemplateCase,
+    TemplateSuite,
+    ToolsSuiteBase,
+)
 
-_KINDS: dict[str, type[ParserSuite | TemplateSuite]] = {"parser": ParserSuite, "template": TemplateSuite}
+_KINDS: dict[str, type[AnySuite]] = {
+    "parser": ParserSuite,
+    "template": TemplateSuite,
+    "parity": ParitySuite,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class LoadedCase:
 class LoadedSuite:
     """A suite file."""
 
-    suite: ParserSuite | TemplateSuite
+    suite: AnySuite
     path: Path
     digest: str
     """SHA-256 of the file."""
@@ -171,9 +189,23 @@ def suite_files(root: Path) -> list[Path]:
     return files
 
 
-def resolve_tools(case: Case, suite: ParserSuite | TemplateSuite) -> tuple[dict[str, Any], ...]:
+def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
-    return suite.toolsets[case.tools] if isinstance(case.tools, str) else case.tools
+    if isinstance(case, ParityCase):
+        return ()
+    if isinstance(case.tools, str):
+        assert isinstance(suite, ToolsSuiteBase)
+        return suite.toolsets[case.tools]
+    return case.tools
+
+
+def resolve_rows(case: ParityCase, suite: ParitySuite) -> tuple[tuple[int, ...], ...]:
+    """The token ids of a parity case."""
+    if not isinstance(case.rows, RandomRows):
+        return case.rows
+    draw = random.Random(case.rows.seed)  # noqa: S311 - seeded test data
+    vocab_size = suite.configs[case.config]["vocab_size"]
+    return tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in case.rows.random)
 
 
 def resolve_prompt(case: ParserCase) -> str:
@@ -181,7 +213,7 @@ def resolve_prompt(case: ParserCase) -> str:
     return PROMPTS.get(case.prompt, case.prompt)
 
 
-def case_digest(case: Case, suite: ParserSuite | TemplateSuite) -> str:
+def case_digest(case: Case, suite: AnySuite) -> str:
     """SHA-256 over everything in the suite file that can change the case's verdict."""
     content = {
         "schema": SCHEMA_VERSION,
@@ -192,6 +224,9 @@ def case_digest(case: Case, suite: ParserSuite | TemplateSuite) -> str:
     }
     if isinstance(case, ParserCase):
         content["prompt"] = resolve_prompt(case)
+    if isinstance(case, ParityCase) and isinstance(suite, ParitySuite):
+        content["oracle"] = suite.oracle
+        content["config"] = suite.configs[case.config]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -209,7 +244,7 @@ def _files(path: Path) -> Iterable[Path]:
     return [path]
 
 
-def _check_id(document: yamlfile.Document, suite: ParserSuite | TemplateSuite) -> None:
+def _check_id(document: yamlfile.Document, suite: AnySuite) -> None:
     depth = suite.id.count("/") + 1
     actual = "/".join(document.path.with_suffix("").parts[-depth:])
     if document.path.suffix != ".yaml":
@@ -220,7 +255,7 @@ def _check_id(document: yamlfile.Document, suite: ParserSuite | TemplateSuite) -
         )
 
 
-def _check_cases(document: yamlfile.Document, suite: ParserSuite | TemplateSuite) -> None:
+def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
     first: dict[str, int] = {}
     cases: tuple[Case, ...] = suite.cases
     for index, case in enumerate(cases):
@@ -238,14 +273,45 @@ def _check_cases(document: yamlfile.Document, suite: ParserSuite | TemplateSuite
                 (*loc, "control_of"),
                 f"{case.control_of!r} is no other case of this suite; name the case that this one controls",
             )
-        if isinstance(case.tools, str) and case.tools not in suite.toolsets:
-            known = ", ".join(sorted(suite.toolsets)) or "none; add `toolsets:` to the suite"
-            raise document.error(
-                (*loc, "tools"), f"no toolset {case.tools!r} in this suite; there are: {known}"
-            )
-        if isinstance(case, ParserCase) and case.prompt not in PROMPTS and "<|turn>" not in case.prompt:
-            raise document.error(
-                (*loc, "prompt"),
-                f"no prompt is called {case.prompt!r}; use {', '.join(PROMPTS)}, or a literal prompt that "
-                "holds <|turn>",
-            )
+        if isinstance(case, ParityCase):
+            assert isinstance(suite, ParitySuite)
+            _check_parity(document, loc, case, suite)
+        else:
+            assert isinstance(suite, ToolsSuiteBase)
+            _check_chat(document, loc, case, suite)
+
+
+def _check_chat(
+    document: yamlfile.Document,
+    loc: tuple[str | int, ...],
+    case: ParserCase | TemplateCase,
+    suite: ToolsSuiteBase,
+) -> None:
+    if isinstance(case.tools, str) and case.tools not in suite.toolsets:
+        known = ", ".join(sorted(suite.toolsets)) or "none; add `toolsets:` to the suite"
+        raise document.error((*loc, "tools"), f"no toolset {case.tools!r} in this suite; there are: {known}")
+    if isinstance(case, ParserCase) and case.prompt not in PROMPTS and "<|turn>" not in case.prompt:
+        raise document.error(
+            (*loc, "prompt"),
+            f"no prompt is called {case.prompt!r}; use {', '.join(PROMPTS)}, or a literal prompt that "
+            "holds <|turn>",
+        )
+
+
+def _check_parity(
+    document: yamlfile.Document, loc: tuple[str | int, ...], case: ParityCase, suite: ParitySuite
+) -> None:
+    config = suite.configs.get(case.config)
+    if config is None:
+        known = ", ".join(sorted(suite.configs))
+        raise document.error(
+            (*loc, "config"), f"no configuration {case.config!r} in this suite; there are: {known}"
+        )
+    for key in ("vocab_size", "num_hidden_layers"):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise document.error(("configs", case.config), f"the configuration needs a positive `{key}`")
+    largest = max(max(row) for row in resolve_rows(case, suite))
+    if largest >= config["vocab_size"]:
+        raise document.error(
+            (*loc, "rows"), f"token id {largest} is outside the vocabulary of {config['vocab_size']}"
+        )

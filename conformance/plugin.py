@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--conformance-timeout",
         dest="conformance_timeout",
         metavar="SECONDS",
-        type=float,
-        help="limit of one request to a target (default: 10)",
+        type=_seconds,
+        help="limit of one request to a target (default: 5)",
     )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -306,7 +314,7 @@ class Recorder:
             return 2
         code = 2 if self._recording is None else self._recording.exit_code()
         if self._ordinary:
-            return code if status == ok and code == 3 else status
+            return code if status == ok and code in (1, 3) else status
         if self._recording is None or not self._recording.verdicts:
             return 2 if status == nothing and self._wants_suites() else status
         if status == interrupted:  # also what xdist makes of `-x`
@@ -324,6 +332,11 @@ class Recorder:
         for report in reports:
             terminalreporter.write_line(f"INCONCLUSIVE {report.nodeid} - {report.longrepr[2]}", yellow=True)
         if self._recording is not None and self._recording.path is not None:
+            if self._recording.whole.keys() > self._recording.verdicts.keys():
+                from conformance.progress import counted
+
+                whole = ", ".join(counted(Counter(self._recording.whole.values())))
+                terminalreporter.write_line(f"whole run, with earlier sessions: {whole}")
             terminalreporter.write_line(f"run file: {self._recording.path}")
 
 

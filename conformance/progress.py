@@ -19,17 +19,17 @@ from conformance.explain import explain, headline, visible
 from conformance.plugin import RECORDER
 from conformance.results import Result, Verdict
 
-SHORT: dict[Verdict, tuple[str, str]] = {
-    "pass": ("passed", "green"),
-    "fail": ("failed", "red"),
-    "xfail": ("expected failures", "yellow"),
-    "xpass": ("unexpected passes", "red"),
-    "skip": ("skipped", "dim"),
-    "inconclusive": ("inconclusive", "magenta"),
-    "error": ("errors", "red"),
-    "timeout": ("timeouts", "red"),
+_WORDS: dict[Verdict, tuple[str, str, str]] = {
+    "pass": ("passed", "passed", "green"),
+    "fail": ("failed", "failed", "red"),
+    "xfail": ("expected failure", "expected failures", "yellow"),
+    "xpass": ("unexpected pass", "unexpected passes", "red"),
+    "skip": ("skipped", "skipped", "dim"),
+    "inconclusive": ("inconclusive", "inconclusive", "magenta"),
+    "error": ("error", "errors", "red"),
+    "timeout": ("timeout", "timeouts", "red"),
 }
-"""Verdict to its plural word and colour."""
+"""Verdict to its word, for one and for several, and its colour."""
 
 BAD: frozenset[Verdict] = frozenset({"fail", "xpass", "error", "timeout"})
 _HEARTBEAT = 10.0
@@ -38,11 +38,18 @@ _EXPLAINED = 5
 
 
 class ProgressPlugin:
-    """pytest plugin of the process that shows progress."""
+    """pytest plugin of the process that shows progress.
 
-    def __init__(self, console: Console, *, verbose: bool) -> None:
+    Args:
+        console: Where to.
+        verbose: Show every result, and explain every failure, known or not.
+        explain_known: Explain known failures as new ones are.
+    """
+
+    def __init__(self, console: Console, *, verbose: bool, explain_known: bool = False) -> None:
         self._console = console
         self._verbose = verbose
+        self._explain_known = explain_known or verbose
         self._counts: dict[str, Counter[Verdict]] = {}
         self._failures: Counter[str] = Counter()
         self._live: Live | None = None
@@ -61,6 +68,8 @@ class ProgressPlugin:
         self._last_line = time.monotonic()
         self.errors: list[str] = []
         """Broken suites and crashes of the harness itself, for the caller to print."""
+        self.interrupted = False
+        """Somebody pressed Ctrl-C."""
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Listen to the recording, and take over the screen."""
@@ -97,6 +106,10 @@ class ProgressPlugin:
         """Keep the text of a crash of pytest or of this harness."""
         self.errors.append(str(excrepr))
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Tell an interrupt from the other ways in which pytest ends early."""
+        self.interrupted = isinstance(excinfo.value, KeyboardInterrupt)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Name the case that runs."""
         self._current = Text(visible(nodeid), style="dim", no_wrap=True, overflow="ellipsis")
@@ -110,7 +123,8 @@ class ProgressPlugin:
             self._counts[target] = Counter()
             self._tasks[target] = self._bars.add_task(target, total=total, counts=Text(""))
         if self._live is None:
-            self._line(f"{self._planned} cases on {', '.join(self._tasks)}")
+            noun = "case" if self._planned == 1 else "cases"
+            self._line(f"{self._planned} {noun} on {', '.join(self._tasks)}")
 
     def _show(self, result: Result) -> None:
         self._done += 1
@@ -129,6 +143,8 @@ class ProgressPlugin:
                 self._line(
                     f"further failures of {result.target} are named only; see the dashboard, or use -v\n"
                 )
+        elif result.verdict == "xfail" and self._explain_known:
+            self._line(f"{explain(result)}\n")
         elif self._verbose or result.verdict == "inconclusive":
             self._line(visible(f"{result.verdict} {name}{f': {result.reason}' if result.reason else ''}"))
         elif self._live is None and time.monotonic() - self._last_line > _HEARTBEAT:
@@ -142,11 +158,19 @@ class ProgressPlugin:
         return Group(self._bars, self._current)
 
 
-def verdict_counts(counts: Counter[Verdict]) -> Text:
-    """`12 passed, 1 failed`, coloured."""
-    parts = [
-        Text(f"{counts[verdict]} {word}", style=style)
-        for verdict, (word, style) in SHORT.items()
+def verdict_counts(counts: Counter[Verdict], not_run: int = 0) -> Text:
+    """`12 passed, 1 failed, 3 not run`, coloured."""
+    styles = [style for verdict, (_, _, style) in _WORDS.items() if counts[verdict]]
+    parts = [Text(text, style=style) for text, style in zip(counted(counts), styles, strict=True)]
+    if not_run:
+        parts.append(Text(f"{not_run} not run", style="dim"))
+    return Text(", ").join(parts)
+
+
+def counted(counts: Counter[Verdict]) -> list[str]:
+    """`12 passed`, `1 error`: a text for each verdict that occurs."""
+    return [
+        f"{counts[verdict]} {one if counts[verdict] == 1 else several}"
+        for verdict, (one, several, _) in _WORDS.items()
         if counts[verdict]
     ]
-    return Text(", ").join(parts)

@@ -8,6 +8,7 @@ reports.
 from __future__ import annotations
 
 import datetime as dt
+import os
 import re
 import secrets
 import time
@@ -15,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import conformance
-from conformance import fingerprint, results, runfile, runner
+from conformance import fingerprint, resources, results, runfile, runner
 from conformance.discovery import looks_like_suite
-from conformance.loading import LoadedCase, load_suite
-from conformance.results import Footer, Header, PlannedCase, Result, Verdict
+from conformance.loading import LoadedCase, LoadedSuite, load_suite
+from conformance.results import Footer, Header, PlannedCase, Result, Run, Verdict
 from conformance.targets.protocol import TargetInfo
 
 NODE_ID = re.compile(r"^(?P<path>.+\.yaml)::(?P<case>[a-z0-9-]+)\[(?P<target>.+)\]$", re.DOTALL)
@@ -62,36 +64,49 @@ class Recording:
     def __post_init__(self) -> None:
         self.planned: dict[str, Planned] = {}
         self.verdicts: dict[Key, Verdict] = {}
+        """Of this session."""
+        self._earlier: Run | None = None
+        self._before: dict[Key, Verdict] = {}
+        self._manifest: set[Key] = set()
         self._targets: dict[str, TargetInfo] = {}
         self._started = time.monotonic()
         self._header: Header | None = None
         self._writer: runfile.RunWriter | None = None
         if self.path is not None:
-            earlier = runfile.read(self.path) if self.resume else None
+            # Read first: a file that is no run file is not touched.
+            self._earlier = runfile.read(self.path) if self.resume else None
             self._writer = runfile.RunWriter(self.path, resume=self.resume)
-            self._run_id = earlier.header.run_id if earlier is not None else new_run_id()
+            self._run_id = self._earlier.header.run_id if self._earlier is not None else new_run_id()
 
     def plan(self, items: Iterable[tuple[str, Planned]]) -> None:
         """State what the run sets out to do; the first call counts."""
         if self.planned:
             return
         self.planned = dict(items)
+        self._manifest = {self._key(p) for p in self.planned.values()}
         if self._writer is None or not self.planned:
             return
-        suites = {p.loaded.suite.suite.id: p.loaded.suite.digest for p in self.planned.values()}
+        suites = {p.loaded.suite.suite.id: p.loaded.suite for p in self.planned.values()}
         self._header = Header(
             run_id=self._run_id,
             started=_now(),
             harness=conformance.__version__,
             commit=fingerprint.git_commit(),
+            sources=runfile.harness_digest(),
             argv=tuple(fingerprint.redact(argument) for argument in self.argv),
             unavailable=self.unavailable,
             environment=fingerprint.environment(),
-            suites=suites,
+            suites={name: suite.digest for name, suite in suites.items()},
+            paths={name: p for name, suite in suites.items() if (p := self._path_of(suite))},
             manifest=tuple(p.entry for p in self.planned.values()),
             resumed_from=self._run_id if self.resume else None,
         )
         self._writer.write(self._header)
+        if self._earlier is not None:
+            merged = runfile.merge([self._earlier.header, self._header])
+            self._manifest = {(p.suite, p.case, p.target) for p in merged.manifest}
+            whole = self._earlier.model_copy(update={"header": merged})
+            self._before = {key: result.verdict for key, result in whole.latest().items()}
 
     def record(self, result: Result, info: TargetInfo | None, *, stored: bool) -> None:
         """Keep one result.
@@ -104,7 +119,8 @@ class Recording:
         if self._writer is not None and self._header is not None:
             if info is not None and self._targets.get(result.target) != info:
                 self._targets[result.target] = info
-                added = {"targets": {result.target: info}, "manifest": (), "suites": {}, "unavailable": {}}
+                nothing: dict[str, Any] = {"manifest": (), "suites": {}, "paths": {}, "unavailable": {}}
+                added = nothing | {"targets": {result.target: info}}
                 self._writer.write(self._header.model_copy(update=added))
             if not stored:
                 self._writer.write(result)
@@ -122,22 +138,30 @@ class Recording:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned item has a verdict."""
-        return bool(self.planned) and all(self._key(p) in self.verdicts for p in self.planned.values())
+        """Whether every item that was planned, now or in a session that this one resumes, has a verdict."""
+        if not self.planned or any(self._key(p) not in self.verdicts for p in self.planned.values()):
+            return False
+        return self._manifest <= self.whole.keys()
+
+    @property
+    def whole(self) -> dict[Key, Verdict]:
+        """The latest verdicts of the whole run: of earlier sessions, and of this one."""
+        return self._before | self.verdicts
 
     def exit_code(self) -> int:
-        """Exit code of the verdicts so far."""
-        return results.exit_code(list(self.verdicts.values()))
+        """Exit code of the whole run so far; 3 where it would be 0 and planned cases have not run."""
+        code = results.exit_code(list(self.whole.values()))
+        return 3 if code == 0 and not self.complete else code
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Target to verdict to number."""
+        """Target to verdict to number, in the whole run."""
         counts: dict[str, Counter[str]] = {}
-        for (_, _, target), verdict in self.verdicts.items():
+        for (_, _, target), verdict in self.whole.items():
             counts.setdefault(target, Counter())[verdict] += 1
         return {target: dict(counter) for target, counter in counts.items()}
 
     def finish(self, exit_code: int) -> None:
-        """Write the footer if the run is complete, and close the file."""
+        """Write the footer if the run is complete, and close the file; one without a line is removed."""
         if self._writer is None:
             return
         if self._header is not None and self.complete:
@@ -150,6 +174,14 @@ class Recording:
                 )
             )
         self._writer.close()
+        if self._header is None and not self.resume:
+            self._writer.path.unlink()
+
+    def _path_of(self, suite: LoadedSuite) -> str | None:
+        """A suite's file from the run file's folder; None for bundled suites."""
+        if self.path is None or suite.root == resources.suites_dir():
+            return None
+        return Path(os.path.relpath(suite.path, self.path.parent.resolve())).as_posix()
 
     @staticmethod
     def _key(planned: Planned) -> Key:

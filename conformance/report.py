@@ -62,6 +62,21 @@ def write_site(run: Run, out: Path, suites: Iterable[LoadedSuite] = ()) -> Path:
     return out
 
 
+def check_site(out: Path) -> None:
+    """Refuse a folder that `write_site` could not write, before a long run.
+
+    Raises:
+        ReportError: as `write_site`.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100  # as in `write_site`
+    _check_replaceable(out)
+    parent = next(parent for parent in out.parents if parent.exists())
+    if not parent.is_dir():
+        raise ReportError(f"{out}: {parent} is no folder; name another folder for the dashboard")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ReportError(f"{out}: {parent} cannot be written; name another folder for the dashboard")
+
+
 def _write_pages(run: Run, suites: Iterable[LoadedSuite], folder: Path) -> None:
     for path, html in Pages(Site(run, suites)):
         file = folder / path

@@ -52,6 +52,57 @@ class StreamEvidence(Record):
     """Why it is not a certificate."""
 
 
+class ModuleError(Record):
+    """How far one module's output is from the oracle's."""
+
+    module: str
+    relative: float | None
+    """||a - b|| / ||b||; None where the two cannot be compared. Absolute where the oracle's is zero."""
+    maximum: float | None
+    """max|a - b| / max|b|."""
+    relative_limit: float
+    maximum_limit: float
+    rule: Literal["", "missing-tensor", "shape", "not-finite", "diverges"] = ""
+    """The rule that it breaks; empty where the two agree."""
+    worst: str = ""
+    """Where the largest difference is: `row 0, token 17`."""
+    note: str = ""
+    """Why the two cannot be compared."""
+
+
+class ParityEvidence(Record):
+    """The modules of a forward pass, compared with an oracle's in the order in which they ran."""
+
+    oracle: str
+    """Spec of the oracle."""
+    config: str
+    """Name of the configuration in the suite."""
+    dtype: str
+    rows: tuple[int, ...]
+    """Tokens of each row."""
+    prefill: int | None = None
+    effective: dict[str, str] = Field(default_factory=dict)
+    """What the target says it ran."""
+    oracle_effective: dict[str, str] = Field(default_factory=dict)
+    modules: tuple[ModuleError, ...] = ()
+
+    @property
+    def first(self) -> ModuleError | None:
+        """The first module that differs."""
+        return next((module for module in self.modules if module.rule), None)
+
+
+class Shortened(Record):
+    """A text or list that was too long to be kept whole."""
+
+    where: str
+    """Place in the result: `problems.0.got.content`."""
+    length: int
+    """Characters, or items, before it was shortened."""
+    sha256: str
+    """Of the whole: of the text in UTF-8, or of the list as JSON."""
+
+
 class Evidence(Record):
     """What was sent and what came back; the case page shows it."""
 
@@ -64,6 +115,7 @@ class Evidence(Record):
     policy: str | None = None
     """Name of the accepted answer that the target gave; `unlisted` if none."""
     spans: Any = None
+    parity: ParityEvidence | None = None
 
 
 class Result(Record):
@@ -81,8 +133,14 @@ class Result(Record):
     """Why it was skipped, expected to fail, or errored; one line."""
     problems: tuple[Problem, ...] = ()
     evidence: Evidence = Evidence()
+    shortened: tuple[Shortened, ...] = ()
+    """What was too long to be kept whole."""
     expectation: str | None = None
     """Where the expectation stands: `file:line`."""
+    own_verdict: Verdict | None = None
+    """The check's own verdict, where an expectation spoke about the case."""
+    own_reason: str = ""
+    """The reason that came with it."""
     stderr: str = ""
     """Tail of the worker's standard error, for `error` and `timeout`."""
     duration: float = 0.0
@@ -123,6 +181,8 @@ class Header(Record):
     """Version of this package."""
     commit: str | None = None
     """Git commit of the working tree, with `+dirty` when it had changes."""
+    sources: str = ""
+    """Digest of the source files of the harness and of the bundled implementation."""
     argv: tuple[str, ...] = ()
     targets: dict[str, TargetInfo] = Field(default_factory=dict)
     """By spec."""
@@ -132,6 +192,8 @@ class Header(Record):
     """Allow-listed facts: Python, platform, CPU count, package versions."""
     suites: dict[str, str] = Field(default_factory=dict)
     """Suite id to the digest of its file."""
+    paths: dict[str, str] = Field(default_factory=dict)
+    """Suite id to its file, from the run file's folder; bundled suites are left out."""
     manifest: tuple[PlannedCase, ...] = ()
     resumed_from: str | None = None
 
@@ -173,8 +235,12 @@ class Run(Record):
     """What was wrong with the last line, if it was cut."""
 
     def latest(self) -> dict[tuple[str, str, str], Result]:
-        """Results by key; a later line replaces an earlier one."""
-        return {r.key: r for r in self.results}
+        """Results by key; a later line replaces an earlier one.
+
+        A result of a case that has changed since, and is planned again, counts no more.
+        """
+        planned = {(p.suite, p.case, p.target): p.digest for p in self.header.manifest}
+        return {r.key: r for r in self.results if planned.get(r.key, r.digest) == r.digest}
 
 
 __all__ = [
@@ -183,12 +249,15 @@ __all__ = [
     "Footer",
     "Header",
     "Line",
+    "ModuleError",
+    "ParityEvidence",
     "ParseResult",
     "PlannedCase",
     "Problem",
     "Record",
     "Result",
     "Run",
+    "Shortened",
     "StreamEvidence",
     "Verdict",
     "exit_code",

@@ -5,25 +5,37 @@
 3. A run that goes on in the same file adds a header with `resumed_from`; a target that is first
    heard of during a run adds a header with that target. Headers of one file are merged in order.
 4. Only the last line may be torn, and only by a writer that was killed.
+5. A stored result is reused only if nothing that is known to bear on it has changed: the case, the
+   sources of the harness, the target and its environment, the environment of the run. Results of
+   factories are never reused: their code can change without a sign.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from conformance import __version__
 from conformance.errors import RunFileError
 from conformance.results import SCHEMA_VERSION, Footer, Header, Line, Result, Run
+from conformance.targets import registry
+from conformance.targets.protocol import TargetInfo
 
 MAX_LINE = 64 * 1024 * 1024
+"""Bytes of a line, above which a file is refused: it is no run file, or would fill the memory."""
+
 _LINE: TypeAdapter[Header | Result | Footer] = TypeAdapter(Line)
+_OF_THE_JOB = "env:GITHUB_"
+"""Facts of the environment that name a job and do not bear on a verdict."""
 
 
 class RunWriter:
@@ -51,9 +63,9 @@ class RunWriter:
             raise RunFileError(
                 f"{path} exists; go on with it by --resume {path}, or write to another file"
             ) from None
-        except FileNotFoundError:
-            raise RunFileError(f"{path}: there is no such run to resume") from None
         except OSError as error:
+            if resume and isinstance(error, FileNotFoundError):
+                raise RunFileError(f"{path}: there is no such run to resume") from None
             raise RunFileError(f"{path}: cannot be written: {error.strerror}") from None
         self._file = os.fdopen(descriptor, "r+b")
         try:
@@ -66,8 +78,15 @@ class RunWriter:
         self._file.seek(0, os.SEEK_END)
 
     def write(self, line: Header | Result | Footer) -> None:
-        """Append one line and wait until it is on disk."""
-        self._file.write(line.model_dump_json().encode() + b"\n")
+        """Append one line and wait until it is on disk.
+
+        Raises:
+            RunFileError: the line could not be read back.
+        """
+        data = line.model_dump_json().encode() + b"\n"
+        if len(data) > MAX_LINE:
+            raise RunFileError(f"{self.path}: a line of {len(data)} bytes is too long to be written")
+        self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -97,7 +116,7 @@ def read(path: Path) -> Run:
     """
     content = _read(path)
     return Run(
-        header=_merge(content.headers),
+        header=merge(content.headers),
         results=tuple(stored.result for stored in content.results),
         footer=content.footer,
         torn=content.torn,
@@ -115,27 +134,84 @@ def read_stored(path: Path) -> dict[tuple[str, str, str], StoredResult]:
 
 @dataclass(frozen=True)
 class StoredResult:
-    """A result of an earlier session, and the versions that were in use when it was written."""
+    """A result of an earlier session, and what was in use when it was written."""
 
     result: Result
-    harness: str
-    target_version: str | None
+    sources: str
+    environment: dict[str, str]
+    info: TargetInfo | None
+    """The target that gave it."""
 
-    def reusable(self, digest: str, target_version: str) -> bool:
-        """Whether running the case again would only repeat it."""
+    def reusable(self, digest: str, info: TargetInfo, environment: dict[str, str]) -> bool:
+        """Whether running the case again would only repeat it.
+
+        Args:
+            digest: Of the case today.
+            info: The target today.
+            environment: The facts of the run today.
+        """
         return (
-            self.result.digest == digest
-            and self.target_version == target_version
-            and self.harness == __version__
+            not registry.is_factory(self.result.target)
+            and self.result.digest == digest
+            and self.info == info
+            and self.sources == harness_digest()
+            and _bearing(self.environment) == _bearing(environment)
             and self.result.verdict not in ("error", "timeout")
         )
+
+
+@cache
+def harness_digest() -> str:
+    """SHA-256 over the files of the harness and of the bundled implementation, as installed."""
+    digest = hashlib.sha256()
+    for package in ("conformance", "model_impl"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise RunFileError(f"the package {package} cannot be found; install gemma4-conformance again")
+        root = Path(spec.origin).parent
+        for path in sorted(path for path in root.rglob("*") if "__pycache__" not in path.parts):
+            if path.is_file():
+                name = f"{package}/{path.relative_to(root).as_posix()}"
+                digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _bearing(environment: dict[str, str]) -> dict[str, str]:
+    return {name: fact for name, fact in environment.items() if not name.startswith(_OF_THE_JOB)}
+
+
+def check_new(path: Path) -> None:
+    """Refuse a path at which no run file can be made.
+
+    Raises:
+        RunFileError: something is there, or the folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise RunFileError(f"{path} is a folder; name a file in it")
+    if path.exists():
+        raise RunFileError(f"{path} exists; go on with it by --resume {path}, or name another file")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Refuse a path below something that is no folder, or that cannot be written.
+
+    Raises:
+        RunFileError: says which it is.
+    """
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise RunFileError(f"{path}: {parent} is no folder; name another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunFileError(f"{path}: {parent} cannot be written; name another path")
 
 
 @dataclass
 class _Content:
     headers: list[Header] = field(default_factory=list)
     results: list[StoredResult] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, TargetInfo] = field(default_factory=dict)
     footer: Footer | None = None
     torn: str = ""
 
@@ -165,15 +241,16 @@ def _take(path: Path, number: int, line: Header | Result | Footer, content: _Con
     if isinstance(line, Header):
         _check_header(path, number, line, content.headers)
         content.headers.append(line)
-        content.versions |= {spec: info.version for spec, info in line.targets.items()}
+        content.targets |= line.targets
         content.footer = None
     elif not content.headers:
         raise RunFileError(f"{path}:{number}: a run file begins with its header")
     elif content.footer is not None:
         raise RunFileError(f"{path}:{number}: a line follows the run's last line")
     elif isinstance(line, Result):
-        harness = content.headers[-1].harness
-        content.results.append(StoredResult(line, harness, content.versions.get(line.target)))
+        header = content.headers[-1]
+        info = content.targets.get(line.target)
+        content.results.append(StoredResult(line, header.sources, header.environment, info))
     else:
         content.footer = line
 
@@ -204,18 +281,25 @@ def _check_header(path: Path, number: int, header: Header, earlier: list[Header]
         raise RunFileError(f"{path}:{number}: run {header.run_id} inside the file of {earlier[0].run_id}")
 
 
-def _merge(headers: list[Header]) -> Header:
-    """The first header, with what later ones add."""
+def merge(headers: Sequence[Header]) -> Header:
+    """The first header, with what later ones add; a target that ran later is no longer unavailable."""
     first = headers[0]
+    unavailable: dict[str, str] = {}
+    for header in headers:
+        unavailable |= header.unavailable
+        unavailable = {s: reason for s, reason in unavailable.items() if s not in header.targets}
     manifest = {(p.suite, p.case, p.target): p for header in headers for p in header.manifest}
     return first.model_copy(
         update={
             "targets": {spec: info for header in headers for spec, info in header.targets.items()},
-            "unavailable": {s: reason for header in headers for s, reason in header.unavailable.items()},
+            "unavailable": unavailable,
             "suites": {suite: digest for header in headers for suite, digest in header.suites.items()},
+            "paths": {suite: path for header in headers for suite, path in header.paths.items()},
             "manifest": tuple(manifest.values()),
             "commit": headers[-1].commit,
             "harness": headers[-1].harness,
+            "sources": headers[-1].sources,
+            "environment": headers[-1].environment,
             "resumed_from": next((h.resumed_from for h in headers if h.resumed_from), None),
         }
     )

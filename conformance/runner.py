@@ -20,10 +20,18 @@ from types import FrameType
 
 from conformance import checks, resources
 from conformance.checks import CheckOutcome, Search
-from conformance.errors import ConformanceError, EngineError, TargetTimeoutError, WorkerDiedError
+from conformance.errors import (
+    ConformanceError,
+    EngineError,
+    TargetError,
+    TargetTimeoutError,
+    WorkerDiedError,
+)
 from conformance.expectations import Expectation, Expectations
 from conformance.loading import LoadedCase
+from conformance.oracles import Oracles
 from conformance.results import PlannedCase, Result
+from conformance.shortening import shortened_result
 from conformance.targets import registry
 from conformance.targets.protocol import Target, TargetInfo
 
@@ -34,6 +42,8 @@ _START_LIMIT = 300.0
 """Seconds that a target may take to start, whatever its own limit says."""
 
 _MAX_OPEN = 2
+_FORWARD_LIMIT = 300.0
+"""Seconds that a case may take beyond its requests where engines are imported and models run."""
 _MAX_REQUESTS = 20
 _REQUESTS_IN_PROCESS = 6
 _STDERR_TAIL = 4000
@@ -56,6 +66,7 @@ class TargetPool:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         self.timeout = timeout
+        self.oracles = Oracles(lambda spec: self.get(spec).target)
         self._open: OrderedDict[str, OpenTarget] = OrderedDict()
         self._failed: dict[str, ConformanceError] = {}
 
@@ -88,7 +99,8 @@ class TargetPool:
             self._open.pop(spec).target.close()
 
     def close(self) -> None:
-        """Close all targets."""
+        """Close all targets, and delete what their oracles computed."""
+        self.oracles.close()
         while self._open:
             self._open.popitem()[1].target.close()
 
@@ -115,13 +127,16 @@ def run_case(
     Never raises for anything the target does.
     """
     started = time.perf_counter()
+    limit = _case_limit(loaded, spec, pool.timeout)
     expectation: Expectation | None = None
     stderr = ""
     try:
         opened = pool.get(spec)
         expectation = expectations.find(loaded.address, target_name(spec), opened.info.version)
-        with _deadline(_case_limit(spec, pool.timeout)):
-            outcome = checks.judge(loaded.case, loaded.suite.suite, opened.target, search=search)
+        with _deadline(limit):
+            outcome = checks.judge(
+                loaded.case, loaded.suite.suite, opened.target, search=search, oracles=pool.oracles
+            )
     except TargetTimeoutError as error:
         outcome, stderr = CheckOutcome("timeout", reason=str(error)), error.stderr_tail
     except WorkerDiedError as error:
@@ -130,7 +145,6 @@ def run_case(
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.traceback
     except _DeadlineExceeded:
         pool.discard(spec)
-        limit = _case_limit(spec, pool.timeout)
         outcome = CheckOutcome("timeout", reason=f"no verdict within {limit:g} s")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this case only
         pool.discard(spec)
@@ -141,11 +155,13 @@ def run_case(
 
 def rejudge(loaded: LoadedCase, stored: Result, info: TargetInfo, expectations: Expectations) -> Result:
     """The verdict of a stored result under the expectations of today."""
-    verdict = {"xfail": "fail", "xpass": "pass"}.get(stored.verdict, stored.verdict)
-    reason = "" if verdict != stored.verdict or stored.expectation else stored.reason
-    outcome = CheckOutcome(verdict, stored.problems, stored.evidence, reason)  # type: ignore[arg-type]
+    verdict, reason = stored.verdict, stored.reason
+    if stored.own_verdict is not None:
+        verdict, reason = stored.own_verdict, stored.own_reason
+    outcome = CheckOutcome(verdict, stored.problems, stored.evidence, reason)
     expectation = expectations.find(loaded.address, target_name(stored.target), info.version)
-    return _result(loaded, stored.target, outcome, expectation, stored.stderr, stored.duration)
+    result = _result(loaded, stored.target, outcome, expectation, stored.stderr, stored.duration)
+    return result.model_copy(update={"shortened": stored.shortened})
 
 
 def failed_result(planned: PlannedCase, repeat: str, reason: str) -> Result:
@@ -203,7 +219,24 @@ def apply_expectation(outcome: CheckOutcome, expectation: Expectation | None) ->
     if beyond:
         reason = f"breaks more than {expectation.where} expects: {', '.join(sorted(beyond))}"
         return replace(outcome, reason=f"{outcome.reason}; {reason}" if outcome.reason else reason)
+    mended = set(entry.rules) - broken
+    if mended:
+        reason = f"no longer breaks what {expectation.where} expects: {', '.join(sorted(mended))}"
+        return replace(outcome, verdict="xpass", reason=reason)
     return replace(outcome, verdict="xfail", reason=entry.reason)
+
+
+def try_factory(spec: str) -> None:
+    """Make the target of a factory once, and close it again.
+
+    Raises:
+        TargetError: it cannot be imported, raises, takes too long, or makes something else.
+    """
+    try:
+        with _deadline(_START_LIMIT):
+            registry.open_target(spec).close()
+    except _DeadlineExceeded:
+        raise TargetError(f"{spec}: made no target within {_START_LIMIT:g} s") from None
 
 
 def target_name(spec: str) -> str:
@@ -216,9 +249,10 @@ def in_process(spec: str) -> bool:
     return target_name(spec) == "reference" or registry.is_factory(spec)
 
 
-def _case_limit(spec: str, timeout: float) -> float:
+def _case_limit(loaded: LoadedCase, spec: str, timeout: float) -> float:
     """Seconds for one case. Targets in other processes keep their own limit for each request."""
-    return timeout * (_REQUESTS_IN_PROCESS if in_process(spec) else _MAX_REQUESTS)
+    limit = timeout * (_REQUESTS_IN_PROCESS if in_process(spec) else _MAX_REQUESTS)
+    return limit + (_FORWARD_LIMIT if loaded.suite.suite.kind == "parity" else 0)
 
 
 def _result(
@@ -230,7 +264,7 @@ def _result(
     duration: float,
 ) -> Result:
     final = apply_expectation(outcome, expectation)
-    return Result(
+    result = Result(
         suite=loaded.suite.suite.id,
         case=loaded.case.id,
         target=spec,
@@ -241,11 +275,14 @@ def _result(
         problems=final.problems,
         evidence=final.evidence,
         expectation=expectation.where if expectation is not None else None,
+        own_verdict=outcome.verdict if expectation is not None else None,
+        own_reason=" ".join(outcome.reason.split()) if expectation is not None else "",
         stderr=stderr[-_STDERR_TAIL:],
         duration=round(duration, 6),
         digest=loaded.digest,
         repeat=repeat_line(loaded, spec),
     )
+    return shortened_result(result)
 
 
 @contextlib.contextmanager

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 
 from conformance import runner
-from conformance.recording import NODE_ID
+from conformance.recording import NODE_ID, planned_item
+from conformance.suites import ParitySuite
 
 
 class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no types
     """All cases of an engine form one group, so that it starts once.
 
-    Targets that run in process cost nothing to start: their cases are spread freely, as ordinary
-    tests are. Groups come from node ids rather than from marks, because marks change the ids, and
+    Targets that run in process cost nothing to start: their cases are spread freely, as ordinary tests
+    are, but for those that are compared with an oracle. These join the oracle's group, where it runs once
+    and what it computed is kept. An engine that is compared stays in its own group: its start costs more
+    than the oracle's. Groups come from node ids rather than from marks, because marks change the ids, and
     then `--lf` no longer finds the failures of a run without workers.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         match = NODE_ID.match(nodeid)
-        if match is None or runner.in_process(match["target"]):
+        if match is None:
             return str(super()._split_scope(nodeid))
-        return match["target"]
+        if not runner.in_process(match["target"]):
+            return match["target"]
+        return self._oracle(nodeid) or str(super()._split_scope(nodeid))
+
+    def _oracle(self, nodeid: str) -> str:
+        """The oracle that a case is compared with; empty if there is none."""
+        item = planned_item(Path(self.config.rootpath), nodeid)
+        suite = None if item is None else item.loaded.suite.suite
+        return suite.oracle if isinstance(suite, ParitySuite) else ""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from conformance import expectations, runfile, runner
-from conformance.errors import ConformanceError, UsageError
+from conformance import expectations, fingerprint, runfile, runner
+from conformance.errors import ConformanceError, TargetError, UsageError
 from conformance.expectations import Expectations
 from conformance.loading import LoadedCase, load_suites
 from conformance.results import Result
@@ -70,13 +71,15 @@ def select_targets(wanted: Sequence[str] | None) -> Selection:
     return Selection(specs, unavailable)
 
 
+@cache
 def _check_factory(spec: str) -> None:
-    """Import the module of a factory, so that a misspelt name is wrong use and not a failing case."""
-    module, _, name = spec.partition(":")
+    """Use a factory once, so that one that makes no target is wrong use and not a failing case."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the process that started this one has done it
     try:
-        getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{spec} cannot be imported: {error}") from error
+        runner.try_factory(spec)
+    except TargetError as error:
+        raise UsageError(str(error)) from error
 
 
 class SuiteSession:
@@ -102,6 +105,7 @@ class SuiteSession:
         self.unavailable = selection.unavailable
         self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT)
         self._stored = runfile.read_stored(Path(resume)) if resume else {}
+        self._environment = fingerprint.environment() if resume else {}
         self._expect_failures = expect_failures
         self._expectations: dict[Path, Expectations] = {}
 
@@ -130,16 +134,17 @@ class SuiteSession:
 
     def run(self, loaded: LoadedCase, spec: str) -> Done:
         """The result of a case on a target: reused, skipped, or fresh."""
-        if spec in self.unavailable:
-            result = runner.skipped_result(loaded, spec, self.unavailable[spec])
-            return Done(result=result, info=None, stored=False)
         known = self.expectations(loaded.suite.root)
         stored = self._stored.get((loaded.suite.suite.id, loaded.case.id, spec))
         if stored is not None:
-            info = self._info(spec)
-            if info is not None and stored.reusable(loaded.digest, info.version):
+            # A target that is gone since cannot be asked; its verdicts are not replaced by skips.
+            info = stored.info if spec in self.unavailable else self._info(spec)
+            if info is not None and stored.reusable(loaded.digest, info, self._environment):
                 result = runner.rejudge(loaded, stored.result, info, known)
                 return Done(result=result, info=info, stored=result == stored.result)
+        if spec in self.unavailable:
+            result = runner.skipped_result(loaded, spec, self.unavailable[spec])
+            return Done(result=result, info=None, stored=False)
         result = runner.run_case(loaded, spec, self.pool, known)
         return Done(result=result, info=self._info(spec), stored=False)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from conformance.targets.protocol import AttentionBackend, DType
+
 CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
 SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
 SourceRef = Annotated[
@@ -147,6 +149,51 @@ class TemplateCase(CaseBase):
     expect_e: ExpectedPrompt | None = None
 
 
+class RandomRows(Strict):
+    """Rows of seeded random token ids."""
+
+    random: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(min_length=1)
+    """Their lengths."""
+    seed: int = 0
+
+
+class Tolerance(Strict):
+    """How far a tensor may be from the oracle's, in float32."""
+
+    relative: float = Field(default=1e-5, gt=0)
+    """Of ||a - b|| / ||b||."""
+    maximum: float = Field(default=1e-4, gt=0)
+    """Of max|a - b| / max|b|."""
+
+
+class ParityCase(CaseBase):
+    """Judge the tensors inside a model against those of the suite's oracle."""
+
+    config: CaseId
+    """A key of the suite's `configs`."""
+    weights: int = 0
+    """Seed of the checkpoint's weights."""
+    rows: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | RandomRows
+    """Token ids, or how to draw them."""
+    prefill: int | None = Field(default=None, ge=1)
+    """Tokens of every row fed in one call; the rest follows one by one. Absent: all at once."""
+    dtype: DType = "float32"
+    attention: AttentionBackend | None = None
+    """Backend that the target must use; absent: its own choice."""
+    tolerance: Tolerance = Tolerance()
+    factor: float = Field(default=2.0, ge=1)
+    """In bfloat16, a tensor may be this many times as far from the float32 oracle as the oracle's own
+    bfloat16 tensor is. It is compared so with float32's tolerance as the least."""
+    modules: tuple[str, ...] = ()
+    """Modules to compare; empty: every module that the configuration has, and the logits."""
+
+    @model_validator(mode="after")
+    def _rows_have_tokens(self) -> ParityCase:
+        if not isinstance(self.rows, RandomRows) and not (self.rows and all(self.rows)):
+            raise ValueError("`rows` needs at least one row, and every row a token")
+        return self
+
+
 class SuiteBase(Strict):
     """Head of a suite file."""
 
@@ -155,23 +202,40 @@ class SuiteBase(Strict):
     title: str
     description: str
     area: CaseId
-    """Row of the dashboard: `reasoning`, `tool-calls`, `recovery`, `typing`, `template`, …"""
+    """Row of the dashboard: `reasoning`, `tool-calls`, `recovery`, `typing`, `template`, `text-model`, …"""
+
+
+class ToolsSuiteBase(SuiteBase):
+    """Head of a suite whose cases declare tools."""
+
     toolsets: dict[CaseId, tuple[dict[str, Any], ...]] = Field(default_factory=dict)
 
 
-class ParserSuite(SuiteBase):
+class ParserSuite(ToolsSuiteBase):
     """Suite of kind `parser`."""
 
     kind: Literal["parser"]
     cases: tuple[ParserCase, ...] = Field(min_length=1)
 
 
-class TemplateSuite(SuiteBase):
+class TemplateSuite(ToolsSuiteBase):
     """Suite of kind `template`."""
 
     kind: Literal["template"]
     cases: tuple[TemplateCase, ...] = Field(min_length=1)
 
 
-Suite = Annotated[ParserSuite | TemplateSuite, Field(discriminator="kind")]
-Case = ParserCase | TemplateCase
+class ParitySuite(SuiteBase):
+    """Suite of kind `parity`."""
+
+    kind: Literal["parity"]
+    oracle: Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]*@\d[\w.]*|[A-Za-z_][\w.]*:\w+)$")]
+    """Spec of the target that the others are compared with, with its version: `transformers@5.19.0`."""
+    configs: dict[CaseId, dict[str, Any]] = Field(min_length=1)
+    """Text configurations, with the keys of a published `text_config`."""
+    cases: tuple[ParityCase, ...] = Field(min_length=1)
+
+
+AnySuite = ParserSuite | TemplateSuite | ParitySuite
+Suite = Annotated[AnySuite, Field(discriminator="kind")]
+Case = ParserCase | TemplateCase | ParityCase

@@ -442,6 +442,62 @@ class SameIds(StreamLiar):
             ]
 
 
+class OmitsIds(StreamLiar):
+    """Streamed calls have no id."""
+
+    rule = "call-start"
+
+    class session(_Wrapped):  # noqa: N801
+        def lie(self, text: str, ids: list[int], deltas: Deltas) -> Deltas:
+            return [{**d, "tool_calls": [{**p, "id": None} for p in d["tool_calls"]]} for d in deltas]
+
+
+class OmitsTypes(StreamLiar):
+    """Streamed calls have no type."""
+
+    rule = "call-start"
+
+    class session(_Wrapped):  # noqa: N801
+        def lie(self, text: str, ids: list[int], deltas: Deltas) -> Deltas:
+            return [{**d, "tool_calls": [{**p, "type": None} for p in d["tool_calls"]]} for d in deltas]
+
+
+class NameLast(StreamLiar):
+    """The name of a call comes when the output is over, behind the arguments."""
+
+    rule = "call-start"
+
+    class session(_Wrapped):  # noqa: N801
+        def __init__(self, request: ParseRequest) -> None:
+            super().__init__(request)
+            self.names: list[dict[str, Any]] = []
+
+        def feed(self, text: str, ids: list[int], finished: bool) -> Deltas:
+            deltas = super().feed(text, ids, finished)
+            for part in (part for delta in deltas for part in delta["tool_calls"]):
+                if part["name"] is not None:
+                    self.names.append({"index": part["index"], "name": part["name"]})
+                    part["name"] = None
+            return [*deltas, {"tool_calls": self.names}] if finished else deltas
+
+
+class WaitsForTheEnd(StreamLiar):
+    """Nothing comes before the output is over, and then all text at once."""
+
+    rule = "not-streamed"
+
+    class session(_Wrapped):  # noqa: N801
+        def __init__(self, request: ParseRequest) -> None:
+            super().__init__(request)
+            self.held: dict[str, Any] = {"reasoning": "", "content": "", "tool_calls": []}
+
+        def feed(self, text: str, ids: list[int], finished: bool) -> Deltas:
+            for delta in super().feed(text, ids, finished):
+                for key, value in delta.items():
+                    self.held[key] += value or type(self.held[key])()
+            return [self.held] if finished else []
+
+
 class RaisesAtBoundary(StreamLiar):
     """A chunk that begins with the second character of a marker is an error."""
 
@@ -495,6 +551,6 @@ WHOLE_LIARS: tuple[type[WholeLiar], ...] = (
     FirstCallOnly, NotationOnly, Silent,
 )  # fmt: skip
 STREAM_LIARS: tuple[type[StreamLiar], ...] = (
-    SplitsDelimiter, DropsLoneDigit, NeverFinishes, CountsFromOne, NumbersByChunk, SameIds, RaisesAtBoundary,
-    LeaksSplitMarker, TrustsIds,
+    SplitsDelimiter, DropsLoneDigit, NeverFinishes, CountsFromOne, NumbersByChunk, SameIds, OmitsIds,
+    OmitsTypes, NameLast, WaitsForTheEnd, RaisesAtBoundary, LeaksSplitMarker, TrustsIds,
 )  # fmt: skip

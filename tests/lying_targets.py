@@ -17,6 +17,8 @@ from conformance.results import Evidence
 from conformance.targets.protocol import (
     Certificate,
     CertifyRequest,
+    ForwardRequest,
+    ForwardResult,
     ParseRequest,
     ParseResult,
     RenderRequest,
@@ -53,6 +55,9 @@ class Honest:
         raise EngineError("not asked for")
 
     def render(self, request: RenderRequest) -> RenderResult:
+        raise EngineError("not asked for")
+
+    def forward(self, request: ForwardRequest) -> ForwardResult:
         raise EngineError("not asked for")
 
     def close(self) -> None:

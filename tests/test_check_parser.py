@@ -16,6 +16,7 @@ from conformance.targets.protocol import (
     Certificate,
     CertifyRequest,
     Delta,
+    Outcome,
     ParseRequest,
     ParseResult,
     StreamRequest,
@@ -99,8 +100,7 @@ def test_a_lie_about_the_whole_is_named(liar: type[WholeLiar], searchable: bool)
 
 @pytest.mark.parametrize("liar", [liars.LeaksMarker, liars.ArgumentsNotJson, liars.Raises, liars.Silent])
 def test_hard_rules_hold_for_contested_cases_too(liar: type[WholeLiar]) -> None:
-    answers = [{"name": name, "who": "nobody", "content": name} for name in ("one", "other")]
-    case = case_of(BOTH, policy=answers)
+    case = case_of(BOTH, policy=CONTESTED)
     outcome = judged(case, liar(streams=False))
     assert (outcome.verdict, rules(outcome)[0]) == ("fail", liar.rule)
     assert judged(case, ReferenceTarget()).verdict == "pass"
@@ -109,6 +109,13 @@ def test_hard_rules_hold_for_contested_cases_too(liar: type[WholeLiar]) -> None:
 # ---------------------------------------------------------------------------------------- lies in streams
 
 TWO_CALLS = "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>"
+CONTESTED: list[dict[str, Any]] = [
+    {"name": "one", "who": "nobody", "content": "one"},
+    {"name": "other", "who": "nobody", "reasoning": "other", "tool_calls": [{"name": "other"}]},
+]
+"""Accepted answers with nothing in common."""
+DIGITS = "3141592653589793238462643"
+"""More than 20 tokens, each of one character."""
 STREAMED: dict[type[StreamLiar], tuple[str, tuple[str, ...]]] = {
     liars.SplitsDelimiter: (f"<|tool_call>call:f{{a:{Q}b{Q}}}",
         (f'<|tool_call>call:f{{a:{Q[:3]}', f"{Q[3:]}b{Q}}}")),
@@ -117,6 +124,10 @@ STREAMED: dict[type[StreamLiar], tuple[str, tuple[str, ...]]] = {
     liars.CountsFromOne: (TWO_CALLS, (TWO_CALLS,)),
     liars.NumbersByChunk: (TWO_CALLS, ("<|tool_call>call:f{}", TWO_CALLS[20:])),
     liars.SameIds: (TWO_CALLS, (TWO_CALLS,)),
+    liars.OmitsIds: (TWO_CALLS, (TWO_CALLS,)),
+    liars.OmitsTypes: (TWO_CALLS, (TWO_CALLS,)),
+    liars.NameLast: (TWO_CALLS, (TWO_CALLS,)),
+    liars.WaitsForTheEnd: (DIGITS, tuple(DIGITS)),
     liars.RaisesAtBoundary: ("a<eos>b<|channel>c", ("a<eos>b<", "|channel>c")),
     liars.LeaksSplitMarker: ("a<tool_call|>b", ("a<", "tool_call|>b")),
     liars.TrustsIds: ("<|channel>abc def<channel|>so", ("<|channel>abc def", "<channel|>so")),
@@ -259,8 +270,11 @@ class InventedOutcome(liars.NeverFinishes):
 
     def certify(self, request: CertifyRequest) -> Certificate:
         found = super().certify(request)
-        wrong = found.outcomes[0].model_copy(update={"result": ParseResult(content="invented"), "cuts": (1,)})
-        return found.model_copy(update={"outcomes": (*found.outcomes, wrong)})
+        (right,) = found.outcomes
+        invented = {"result": ParseResult(content="invented"), "cuts": (1,), "chunkings": "1"}
+        fewer = {"chunkings": str(int(right.chunkings) - 1)}
+        outcomes = (right.model_copy(update=fewer), right.model_copy(update=invented))
+        return found.model_copy(update={"outcomes": outcomes})
 
 
 def test_a_search_that_fails_falls_back_to_samples() -> None:
@@ -278,6 +292,95 @@ def test_a_certificate_that_streaming_contradicts_is_none() -> None:
     assert outcome.evidence.stream is not None
     assert (outcome.verdict, outcome.evidence.stream.kind) == ("pass", "sampled")
     assert "streaming does not show" in outcome.evidence.stream.reason
+
+
+def forged(request: CertifyRequest, **changes: Any) -> Certificate:
+    """A certificate that says that every chunking gives the right answer."""
+    pieces = changes.pop("pieces", len(request.request.output))
+    answer = ReferenceTarget().parse(request.request).model_copy(update={"spans": None})
+    outcome = Outcome(result=answer, cuts=changes.pop("cuts", ()), chunkings=str(1 << max(pieces - 1, 0)))
+    outcomes = [outcome.model_copy(update=change) for change in changes.pop("outcomes", [{}])]
+    made = Certificate(unit=request.unit, pieces=pieces, states=1, complete=True, outcomes=tuple(outcomes))
+    return made.model_copy(update=changes)
+
+
+class HonestAtTheExtremes(Liar):
+    """Streams wrongly unless all is one chunk or every piece its own; its certificate is a forgery."""
+
+    def __init__(self, changes: dict[str, Any]) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
+        lie = StreamResult(deltas=(Delta(content="WRONG"),))
+        honest = self._honest.parse_stream(request)
+        most = {"tokens": len(request.request.pieces) - 1, "characters": len(request.request.output) - 1}
+        return [
+            stream if len(chunking.cuts) in (0, most[chunking.unit]) else lie
+            for chunking, stream in zip(request.chunkings, honest, strict=True)
+        ]
+
+    def certify(self, request: CertifyRequest) -> Certificate:
+        return forged(request, **self.changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "streaming shows what the search did not find"),
+        ({"outcomes": [{"chunkings": "2"}, {"chunkings": str(2**14 - 2), "cuts": (1,)}]}, "streaming shows"),
+        ({"pieces": 0, "outcomes": []}, "the search was over 0 characters, the output has 15 characters"),
+        ({"pieces": 14}, "the search was over 14 characters"),
+        ({"unit": "tokens"}, "the search was over 15 tokens, the output has 15 characters"),
+        ({"outcomes": []}, "do not add up to 2^14"),
+        ({"outcomes": [{"chunkings": "16383"}]}, "do not add up to 2^14"),
+        ({"outcomes": [{}, {}]}, "do not add up to 2^14"),
+        ({"outcomes": [{"chunkings": "all"}]}, "do not add up to 2^14"),
+        ({"outcomes": [{"chunkings": "16385"}, {"chunkings": "-1"}]}, "do not add up to 2^14"),
+        ({"cuts": (15,)}, "an outcome's cuts [15] are none of this output"),
+        ({"cuts": (3, 2)}, "an outcome's cuts [3, 2] are none of this output"),
+    ],
+)
+def test_a_certificate_is_not_taken_on_trust(changes: dict[str, Any], reason: str) -> None:
+    outcome = judged(case_of("abc def ghi jkl"), HonestAtTheExtremes(dict(changes)))
+    stream = outcome.evidence.stream
+    assert stream is not None
+    assert stream.kind == "sampled"
+    assert reason in stream.reason
+    assert int(stream.chunkings) < 2**14
+    assert "stream-equals-whole" in rules(outcome), "the samples show the lie"
+
+
+def test_a_certificate_may_leave_out_the_text_of_the_stop_token() -> None:
+    class WithoutStopText(Liar):
+        def certify(self, request: CertifyRequest) -> Certificate:
+            inner = request.request
+            cut = {"output": inner.output.removesuffix("<turn|>"), "pieces": inner.pieces[:-1]}
+            return forged(request.model_copy(update={"request": inner.model_copy(update=cut)}))
+
+        def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
+            return self._honest.parse_stream(request)
+
+    def kind(output: Any) -> str:
+        stream = judged(case_of(output), WithoutStopText()).evidence.stream
+        assert stream is not None
+        return stream.kind
+
+    assert kind("abc def<turn|>") == "certified"
+    assert kind(["abc def", {"plain": "<turn|>"}]) == "sampled", "plain text stops nothing"
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (DIGITS, ["not-streamed"]), ("<|channel>thought\n" + DIGITS + "<channel|>", ["not-streamed"]),
+        (DIGITS[:20], []), (DIGITS + TWO_CALLS, []), (DIGITS + "<|tool_call>so", []), ("1<eos>" * 20, []),
+    ],
+)  # fmt: skip
+def test_long_text_is_streamed(output: str, expected: list[str]) -> None:
+    """A call may come as a whole, and so may text that might have been one."""
+    for searchable in (True, False):
+        assert rules(judged(case_of(output), liars.WaitsForTheEnd(searchable=searchable))) == expected
 
 
 def test_the_same_seed_gives_the_same_samples() -> None:
@@ -299,7 +402,11 @@ def test_the_same_seed_gives_the_same_samples() -> None:
 
 
 def part(index: int, name: str | None = None, arguments: str | None = None, id_: str | None = None) -> Delta:
-    return Delta(tool_calls=(ToolCallDelta(index=index, id=id_, name=name, arguments=arguments),))
+    kind = "function" if id_ else None
+    return Delta(tool_calls=(ToolCallDelta(index=index, id=id_, type=kind, name=name, arguments=arguments),))
+
+
+UNTYPED = Delta(tool_calls=(ToolCallDelta(index=0, id="a", name="f", arguments="{}"),))
 
 
 F = ParseResult(tool_calls=(ToolCall(name="f", arguments="{}"),))
@@ -309,19 +416,24 @@ FG = ParseResult(tool_calls=(ToolCall(name="f", arguments="{}"), ToolCall(name="
 @pytest.mark.parametrize(
     ("whole", "deltas", "expected"),
     [
-        (F, [part(0, "f", "{}")], []),
-        (F, [part(0, "f"), part(0, None, "{"), part(0, None, "}")], []),
+        (F, [part(0, "f", "{}", "a")], []),
+        (F, [part(0, "f", None, "a"), part(0, None, "{"), part(0, None, "}")], []),
         (F, [part(0, "f", "{}", "a"), part(0, None, None, "a")], []),
-        (F, [part(3, "f", "{}")], ["indices"]),
+        (F, [part(3, "f", "{}", "a")], ["indices"]),
+        (F, [part(0, "f", "{}")], ["call-start"]),
+        (F, [UNTYPED], ["call-start"]),
+        (F, [part(0, None, None, "a"), part(0, "f", "{}")], ["call-start"]),
+        (F, [part(0, "", "", "a"), part(0, "f", "{}")], ["call-start"]),
+        (F, [part(0, None, "{", "a"), part(0, "f", "}")], ["call-start"]),
         (FG, [part(0, "f", "{}", "a"), part(1, "g", "{}", "b")], []),
-        (FG, [part(0, "f", "{}"), part(1, "g", "{}")], []),
+        (FG, [part(0, "f", "{}", "a"), part(1, "g", "{}")], ["call-start"]),
         (FG, [part(0, "f", "{}", "a"), part(1, "g", "{}", "a")], ["call-ids"]),
         (FG, [part(1, "f", "{}", "a"), part(0, "g", "{}", "b")], ["indices"]),
         (FG, [part(0, "f", "{}", "a"), part(2, "g", "{}", "b")], ["indices"]),
-        (FG, [part(0, "f", "{}"), part(0, "g", "{}")], ["stream-equals-whole", "arguments-json"]),
+        (FG, [part(0, "f", "{}", "a"), part(0, "g", "{}", "b")], ["stream-equals-whole", "arguments-json"]),
         (FG, [part(0, "f", "{}", "a"), part(1, "g", '{"a":1}', "b")], ["stream-equals-whole"]),
-        (F, [part(0, "f", " { } ")], []),
-        (F, [part(0, "f", "")], ["stream-equals-whole", "arguments-json"]),
+        (F, [part(0, "f", " { } ", "a")], []),
+        (F, [part(0, "f", "", "a")], ["stream-equals-whole", "arguments-json"]),
         (F, [], ["stream-equals-whole", "nothing-lost"]),
     ],
 )
@@ -338,10 +450,17 @@ def test_rules_of_streamed_calls(whole: ParseResult, deltas: list[Delta], expect
         ("content", f"a{Q}", ["marker-leak"]),
         ("content", "<|turn>", ["marker-leak"]), ("content", "<|turn", []), ("content", "a < b |> c", []),
         ("content", "<b>x</b>", []),
+        ("content", "<|image>", ["marker-leak"]), ("content", "<image|>", ["marker-leak"]),
+        ("content", "<|image|>", ["marker-leak"]), ("content", "<|audio>", ["marker-leak"]),
+        ("content", "<audio|>", ["marker-leak"]), ("content", "<|audio|>", ["marker-leak"]),
+        ("content", "<|video|>", ["marker-leak"]), ("content", "<|tool>", ["marker-leak"]),
+        ("content", "<tool|>", ["marker-leak"]), ("content", "<|think|>", ["marker-leak"]),
+        ("content", "<mask>", ["marker-leak"]), ("content", "<unk>", ["marker-leak"]),
+        ("content", "<|tool|>", []), ("content", "<video>", []), ("content", "<unused>", []),
     ],
 )  # fmt: skip
 def test_markers_leak_from_any_field(field: str, text: str, expected: list[str]) -> None:
-    case = case_of("abc", policy=[{"name": n, "who": "nobody", "content": n} for n in ("one", "other")])
+    case = case_of("abc", policy=CONTESTED)
     assert rules(judged(case, Scripted(ParseResult(**{field: text})))) == expected
     allowed = case.model_copy(update={"allow_markers": True})
     assert rules(judged(allowed, Scripted(ParseResult(**{field: text})))) == []
@@ -358,7 +477,7 @@ def test_markers_leak_from_any_field(field: str, text: str, expected: list[str])
     ],
 )
 def test_markers_leak_from_calls(call: tuple[str, str]) -> None:
-    case = case_of("abc", policy=[{"name": n, "who": "nobody", "content": n} for n in ("one", "other")])
+    case = case_of("abc", policy=CONTESTED)
     answer = ParseResult(tool_calls=(ToolCall(name=call[0], arguments=call[1]),))
     assert "marker-leak" in rules(judged(case, Scripted(answer)))
 
@@ -377,6 +496,8 @@ def test_an_expected_marker_is_no_leak() -> None:
         (CALL, '"{}"', ["arguments-json"]),
         (CALL, '{"a":1e99999999999999999999}', ["arguments-json"]),
         (CALL, '{"a":' + "[" * 9999, ["arguments-json"]), (CALL, '{"a":1}', []),
+        (CALL, '{"a":2,"a":1}', ["arguments-json"]), (CALL, '{"o":{"a":2,"a":1}}', ["arguments-json"]),
+        (CALL, '{"a":{"a":1},"b":{"a":1}}', []), (CALL[:-13], '{"a":2,"a":1', ["arguments-json"]),
         # A call that the output cuts off may be cut JSON too, as servers send it.
         (CALL[:-13], '{"a":1', []), (CALL[:-13], '{"a":"x', []), (CALL[:-13], '{"a', []),
         (CALL[:-13], "{'a", ["arguments-json"]),
@@ -384,7 +505,7 @@ def test_an_expected_marker_is_no_leak() -> None:
     ],
 )  # fmt: skip
 def test_arguments_are_json_objects(output: str, arguments: str, expected: list[str]) -> None:
-    case = case_of(output, policy=[{"name": n, "who": "nobody", "content": n} for n in ("one", "other")])
+    case = case_of(output, policy=CONTESTED)
     calls = tuple(ToolCall(name="f", arguments=arguments) for _ in range(output.count("call:")))
     assert sorted(set(rules(judged(case, Scripted(ParseResult(tool_calls=calls)))))) == expected
 
@@ -393,7 +514,7 @@ def test_kept_texts_survive_in_some_field() -> None:
     case = case_of(
         "abc def",
         keep=["abc", "def"],
-        policy=[{"name": n, "who": "nobody", "content": n} for n in ("one", "other")],
+        policy=CONTESTED,
     )
     assert rules(judged(case, Scripted(ParseResult(content="def", reasoning="abc")))) == []
     (problem,) = judged(case, Scripted(ParseResult(content="abc"))).problems
@@ -408,7 +529,7 @@ def test_kept_texts_survive_in_some_field() -> None:
     ["", "<|channel>thought\n<channel|>", "<|channel>thought", "<eos>", "<|tool_call><tool_call|>", " \n"],
 )
 def test_some_outputs_have_nothing_to_lose(output: str) -> None:
-    case = case_of(output, policy=[{"name": n, "who": "nobody", "content": n} for n in ("one", "other")])
+    case = case_of(output, policy=CONTESTED)
     assert judged(case, Scripted(ParseResult())).verdict == "pass"
 
 

@@ -54,6 +54,18 @@ def test_numbers_beyond_any_range_are_refused(text: str) -> None:
         load_json(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "key"), [('{"a":1,"a":1}', "a"), ('[{"b":1,"x":{"c":1,"\\u0063":2}}]', "c"), ('{"":1,"":2}', "")]
+)
+def test_keys_given_twice_are_refused(text: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"the key '{key}' is given twice"):
+        load_json(text)
+
+
+def test_keys_repeat_in_different_objects() -> None:
+    assert load_json('{"a":{"a":1},"b":[{"a":2},{"a":3}]}') == {"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}
+
+
 def test_what_nests_too_deeply_is_refused() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         load_json("[" * 100_000 + "]" * 100_000)
@@ -132,6 +144,9 @@ def test_text_equality(a: str | None, b: str | None, same: bool) -> None:
         ('{"a":"\\\\u00', '{"a":"\\\\u00"}'),
         ('{"a"', '{"a":null}'), ('{"a', '{"a":null}'), ('{"a":', '{"a":null}'), ('{"a": ', '{"a":null}'),
         ('{"', '{"":null}'),
+        # A key that is cut may be longer than the earlier one that it equals so far.
+        ('{"a":1,"a', '{"a":1}'), ('{"o":{"a\\"":[1], "a\\"', '{"o":{"a\\"":[1]}}'), ('{"":1,"', '{"":1}'),
+        ('{"a":1,"b', '{"a":1,"b":null}'),
         ('{"a":"}', '{"a":"}"}'), ('{"a":"[{', '{"a":"[{"}'), ('{"a":{}', '{"a":{}}'),
         ('{"a":true', '{"a":true}'), ("[1,[2],", "[1,[2]]"),
         ('{"a":' + "9" * 5000, '{"a":' + "9" * 5000 + "}"),
@@ -157,6 +172,10 @@ def test_cut_json_is_closed(cut: str, whole: str) -> None:
         '{"a" 1',
         "]",
         '{"a":1]',
+        '{"a":1,"a":2',
+        '{"a":1,"a":2,"b',
+        '{"a":1,"b" 1',
+        '{"a" 1,"b',
         "[" * 100_000,
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -332,10 +333,20 @@ def test_an_engine_stays_on_one_worker_and_cheap_targets_are_spread() -> None:
     scope = TargetScheduling._split_scope
     node = "suites/parser/demo.yaml::case-hello[{}]"
     assert scope(SCHEDULER, node.format("vllm@0.32.0")) == "vllm@0.32.0"
+    SCHEDULER.config = SimpleNamespace(rootpath=Path("/nowhere"))
     for cheap in ("reference", HONEST):
         assert scope(SCHEDULER, node.format(cheap)) == node.format(cheap)
     assert scope(SCHEDULER, "tests/test_it.py::test_it[a]") == "tests/test_it.py::test_it[a]"
     assert scope(SCHEDULER, "tests/test_it.py::test_it@group") == "group"
+
+
+def test_cases_compared_with_an_oracle_join_its_group() -> None:
+    SCHEDULER.config = SimpleNamespace(rootpath=Path(__file__).parents[1])
+    scope = TargetScheduling._split_scope
+    node = "suites/parity/e2b-like.yaml::whole[{}]"
+    assert scope(SCHEDULER, node.format("reference")) == "transformers@5.19.0"
+    assert scope(SCHEDULER, node.format(HONEST)) == "transformers@5.19.0"
+    assert scope(SCHEDULER, node.format("vllm@0.32.0")) == "vllm@0.32.0"
 
 
 SCHEDULER = object.__new__(TargetScheduling)

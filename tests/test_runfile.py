@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import time
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from conformance import __version__, runfile
+from conformance import __version__, explain, runfile
 from conformance.commands.schema import schemas
 from conformance.errors import RunFileError
-from conformance.results import Footer, Header, PlannedCase, Result
+from conformance.results import Evidence, Footer, Header, PlannedCase, Problem, Result
+from conformance.shortening import shortened_result
 from conformance.targets.protocol import TargetInfo
 
 INFO = TargetInfo(name="fake", version="1.0", capabilities=("parse",))
@@ -161,34 +165,179 @@ def test_two_writers_cannot_share_a_file(tmp_path: Path) -> None:
     runfile.RunWriter(path, resume=True).close()
 
 
+ENVIRONMENT = {"python": "3.11.9", "env:GITHUB_RUN_ID": "1"}
+TODAY = {"digest": "d1", "info": INFO, "environment": ENVIRONMENT | {"env:GITHUB_RUN_ID": "2"}}
+
+
+def reusable(path: Path, target: str = "fake", **today: object) -> bool:
+    return runfile.read_stored(path)["parser/demo", "one", target].reusable(**(TODAY | today))
+
+
 @pytest.mark.parametrize(
-    ("changes", "digest", "version", "reusable"),
+    ("verdict", "today", "expected"),
     [
-        ({}, "d1", "1.0", True),
-        ({"verdict": "fail"}, "d1", "1.0", True),
-        ({"verdict": "skip"}, "d1", "1.0", True),
-        ({"verdict": "error"}, "d1", "1.0", False),
-        ({"verdict": "timeout"}, "d1", "1.0", False),
-        ({}, "d2", "1.0", False),
-        ({}, "d1", "1.1", False),
+        ("pass", {}, True),
+        ("fail", {}, True),
+        ("skip", {}, True),
+        ("error", {}, False),
+        ("timeout", {}, False),
+        ("pass", {"digest": "d2"}, False),
+        ("pass", {"info": INFO.model_copy(update={"version": "1.1"})}, False),
+        ("pass", {"info": INFO.model_copy(update={"environment": {"torch": "2.14"}})}, False),
+        ("pass", {"environment": ENVIRONMENT | {"python": "3.12.1"}}, False),
     ],
 )
-def test_what_is_reused(
-    tmp_path: Path, changes: dict[str, str], digest: str, version: str, reusable: bool
-) -> None:
-    path = write(tmp_path / "run.jsonl", header(), result(**changes))
-    stored = runfile.read_stored(path)["parser/demo", "one", "fake"]
-    assert stored.reusable(digest, version) is reusable
+def test_what_is_reused(tmp_path: Path, verdict: str, today: dict[str, object], expected: bool) -> None:
+    head = header(sources=runfile.harness_digest(), environment=ENVIRONMENT)
+    path = write(tmp_path / "run.jsonl", head, result(verdict=verdict))
+    assert reusable(path, **today) is expected
 
 
-def test_results_of_another_harness_are_not_reused(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.jsonl", header(harness="0.0.1"), result())
-    assert not runfile.read_stored(path)["parser/demo", "one", "fake"].reusable("d1", "1.0")
+def test_results_of_other_sources_are_not_reused(tmp_path: Path) -> None:
+    path = write(tmp_path / "old.jsonl", header(environment=ENVIRONMENT), result())
+    assert not reusable(path)
+    path = write(tmp_path / "other.jsonl", header(sources="0" * 64, environment=ENVIRONMENT), result())
+    assert not reusable(path)
 
 
-def test_a_result_keeps_the_version_that_gave_it(tmp_path: Path) -> None:
+def test_results_of_factories_are_not_reused(tmp_path: Path) -> None:
+    spec = "my_package.my_module:Target"
+    head = header(sources=runfile.harness_digest(), environment=ENVIRONMENT, targets={spec: INFO})
+    assert not reusable(write(tmp_path / "run.jsonl", head, result(target=spec)), spec)
+
+
+def test_the_digest_of_the_sources_changes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {}
+    for name in ("conformance", "model_impl"):
+        (tmp_path / name / "__pycache__").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("")
+        packages[name] = importlib.util.spec_from_file_location(name, tmp_path / name / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", packages.get)
+    digest = runfile.harness_digest.__wrapped__
+    before = digest()
+    (tmp_path / "conformance" / "__pycache__" / "x.pyc").write_bytes(b"compiled")
+    assert digest() == before
+    (tmp_path / "model_impl" / "chat.py").write_text("one = 1\n")
+    added = digest()
+    (tmp_path / "model_impl" / "chat.py").write_text("one = 2\n")
+    assert len({before, added, digest()}) == 3
+
+
+def test_a_result_keeps_the_target_that_gave_it(tmp_path: Path) -> None:
     newer = INFO.model_copy(update={"version": "2.0"})
     lines = (header(), result("one"), header(targets={"fake": newer}), result("two"))
     stored = runfile.read_stored(write(tmp_path / "run.jsonl", *lines))
-    assert stored["parser/demo", "one", "fake"].target_version == "1.0"
-    assert stored["parser/demo", "two", "fake"].target_version == "2.0"
+    assert stored["parser/demo", "one", "fake"].info == INFO
+    assert stored["parser/demo", "two", "fake"].info == newer
+
+
+def test_a_target_that_ran_later_is_no_longer_unavailable() -> None:
+    missing = header(targets={}, unavailable={"fake": "not installed", "other": "not installed"})
+    ran = header(targets={"fake": INFO})
+    assert runfile.merge([missing, ran]).unavailable == {"other": "not installed"}
+    assert runfile.merge([missing, ran, missing]).unavailable == missing.unavailable
+
+
+def test_a_result_of_a_case_that_changed_since_does_not_count(tmp_path: Path) -> None:
+    planned = PlannedCase(
+        **result().model_dump(include={"suite", "case", "target", "kind", "area"}),
+        title="t",
+        source=(),
+        digest="d2",
+    )
+    path = write(tmp_path / "run.jsonl", header(), result(), header(manifest=(planned,)))
+    assert runfile.read(path).latest() == {}
+
+
+def test_a_line_that_could_not_be_read_back_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfile, "MAX_LINE", 2000)
+    with runfile.RunWriter(tmp_path / "run.jsonl") as writer:
+        writer.write(header())
+        with pytest.raises(RunFileError, match="too long to be written"):
+            writer.write(result(reason="x" * 2000))
+    assert runfile.read(tmp_path / "run.jsonl").results == ()
+
+
+def test_where_a_run_file_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, message in [
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "file", "exists; go on with it by --resume"),
+        (tmp_path / "file" / "deep" / "run.jsonl", "is no folder; name another path"),
+    ]:
+        with pytest.raises(RunFileError, match=message):
+            runfile.check_new(path)
+    runfile.check_new(tmp_path / "deep" / "er" / "run.jsonl")
+    with pytest.raises(RunFileError, match="cannot be written"):
+        runfile.RunWriter(Path("/proc/no-such-file.jsonl"))
+
+
+# ---------------------------------------------------------------------------- long answers
+
+
+def test_long_texts_are_shortened_and_say_so() -> None:
+    long = "x" * 300_000 + "tail"
+    problem = Problem(
+        rule="expected", message="m" * 9000, expected={"a": "short"}, got={"a": long}, chunks=(long,)
+    )
+    evidence = Evidence(input=long, spans=[{"start": 0}], got=[long])
+    whole = result(problems=(problem,), evidence=evidence, reason="r" * 9000)
+    small = shortened_result(whole)
+    assert len(small.model_dump_json()) < 450_000
+    assert small.problems[0].expected == {"a": "short"}
+    text = small.problems[0].got["a"]
+    digest = hashlib.sha256(long.encode()).hexdigest()
+    assert f"[… shortened: 300004 characters in all, sha256 {digest} …]" in text
+    assert text.startswith("xxx")
+    assert text.endswith("tail")
+    assert small.evidence.spans is None
+    assert {s.where: s.length for s in small.shortened} == {
+        "reason": 9000,
+        "problems.0.message": 9000,
+        "problems.0.got.a": 300_004,
+        "problems.0.chunks.0": 300_004,
+        "evidence.input": 300_004,
+        "evidence.got.0": 300_004,
+    }
+    assert {s.sha256 for s in small.shortened if s.length > 9000} == {digest}
+    assert shortened_result(result()) == result()
+
+
+@pytest.mark.parametrize("many", [["ab"] * 3_000_000, {str(n): "ab" for n in range(1_000_000)}])
+def test_many_items_are_shortened(many: object) -> None:
+    small = shortened_result(result(evidence=Evidence(got=many)))
+    assert len(small.model_dump_json()) < 5_000_000
+    assert [(s.where, s.length) for s in small.shortened] == [("evidence.got", len(many))]
+
+
+def test_two_long_texts_that_differ_in_the_middle_stay_different() -> None:
+    a, b = ("x" * 200_000 + middle + "x" * 200_000 for middle in "ab")
+    small = shortened_result(result(evidence=Evidence(expected=a, got=b)))
+    assert small.evidence.expected != small.evidence.got
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("x" * 100_000, "y" * 100_000),
+        ("x " * 3_000_000 + "a", "x " * 3_000_000 + "b"),
+        ({"a": ["word " * 40] * 2000}, {"a": ["ward " * 40] * 2000}),
+        (list(range(100_000)), list(range(1, 100_000))),
+    ],
+)
+def test_the_difference_of_long_texts_is_short_and_quick(left: object, right: object) -> None:
+    started = time.process_time()
+    lines = explain.diff(left, right)
+    assert time.process_time() - started < 5
+    assert len(lines) <= 61
+    assert sum(map(len, lines)) < 30_000
+
+
+def test_the_first_difference_of_long_texts_is_shown() -> None:
+    same = "same " * 10_000
+    lines = explain.diff({"content": f"{same}left"}, {"content": f"{same}right"})
+    assert any(line.lstrip().startswith("-") and line.endswith('left"') for line in lines)
+    assert any(line.lstrip().startswith("+") and line.endswith('right"') for line in lines)
+    assert "[49800 characters …]" in lines[3]

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
-from conformance.suites import Case, ParserCase, ParserSuite, TemplateCase, TemplateSuite
+from conformance.oracles import Oracles
+from conformance.suites import (
+    AnySuite,
+    Case,
+    ParityCase,
+    ParitySuite,
+    ParserCase,
+    ParserSuite,
+    TemplateCase,
+    TemplateSuite,
+)
 from conformance.targets.protocol import Target
 
 
 def judge(
     case: Case,
-    suite: ParserSuite | TemplateSuite,
+    suite: AnySuite,
     target: Target,
     *,
     seed: int = 0,
     search: Search = "bounded",
+    oracles: Oracles | None = None,
 ) -> CheckOutcome:
     """Judge one case on one target.
 
@@ -25,6 +37,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
+        oracles: Needed for suites of kind `parity`.
 
     Raises:
         EngineError, WorkerDiedError, TargetTimeoutError: from the target.
@@ -33,6 +46,9 @@ def judge(
         return parser_check.judge(case, suite, target, seed=seed, search=search)
     if isinstance(suite, TemplateSuite) and isinstance(case, TemplateCase):
         return template_check.judge(case, suite, target)
+    if isinstance(suite, ParitySuite) and isinstance(case, ParityCase):
+        assert oracles is not None
+        return parity_check.judge(case, suite, target, oracles)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 

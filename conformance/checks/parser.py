@@ -4,15 +4,19 @@ Rules, by the names that problems carry:
 
 * `expected`: the whole answer is the agreed one (contested cases record which accepted one it is);
 * `stream-equals-whole`: streamed deltas, put together, equal the whole answer under every chunking;
-* `marker-leak`, `arguments-json`, `indices`, `call-ids`, `nothing-lost`, `forbidden-call`: hard rules;
-  they hold for contested cases too, on the whole answer and on every streamed one;
+* `marker-leak`, `arguments-json`, `nothing-lost`, `forbidden-call`, `agreed-part`: hard rules; they hold for
+  contested cases too, on the whole answer and on every streamed one. The agreed part of a contested case is
+  what all its accepted answers have in common;
+* `indices`, `call-ids`, `call-start`, `not-streamed`: hard rules on the deltas of a stream;
 * `raised`: the parser raised.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from conformance.checks.base import CheckOutcome, Search
@@ -21,16 +25,22 @@ from conformance.compare import complete_json, json_equal, load_json, same_text
 from conformance.errors import EngineError
 from conformance.loading import resolve_prompt, resolve_tools
 from conformance.results import Evidence, Problem
-from conformance.suites import ExpectedParse, ParserCase, ParserSuite
-from conformance.targets.protocol import ParseRequest, ParseResult, Target
-from conformance.tokenization import encode, pieces
+from conformance.suites import ExpectedCall, ExpectedParse, ParserCase, ParserSuite
+from conformance.targets.protocol import ParseRequest, ParseResult, Target, ToolCall
+from conformance.tokenization import encode, load_tokenizer, pieces
 
-MARKERS = (
-    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
-    '<|"|>', "<|turn>", "<turn|>", "<eos>", "<bos>", "<pad>",
-)  # fmt: skip
-_LEAK = re.compile("|".join(re.escape(m) for m in MARKERS) + r"|<unused\d+>")
+MAX_UNSTREAMED = 20
+"""Tokens of text that may come in one delta although they were fed one by one."""
+
 _LABEL = re.compile(r"\A\s*thought\s*\Z")
+
+
+@cache
+def _markers() -> re.Pattern[str]:
+    """Matches the text of every control token of the vocabulary."""
+    added = load_tokenizer().get_added_tokens_decoder().values()
+    texts = sorted(re.escape(token.content) for token in added if token.special)
+    return re.compile("|".join([*texts, r"<unused\d+>"]))
 
 
 def judge(case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, search: Search) -> CheckOutcome:
@@ -151,13 +161,32 @@ class _Rules:
             )
         if streamed.ids and len(set(streamed.ids)) < len(streamed.ids):
             problems.append(Problem(rule="call-ids", message="two calls share an id", got=list(streamed.ids)))
+        if streamed.starts:
+            problems.append(
+                Problem(rule="call-start", message="; ".join(streamed.starts), got=_shown(streamed.result))
+            )
+        if streamed.finest and streamed.texts == 1 and self._is_prose(streamed.result):
+            problems.append(
+                Problem(
+                    rule="not-streamed",
+                    message="all text came in one delta, although it was fed piece by piece",
+                    got=_shown(streamed.result),
+                )
+            )
         return problems + self._hard_rules(streamed.result)
+
+    def _is_prose(self, result: ParseResult) -> bool:
+        """Whether the answer is long and has no call, nor text that was held back as one."""
+        words = [piece for piece in self.request.pieces if not piece.special]
+        return (
+            len(words) > MAX_UNSTREAMED and not result.tool_calls and "<|tool_call" not in self.request.output
+        )
 
     # ------------------------------------------------------------------ hard rules
 
     def _hard_rules(self, result: ParseResult) -> list[Problem]:
         problems = []
-        leaks = sorted(set(_LEAK.findall(_all_text(result))))
+        leaks = sorted(set(_markers().findall(_all_text(result))))
         if leaks and not self._markers_allowed(result):
             problems.append(
                 Problem(
@@ -182,13 +211,25 @@ class _Rules:
         lost = self._lost(result)
         if lost:
             problems.append(Problem(rule="nothing-lost", message=lost, got=_shown(result)))
+        if self.case.policy:
+            broken = "; ".join(_agreed_part_broken(result, self.case.policy))
+            if broken:
+                problems.append(
+                    Problem(
+                        rule="agreed-part",
+                        message=f"what all accepted answers have in common does not hold: {broken}",
+                        expected=_expectation(self.case),
+                        got=_shown(result),
+                    )
+                )
         return problems
 
     def _markers_allowed(self, result: ParseResult) -> bool:
         """Marker text is right where the case says so, or where an accepted answer holds it."""
         answers = (self.case.expect,) if self.case.expect is not None else self.case.policy or ()
         return self.case.allow_markers or any(
-            _LEAK.search(str(answer.model_dump())) and not _mismatch(result, answer) for answer in answers
+            _markers().search(str(answer.model_dump())) and not _mismatch(result, answer)
+            for answer in answers
         )
 
     def _is_cut(self, result: ParseResult, index: int) -> bool:
@@ -269,6 +310,79 @@ def _mismatch(result: ParseResult, expected: ExpectedParse) -> str:
     return ""
 
 
+def _agreed_part_broken(result: ParseResult, answers: Sequence[ExpectedParse]) -> Iterator[str]:
+    """How an answer breaks what all accepted ones have in common."""
+    for field, got, accepted in (
+        ("reasoning", result.reasoning, [a.reasoning for a in answers]),
+        ("content", result.content, [a.content for a in answers]),
+    ):
+        if all(same_text(text, accepted[0]) for text in accepted) and not same_text(got, accepted[0]):
+            yield f"{field} differs"
+    calls = result.tool_calls
+    number = len(answers[0].tool_calls)
+    if any(len(a.tool_calls) != number for a in answers):
+        yield from _common_calls_missing(calls, [a.tool_calls for a in answers])
+    elif len(calls) != number:
+        yield f"there are {len(calls)} calls, not {number}"
+    else:
+        for index, call in enumerate(calls):
+            faults = _common_members_broken(call, [a.tool_calls[index] for a in answers])
+            yield from (f"call {index}: {fault}" for fault in faults)
+
+
+def _arguments(call: ToolCall) -> dict[str, Any] | None:
+    """The arguments as values; None if they are no object."""
+    try:
+        value = load_json(complete_json(call.arguments))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _common_members_broken(call: ToolCall, accepted: Sequence[ExpectedCall]) -> Iterator[str]:
+    """How one call breaks what it is in all accepted answers."""
+    names = {a.name for a in accepted}
+    if len(names) == 1 and call.name not in names:
+        yield f"the name is {call.name!r}, not {accepted[0].name!r}"
+    arguments = _arguments(call)
+    if arguments is None:
+        return  # what they hold cannot be told; `arguments-json` names the fault
+    keys = [set(a.arguments) for a in accepted]
+    common = set.intersection(*keys)
+    if missing := sorted(common - arguments.keys()):
+        yield f"no argument {', '.join(map(repr, missing))}"
+    if all(k == common for k in keys) and (more := sorted(arguments.keys() - common)):
+        yield f"another argument {', '.join(map(repr, more))}"
+    for key in sorted(common & arguments.keys()):
+        values = [a.arguments[key] for a in accepted]
+        agreed = all(json_equal(value, values[0]) for value in values)
+        if agreed and not json_equal(arguments[key], values[0]):
+            yield f"the argument {key!r} differs"
+
+
+def _common_calls_missing(
+    got: Sequence[ToolCall], accepted: Sequence[Sequence[ExpectedCall]]
+) -> Iterator[str]:
+    """Calls, and names of calls, that every accepted answer has, and this one has fewer times.
+
+    For accepted answers with unequal numbers of calls, whose places say nothing.
+    """
+    given = [(call.name, _arguments(call)) for call in got]
+    listed = [[(call.name, call.arguments) for call in answer] for answer in accepted]
+    fewest = min(listed, key=len)
+
+    def count(calls: Sequence[tuple[str, Any]], name: str, arguments: Any) -> int:
+        return sum(n == name and json_equal(a, arguments) for n, a in calls)
+
+    for call in fewest:
+        if count(given, *call) < min(count(answer, *call) for answer in listed):
+            yield f"a call of {call[0]!r} with the arguments of all accepted answers is missing"
+    for name in dict.fromkeys(name for name, _ in fewest):
+        least = min(sum(call.name == name for call in answer) for answer in accepted)
+        if sum(call.name == name for call in got) < least:
+            yield f"a call of {name!r} is missing"
+
+
 def _difference(streamed: ParseResult, whole: ParseResult) -> str:
     """How a streamed answer differs from the whole one; empty if it does not."""
     if not same_text(streamed.reasoning, whole.reasoning):
@@ -289,4 +403,4 @@ def _difference(streamed: ParseResult, whole: ParseResult) -> str:
     return ""
 
 
-__all__ = ["MARKERS", "build_request", "judge"]
+__all__ = ["build_request", "judge"]

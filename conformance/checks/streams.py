@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from conformance.checks.base import Search
@@ -10,6 +11,7 @@ from conformance.chunking import chunk_texts, lagging, sampled, shrink
 from conformance.errors import EngineError
 from conformance.results import Problem, StreamEvidence
 from conformance.targets.protocol import (
+    Certificate,
     CertifyRequest,
     Chunking,
     Outcome,
@@ -22,8 +24,10 @@ from conformance.targets.protocol import (
     Target,
     TargetInfo,
     ToolCall,
+    ToolCallDelta,
 )
 from conformance.tokenization import characters
+from conformance.worker.adapter import STOP_TOKENS
 
 MAX_CERTIFIED_CHARACTERS = 48
 """Longer outputs are certified by tokens, and sampled by characters besides: the search costs n²/2."""
@@ -31,19 +35,32 @@ MAX_CERTIFIED_CHARACTERS = 48
 MAX_SECONDS = 3.0
 MAX_STATES = 100_000
 
+REPLAYED_DENSITIES = (0.15, 0.35, 0.6, 0.85)
+"""A certificate is the target's word. Besides the two extremes a chunking of each of these shares of cuts is
+streamed, and must end as one of the certificate's outcomes says."""
+
 _BATCH = 16
 """Chunkings in one request, so that a request's time limit says the same for few chunkings and for many."""
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """One streamed answer, put together by call index."""
+    """One streamed answer, put together by call index.
+
+    A certificate's outcome has only the result, the error and `ragged`.
+    """
 
     result: ParseResult
     indices: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
     error: str | None = None
     ragged: bool = False
+    starts: tuple[str, ...] = ()
+    """What is wrong with the first deltas of calls."""
+    texts: int = 0
+    """Number of deltas with reasoning or content."""
+    finest: bool = False
+    """Every piece of the output was a chunk of its own."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,9 @@ class _Explorer:
             return StreamEvidence(
                 kind="sampled", unit=unit, pieces=len(pieces), reason=f"the search failed: {error}"
             )
-        if not certificate.complete:
-            return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=certificate.reason)
+        reason = certificate.reason if not certificate.complete else self._inconsistency(certificate, unit)
+        if reason:
+            return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
         for outcome in certificate.outcomes:
             if self._judge(_of_outcome(outcome)):
                 chunking = Chunking(name="smallest that leads here", unit=unit, cuts=outcome.cuts)
@@ -127,11 +145,16 @@ class _Explorer:
                     reason = f"the search found what streaming does not show (cuts {list(chunking.cuts)})"
                     return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
                 self._report(chunking, streamed)
-        # Of ids a certificate says nothing, so the two extremes are streamed as well.
-        every = tuple(range(1, len(pieces)))
-        self.sample_chunkings(
-            [Chunking(name="one chunk", unit=unit), Chunking(name="all", unit=unit, cuts=every)]
-        )
+        # Of ids and of what comes first a certificate says nothing; these streams are judged by that too.
+        replayed = list(self._replayed(unit, len(pieces)))
+        known = {_end(_of_outcome(outcome)) for outcome in certificate.outcomes}
+        for chunking, streamed in zip(replayed, self.sample_chunkings(replayed), strict=True):
+            if _end(streamed) not in known:
+                cuts = list(chunking.cuts)
+                reason = (
+                    f"streaming shows what the search did not find (cuts {cuts[:20]}, {len(cuts)} in all)"
+                )
+                return StreamEvidence(kind="sampled", unit=unit, pieces=len(pieces), reason=reason)
         return StreamEvidence(
             kind="certified",
             unit=unit,
@@ -139,6 +162,36 @@ class _Explorer:
             chunkings=str(1 << max(certificate.pieces - 1, 0)),
             states=certificate.states,
         )
+
+    def _inconsistency(self, certificate: Certificate, unit: PieceUnit) -> str:
+        """Why a certificate cannot be about this output; empty if it can."""
+        n = len(self._pieces(unit))
+        last = self._request.pieces[-1] if self._request.pieces else None
+        lengths = {n}
+        if unit == "characters" and last is not None and last.special and last.text in STOP_TOKENS:
+            lengths.add(n - len(last.text))  # servers keep a final stop token's text from the parser
+        if certificate.unit != unit or certificate.pieces not in lengths:
+            return (
+                f"the search was over {certificate.pieces} {certificate.unit}, the output has {n} {unit}: "
+                "no certificate"
+            )
+        every = 1 << max(certificate.pieces - 1, 0)
+        if sum(_count(outcome) for outcome in certificate.outcomes) != every:
+            return f"the outcomes' chunkings do not add up to 2^{every.bit_length() - 1}: no certificate"
+        for outcome in certificate.outcomes:
+            if list(outcome.cuts) != sorted({c for c in outcome.cuts if 0 < c < certificate.pieces}):
+                return f"an outcome's cuts {list(outcome.cuts)} are none of this output: no certificate"
+        return ""
+
+    def _replayed(self, unit: PieceUnit, n: int) -> Iterator[Chunking]:
+        yield Chunking(name="one chunk", unit=unit)
+        rng = random.Random(self._seed)  # noqa: S311 - a seeded sample
+        seen: set[tuple[int, ...]] = {()}
+        for density in (1.0, *REPLAYED_DENSITIES):
+            cuts = tuple(k for k in range(1, n) if rng.random() < density)
+            if cuts not in seen:
+                seen.add(cuts)
+                yield Chunking(name=f"{density:.0%} of the cuts", unit=unit, cuts=cuts)
 
     def sample(self, evidence: StreamEvidence) -> StreamEvidence:
         """Stream the sampled chunkings; return the evidence with their number."""
@@ -150,10 +203,11 @@ class _Explorer:
         self.sample_chunkings(chunkings)
         return evidence.model_copy(update={"chunkings": str(len(chunkings))})
 
-    def sample_chunkings(self, chunkings: Sequence[Chunking]) -> None:
-        """Stream these; keep the simplest failure of each rule, shrunk."""
+    def sample_chunkings(self, chunkings: Sequence[Chunking]) -> list[Streamed]:
+        """Stream these; keep the simplest failure of each rule, shrunk. Return what was streamed."""
         failures: dict[str, Chunking] = {}
-        for chunking, streamed in zip(chunkings, self._stream(chunkings), strict=True):
+        answers = self._stream(chunkings)
+        for chunking, streamed in zip(chunkings, answers, strict=True):
             for problem in self._judge(streamed):
                 best = failures.get(problem.rule)
                 if best is None or (len(chunking.cuts), chunking.lag) < (len(best.cuts), best.lag):
@@ -163,6 +217,7 @@ class _Explorer:
                 continue
             smallest = shrink(chunking, lambda cs, rule=rule: self._fails(cs, rule))  # type: ignore[misc]
             self._report(smallest, self._stream([smallest])[0], only=rule)
+        return answers
 
     def _fails(self, chunkings: Sequence[Chunking], rule: str) -> list[bool]:
         return [any(p.rule == rule for p in self._judge(s)) for s in self._stream(chunkings)]
@@ -174,7 +229,14 @@ class _Explorer:
             StreamRequest(request=self._request, chunkings=batch)
             for batch in (tuple(chunkings[i : i + _BATCH]) for i in range(0, len(chunkings), _BATCH))
         )
-        return [assemble(result) for request in requests for result in self._target.parse_stream(request)]
+        return [
+            replace(assemble(result), finest=self._is_finest(chunking))
+            for request in requests
+            for chunking, result in zip(request.chunkings, self._target.parse_stream(request), strict=True)
+        ]
+
+    def _is_finest(self, chunking: Chunking) -> bool:
+        return not chunking.lag and len(chunking.cuts) == len(self._pieces(chunking.unit)) - 1
 
     def _report(self, chunking: Chunking, streamed: Streamed, *, only: str | None = None) -> None:
         chunks = tuple(text for text, _ in chunk_texts(self._pieces(chunking.unit), chunking))
@@ -198,10 +260,12 @@ def assemble(stream: StreamResult) -> Streamed:
     content: list[str] = []
     calls: dict[int, list[str]] = {}
     ids: dict[int, str] = {}
+    first: dict[int, ToolCallDelta] = {}
     for delta in stream.deltas:
         reasoning.append(delta.reasoning or "")
         content.append(delta.content or "")
         for part in delta.tool_calls:
+            first.setdefault(part.index, part)
             call = calls.setdefault(part.index, ["", ""])
             call[0] += part.name or ""
             call[1] += part.arguments or ""
@@ -218,7 +282,38 @@ def assemble(stream: StreamResult) -> Streamed:
         ids=tuple(ids.values()),
         error=stream.error,
         ragged=list(indices) != list(range(len(indices))),
+        starts=tuple(
+            f"the first delta of the call with index {index} {fault}"
+            for index, part in first.items()
+            for fault in _start_faults(part, name=calls[index][0])
+        ),
+        texts=sum(1 for delta in stream.deltas if delta.reasoning or delta.content),
     )
+
+
+def _start_faults(part: ToolCallDelta, *, name: str) -> Iterator[str]:
+    """What the first delta of a call lacks. That a call has no name at all is another rule's matter."""
+    if not part.id:
+        yield "has no id"
+    if part.type != "function":
+        yield f"has the type {part.type!r}, not 'function'"
+    if part.name is None or (name and not part.name):
+        yield "has arguments and no name" if part.arguments else "has no name"
+
+
+def _count(outcome: Outcome) -> int:
+    """Its number of chunkings; what is no number counts nothing."""
+    try:
+        return max(int(outcome.chunkings), 0)
+    except ValueError:
+        return 0
+
+
+def _end(streamed: Streamed) -> tuple[object, ...]:
+    """What a certificate says of a stream, in comparable form."""
+    result = streamed.result
+    calls = tuple((call.name, call.arguments) for call in result.tool_calls)
+    return result.reasoning or "", result.content or "", calls, streamed.ragged, streamed.error is not None
 
 
 def _of_outcome(outcome: Outcome) -> Streamed:

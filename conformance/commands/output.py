@@ -121,6 +121,8 @@ class AreaCounts(Output):
     target: str
     area: str
     counts: dict[Verdict, int]
+    not_run: int = 0
+    """Planned cases without a result."""
 
 
 class ProblemRow(Output):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -20,12 +23,13 @@ from conformance.commands.output import AreaCounts, ProblemRow, RunOutput, json_
 from conformance.commands.report import DEFAULT_SITE
 from conformance.commands.selection import select
 from conformance.errors import UsageError
-from conformance.loading import LoadedSuites, load_suites
-from conformance.progress import BAD, SHORT, ProgressPlugin, verdict_counts
+from conformance.loading import LoadedSuites, load_suite, load_suites
+from conformance.progress import BAD, ProgressPlugin, counted, verdict_counts
 from conformance.recording import new_run_id
 from conformance.results import Result, Run
 from conformance.runner import DEFAULT_TIMEOUT
 from conformance.session import select_targets
+from conformance.targets import registry
 
 _ISOLATION = (
     "--noconftest",
@@ -40,15 +44,35 @@ _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_
 _WRONG_USE = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
+def _workers(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    if value == "auto" or (value.isascii() and value.isdigit()):
+        return str(int(value)) if value != "auto" else value
+    raise click.BadParameter("expected a number of processes, 0 or more, or `auto`")
+
+
+def _timeout(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if 0 < value < math.inf:
+        return value
+    raise click.BadParameter("expected a number of seconds above 0")
+
+
 @click.command("run")
 @click.argument("cases", nargs=-1)
 @click.option("--target", "-t", "targets", multiple=True, metavar="SPEC", help="Target; may be repeated.")
-@click.option("-n", "workers", default="0", show_default=True, help="Worker processes, or `auto`.")
+@click.option(
+    "-n", "workers", default="0", show_default=True, callback=_workers, help="Worker processes, or `auto`."
+)
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run file to write.  [default: runs/<id>.jsonl]")
 @click.option("--report/--no-report", default=True, help="Write the dashboard.  [default: --report]")
 @click.option("--site", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True)
-@click.option("--timeout", default=DEFAULT_TIMEOUT, show_default=True, help="Seconds for one request.")
+@click.option(
+    "--timeout",
+    default=DEFAULT_TIMEOUT,
+    show_default=True,
+    callback=_timeout,
+    help="Seconds for one request.",
+)
 @click.option("--exitfirst", "-x", is_flag=True, help="Stop at the first failure.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every result, not only failures.")
 @json_option
@@ -70,20 +94,29 @@ def run_command(
     """Run CASES (paths, suite ids, `suite-id::case-id`, or patterns; default: all bundled suites).
 
     Exits with 1 for any failure, unexpected pass, error or timeout; else with 3 for anything
-    inconclusive; else with 0. Wrong use, or nothing to run, exits with 2.
+    inconclusive, or planned and not run; else with 0. Wrong use, or nothing to run, exits with 2.
+
+    With --resume, CASES and targets are by default those of the run that is resumed, and the exit code and
+    the summary are those of the whole run.
     """
     if resume is not None and out is not None:
         raise UsageError("--resume appends to the run it names; leave out --out")
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists; go on with it by --resume {out}, or name another file")
-    if resume is not None and not cases and not targets:
-        cases, targets = _of_manifest(runfile.read(resume))
+    path = resume or out or Path("runs") / f"{new_run_id()}.jsonl"
+    if resume is None:
+        runfile.check_new(path)
+    else:
+        earlier = runfile.read(resume)
+        cases = cases or _cases_of(earlier, resume)
+        targets = targets or _targets_of(earlier)
+    if report:
+        from conformance.report import check_site, write_site
+
+        check_site(site)
     selected = select(cases)
-    select_targets(targets)  # both refuse what is wrong before anything starts
+    select_targets(targets)  # all refuse what is wrong before anything starts
     known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
     for note in known.overdue():
         click.echo(f"warning: {note}", err=True)
-    path = resume or out or Path("runs") / f"{new_run_id()}.jsonl"
     arguments = [
         *_ISOLATION,
         *("-c", os.devnull, "--rootdir", str(_root(selected.suites))),
@@ -94,39 +127,48 @@ def run_command(
         *(("-x",) if exitfirst else ()),
         *selected.pytest_arguments(),
     ]
-    code = _run_pytest(arguments, verbose=verbose)
+    code = _run_pytest(arguments, path, verbose=verbose, explain_known=len(selected.cases) == 1)
     if not path.exists():
         context.exit(code)
     run = runfile.read(path)
-    index = None
-    if report:
-        from conformance.report import write_site
-
-        write_site(run, site, suites=selected.suites)
-        index = site / "index.html"
-    summary = summarise(run, path, index, code)
-    if as_json:
-        output.emit_json(summary)
-    else:
+    summary = summarise(run, path, code)
+    if not as_json:  # the site may fail, or take long
         _print(summary)
+    try:
+        if report:
+            write_site(run, site, suites=selected.suites)
+            summary = summary.model_copy(update={"site": str(site / "index.html")})
+    finally:
+        if as_json:
+            output.emit_json(summary)
+    if summary.site is not None and not as_json:
+        output.console().print(f"dashboard: {summary.site}", markup=False, soft_wrap=True)
     context.exit(code)
 
 
-def summarise(run: Run, path: Path, index: Path | None, exit_code: int) -> RunOutput:
-    """What `--json` prints, and the table is made from."""
+def summarise(run: Run, path: Path, exit_code: int) -> RunOutput:
+    """What `--json` prints, and the table is made from. The manifest decides on rows and columns."""
     latest = run.latest()
     counts: dict[tuple[str, str], Counter[results.Verdict]] = {}
+    not_run: Counter[tuple[str, str]] = Counter()
+    for entry in run.header.manifest:
+        counts.setdefault((entry.target, entry.area), Counter())
+        not_run[entry.target, entry.area] += (entry.suite, entry.case, entry.target) not in latest
     for result in latest.values():
         counts.setdefault((result.target, result.area), Counter())[result.verdict] += 1
-    planned = {(p.suite, p.case, p.target) for p in run.header.manifest}
     return RunOutput(
         run_file=str(path),
-        site=str(index) if index is not None else None,
+        site=None,
         exit_code=exit_code,
-        complete=planned <= set(latest),
-        planned=len(planned),
+        complete=run.footer is not None,
+        planned=len(run.header.manifest),
         areas=tuple(
-            AreaCounts(target=target, area=area, counts=dict(counts[target, area]))
+            AreaCounts(
+                target=target,
+                area=area,
+                counts=dict(counts[target, area]),
+                not_run=not_run[target, area],
+            )
             for target, area in sorted(counts)
         ),
         problems=tuple(
@@ -147,37 +189,57 @@ def _problem(result: Result) -> ProblemRow:
     )
 
 
-def _of_manifest(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Cases and targets that a run set out to do."""
-    manifest = run.header.manifest
-    bundled = resources.suites_dir()
-    known = {suite.suite.id for suite in load_suites([bundled])}
-    foreign = sorted({entry.suite for entry in manifest} - known)
-    if foreign:
-        raise UsageError(
-            f"{foreign[0]} is none of the bundled suites; name the suites' path to resume the run"
-        )
-    cases = dict.fromkeys(f"{entry.suite}::{entry.case}" for entry in manifest)
-    targets = dict.fromkeys(entry.target for entry in manifest if entry.target not in run.header.unavailable)
-    return tuple(cases), tuple(targets)
+def _cases_of(run: Run, path: Path) -> tuple[str, ...]:
+    """The cases that a run set out to do, as arguments that name them.
+
+    Raises:
+        UsageError: a suite's file is gone, or is not the one that ran.
+    """
+    advice = f"name the cases to go on with: `conformance run CASES --resume {path}`"
+    files: dict[str, Path] = {}
+    for suite_id, digest in run.header.suites.items():
+        stored = run.header.paths.get(suite_id)
+        if stored is None:
+            file = resources.suites_dir() / f"{suite_id}.yaml"
+        else:
+            file = (path.parent.resolve() / stored).resolve()
+        if not file.is_file():
+            raise UsageError(f"{path}: the suite {suite_id} was read from {file}, which is gone; {advice}")
+        if load_suite(file).digest != digest:
+            raise UsageError(f"{path}: the suite {suite_id} ({file}) has changed since the run; {advice}")
+        files[suite_id] = file
+    return tuple(dict.fromkeys(f"{files[entry.suite]}::{entry.case}" for entry in run.header.manifest))
+
+
+def _targets_of(run: Run) -> tuple[str, ...]:
+    """The targets of a run, less those that could not be used then and cannot be used now."""
+    specs = dict.fromkeys(entry.target for entry in run.header.manifest)
+    return tuple(
+        spec for spec in specs if spec not in run.header.unavailable or not registry.unavailable(spec)
+    )
 
 
 def _root(suites: LoadedSuites) -> Path:
     return Path(os.path.commonpath([str(suite.root) for suite in suites]))
 
 
-def _run_pytest(arguments: list[str], *, verbose: bool) -> int:
+def _run_pytest(arguments: list[str], path: Path, **shown: Any) -> int:
     # pytest redirects descriptor 2 while tests run; the live display needs one of its own.
     with os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace") as screen:
         console = Console(file=screen, highlight=False, markup=False)
-        progress = ProgressPlugin(console, verbose=verbose)
+        progress = ProgressPlugin(console, **shown)
         with _without_user_settings():
             code = int(pytest.main(arguments, plugins=[progress]))
         for error in progress.errors:
             console.print(error, soft_wrap=True)
-        if code == int(pytest.ExitCode.INTERRUPTED) and not progress.errors:
-            console.print("interrupted; go on with `conformance run --resume`")
+        if progress.interrupted:
+            again = f"; go on with: {_resume_line(path)}" if path.exists() else ""
+            console.print(f"interrupted{again}", soft_wrap=True)
     return 2 if code in _WRONG_USE else code
+
+
+def _resume_line(path: Path) -> str:
+    return f"conformance run --resume {shlex.quote(str(path))}"
 
 
 @contextlib.contextmanager
@@ -200,6 +262,7 @@ def _print(summary: RunOutput) -> None:
     targets = list(dict.fromkeys(row.target for row in summary.areas))
     areas = list(dict.fromkeys(row.area for row in summary.areas))
     cells = {(row.target, row.area): Counter(row.counts) for row in summary.areas}
+    not_run = {(row.target, row.area): row.not_run for row in summary.areas}
     table = Table(title="targets x areas", title_justify="left", title_style="bold")
     table.add_column("area")
     for target in targets:
@@ -207,25 +270,29 @@ def _print(summary: RunOutput) -> None:
     for area in areas:
         table.add_row(
             area,
-            *(verdict_counts(cells[t, area]) if (t, area) in cells else "not planned" for t in targets),
+            *(
+                verdict_counts(cells[t, area], not_run[t, area]) if (t, area) in cells else "not planned"
+                for t in targets
+            ),
         )
     totals = {t: sum((cells[t, a] for a in areas if (t, a) in cells), Counter()) for t in targets}
     table.add_section()
-    table.add_row("all", *(verdict_counts(totals[target]) for target in targets))
+    table.add_row(
+        "all",
+        *(verdict_counts(totals[t], sum(not_run[t, a] for a in areas if (t, a) in cells)) for t in targets),
+    )
     screen.print(table)
     for spec, reason in summary.unavailable.items():
         screen.print(f"{spec} did not run: {reason}", markup=False, soft_wrap=True)
     if not summary.complete:
-        screen.print(
-            f"The run is not complete; go on with: conformance run --resume {summary.run_file}", markup=False
-        )
+        again = _resume_line(Path(summary.run_file))
+        screen.print(f"The run is not complete; go on with: {again}", markup=False, soft_wrap=True)
     screen.print(f"run file: {summary.run_file}", markup=False, soft_wrap=True)
-    if summary.site is not None:
-        screen.print(f"dashboard: {summary.site}", markup=False, soft_wrap=True)
     screen.print(_verdict_line(summary), markup=False)
 
 
 def _verdict_line(summary: RunOutput) -> str:
     total = sum((Counter(row.counts) for row in summary.areas), Counter())
-    words = ", ".join(f"{total[verdict]} {word}" for verdict, (word, _) in SHORT.items() if total[verdict])
-    return f"exit code {summary.exit_code}: {words or 'nothing ran'}"
+    not_run = sum(row.not_run for row in summary.areas)
+    words = counted(total) + ([f"{not_run} not run"] if not_run else [])
+    return f"exit code {summary.exit_code}: {', '.join(words) or 'nothing ran'}"

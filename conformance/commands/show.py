@@ -36,8 +36,8 @@ def describe(loaded: LoadedCase, run: Path | None) -> ShowOutput:
     known = expectations.load(load_suites([suite.root]))
     results = runfile.read(run).latest() if run is not None else {}
     shown = loaded.case.model_dump(mode="json", exclude_defaults=True)
-    if loaded.case.tools:
-        shown["tools"] = list(resolve_tools(loaded.case, suite.suite))
+    if tools := resolve_tools(loaded.case, suite.suite):
+        shown["tools"] = list(tools)
     return ShowOutput(
         address=loaded.address,
         title=loaded.case.title,

@@ -31,6 +31,8 @@ class Fault:
     module: str
     """Dotted name of the patched module of `model_impl`."""
     patches: tuple[Patch, ...]
+    where: str = ""
+    """Pattern of the module that a parity case must name first; empty for other kinds."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -54,7 +56,7 @@ class Collection:
         self.faults: list[Fault] = []
 
     def __call__(
-        self, fault_id: str, *, source: tuple[str, ...], area: str, module: object
+        self, fault_id: str, *, source: tuple[str, ...], area: str, module: object, where: str = ""
     ) -> Callable[[Callable[[], Patch | tuple[Patch, ...]]], None]:
         """Register the decorated function: its docstring is the title, its result the patch."""
 
@@ -63,6 +65,6 @@ class Collection:
             title = (make.__doc__ or "").strip()
             name = getattr(module, "__name__", "")
             patches = made if isinstance(made, tuple) else (made,)
-            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches))
+            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches, where))
 
         return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
@@ -10,7 +11,7 @@ from conformance.errors import ConformanceError
 from conformance.expectations import Expectations
 from conformance.faults.base import Fault
 from conformance.loading import LoadedSuites
-from conformance.results import Verdict
+from conformance.results import Result, Verdict
 from conformance.runner import TargetPool, run_case
 
 REFERENCE = "reference"
@@ -28,6 +29,8 @@ class Catch(BaseModel):
     area: str
     verdict: Verdict
     rules: tuple[str, ...]
+    module: str = ""
+    """First module that differs from the oracle's; for parity cases."""
 
 
 class Detection(BaseModel):
@@ -43,7 +46,8 @@ class Detection(BaseModel):
     detected: bool
     """Some case failed by a rule; a crash or a timeout alone does not count."""
     localised: bool
-    """Some case of the fault's own area was among them."""
+    """Some case of the fault's own area was among them, and a parity case named a module that the fault
+    is allowed to show in first."""
     by_source: bool
     """Some case that cites one of the fault's catalogue ids was among them."""
     caught_by: tuple[Catch, ...]
@@ -98,15 +102,27 @@ def _failures(kinds: set[str], suites: LoadedSuites, expectations: Expectations)
             if result.verdict in _ALARMS:
                 rules = tuple(dict.fromkeys(p.rule for p in result.problems))
                 caught.append(
-                    Catch(case=loaded.address, area=result.area, verdict=result.verdict, rules=rules)
+                    Catch(
+                        case=loaded.address,
+                        area=result.area,
+                        verdict=result.verdict,
+                        rules=rules,
+                        module=_first_module(result),
+                    )
                 )
     finally:
         pool.close()
     return caught
 
 
+def _first_module(result: Result) -> str:
+    parity = result.evidence.parity
+    return parity.first.module if parity is not None and parity.first is not None else ""
+
+
 def _detection(fault: Fault, caught: list[Catch], suites: LoadedSuites) -> Detection:
-    judged = [c for c in caught if c.verdict == "fail"]
+    # An exception says that something is broken, not what: a case must have judged an answer.
+    judged = [c for c in caught if c.verdict == "fail" and set(c.rules) - {"raised"}]
     sources = {case.address: set(case.case.source) for case in suites.cases}
     return Detection(
         fault=fault.id,
@@ -115,7 +131,7 @@ def _detection(fault: Fault, caught: list[Catch], suites: LoadedSuites) -> Detec
         area=fault.area,
         module=fault.module,
         detected=bool(judged),
-        localised=any(c.area == fault.area for c in judged),
+        localised=any(c.area == fault.area and re.fullmatch(fault.where, c.module) for c in judged),
         by_source=any(sources[c.case] & set(fault.source) for c in judged),
         caught_by=tuple(caught),
         cases=sum(case.suite.suite.kind == fault.kind for case in suites.cases),

@@ -10,10 +10,11 @@ from markupsafe import Markup
 
 from conformance.loading import resolve_tools
 from conformance.reporting.diff import Sides, compare
+from conformance.reporting.signs import Status
 from conformance.reporting.text import HUGE_TEXT, shorten, visible
 from conformance.reporting.values import Field, as_text, fields, is_empty, laid_out
 from conformance.reporting.view import Case, Entry
-from conformance.results import Problem, StreamEvidence
+from conformance.results import ModuleError, ParityEvidence, Problem, StreamEvidence
 from conformance.suites import ParserCase
 from conformance.targets.protocol import Chunking, Span
 
@@ -204,6 +205,66 @@ def stream_view(evidence: StreamEvidence | None) -> StreamView | None:
 
 
 @dataclass(frozen=True)
+class ModuleRow:
+    """One module's distance from the oracle's, drawn."""
+
+    error: ModuleError
+    sign: Status
+    first: bool
+    """It is the first one that differs."""
+    relative: str
+    maximum: str
+
+
+@dataclass(frozen=True)
+class ParityView:
+    """A comparison with an oracle, drawn."""
+
+    evidence: ParityEvidence
+    passes: str
+    """How the tokens were fed."""
+    settings: list[tuple[str, str, str]]
+    """Setting, what the target ran, what the oracle ran."""
+    rows: list[ModuleRow]
+    differing: int
+
+
+def parity_view(evidence: ParityEvidence | None) -> ParityView | None:
+    """Put a comparison with an oracle into words and rows."""
+    if evidence is None:
+        return None
+    first = evidence.first
+    rows = [
+        ModuleRow(
+            error,
+            "fail" if error.rule else "pass",
+            error is first,
+            *("" if value is None else f"{value:.2e}" for value in (error.relative, error.maximum)),
+        )
+        for error in evidence.modules
+    ]
+    mine, theirs = evidence.effective, evidence.oracle_effective
+    settings = [(name, mine.get(name, ""), theirs.get(name, "")) for name in sorted({*mine, *theirs})]
+    return ParityView(
+        evidence,
+        _passes(evidence),
+        settings,
+        rows,
+        sum(error.rule != "" for error in evidence.modules),
+    )
+
+
+def _passes(evidence: ParityEvidence) -> str:
+    """`rows of 40 and 9 tokens, 5 at once and then one by one`."""
+    lengths = [str(length) for length in evidence.rows]
+    listed = " and ".join([", ".join(lengths[:-1]), lengths[-1]] if len(lengths) > 1 else lengths)
+    rows = f"{'rows' if len(lengths) > 1 else 'a row'} of {listed} {'token' if listed == '1' else 'tokens'}"
+    if evidence.prefill is None:
+        return f"{rows}, each in one call"
+    return f"{rows}, {evidence.prefill} at once and then one by one"
+
+
+@dataclass(frozen=True)
 class AnswerView:
     """An accepted answer of a contested case, and the targets that gave it."""
 
@@ -248,9 +309,9 @@ def request(case: Case) -> list[Field]:
         for name in _REQUEST
         if name in given.model_fields_set and (value := getattr(given, name)) is not None
     }
-    if given.tools:
+    if tools := resolve_tools(given, case.loaded.suite.suite):
         # Every tool has the same wrapper, which says nothing.
-        told["tools"] = [t.get("function", t) for t in resolve_tools(given, case.loaded.suite.suite)]
+        told["tools"] = [t.get("function", t) for t in tools]
     return fields(told)
 
 
@@ -263,6 +324,8 @@ _REQUEST = (
     "keep",
     "allow_markers",
     "stream_exempt",
+    "attention",
+    "factor",
 )
 
 

@@ -177,6 +177,7 @@ def _entry_view(entry: Entry) -> dict[str, Any]:
         "got": values.fields(result.evidence.got),
         "annotated": evidence.annotate(result.evidence.input, result.evidence.spans),
         "stream": evidence.stream_view(result.evidence.stream),
+        "parity": evidence.parity_view(result.evidence.parity),
         "stderr": values.block(result.stderr) if result.stderr else None,
         "repeat": result.repeat,
     }

@@ -31,6 +31,8 @@ from conformance.errors import EngineError, TargetError, TargetTimeoutError, Wor
 from conformance.targets.protocol import (
     Certificate,
     CertifyRequest,
+    ForwardRequest,
+    ForwardResult,
     ParseRequest,
     ParseResult,
     RenderRequest,
@@ -42,6 +44,8 @@ from conformance.targets.protocol import (
 
 REQUEST_TIMEOUT = 60.0
 START_TIMEOUT = 180.0
+FORWARD_TIMEOUT = 120.0
+"""Seconds for a forward pass beyond those of an ordinary request: the first one imports the engine."""
 MAX_LINE = 64 * 2**20
 """Bytes of one answer."""
 _STDERR_TAIL = 8192
@@ -151,6 +155,17 @@ class WorkerTarget:
     def render(self, request: RenderRequest) -> RenderResult:
         """Render messages to a prompt."""
         return self._ask("render", request.model_dump(), RenderResult.model_validate)
+
+    def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Run a model; loading the engine and the checkpoint has time of its own."""
+
+        def validate(answer: Any) -> ForwardResult:
+            result = ForwardResult.model_validate(answer)
+            if result.path != request.output:
+                raise ValueError(f"tensors in {result.path!r}, not in {request.output!r}")
+            return result
+
+        return self._ask("forward", request.model_dump(), validate, extra=FORWARD_TIMEOUT)
 
     def close(self) -> None:
         """End the worker and all it started."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Capability = Literal["parse", "parse_stream", "certify", "render"]
+Capability = Literal["parse", "parse_stream", "certify", "render", "forward"]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
-chunking, needs copyable parser state. `render`: messages to prompt text."""
+chunking, needs copyable parser state. `render`: messages to prompt text. `forward`: token ids to the
+tensors inside a model."""
 
 PieceUnit = Literal["tokens", "characters"]
+DType = Literal["float32", "bfloat16"]
+AttentionBackend = Literal["eager", "sdpa", "flex"]
 
 
 class Model(BaseModel):
@@ -207,6 +210,54 @@ class RenderResult(Model):
     token_ids: tuple[int, ...] | None = None
 
 
+LOGITS = "logits"
+"""Name under which the logits stand among the tensors of a forward pass."""
+
+
+class ForwardRequest(Model):
+    """Rows of token ids to the tensors inside a model.
+
+    Every row is fed up to `prefill` tokens in one call, and then one token a step with the cache.
+    """
+
+    checkpoint: str
+    """Folder with `config.json` and `model.safetensors`, under the published names."""
+    dtype: DType = "float32"
+    """Of weights and activations."""
+    input_ids: tuple[tuple[int, ...], ...] = Field(min_length=1)
+    """Rows, which may differ in length; none is empty. Padding is the target's own affair."""
+    prefill: int | None = Field(default=None, ge=1)
+    """None: each row in one call."""
+    capture: tuple[str, ...] = ()
+    """Modules whose output is wanted, by their published names below `model.language_model.`, such as
+    `layers.3.self_attn`, and `logits`."""
+    attention: AttentionBackend | None = None
+    """None: the target's choice."""
+    output: str
+    """Path of the safetensors file that the target writes."""
+
+    @model_validator(mode="after")
+    def _no_empty_row(self) -> ForwardRequest:
+        if not all(self.input_ids):
+            raise ValueError("a row of token ids is empty")
+        return self
+
+
+class ForwardResult(Model):
+    """Tensors in a file, and what really ran.
+
+    Each captured module has a float32 tensor `[tokens, ...]`: all rows one after the other, without
+    padding, each row's steps joined in time. Where a module gives several tensors, it is the first one;
+    for `router`, the weight of each expert, `[tokens, experts]`, zero where a token does not go.
+    """
+
+    path: str
+    order: tuple[str, ...] = ()
+    """The captured names in the order in which the modules ended, as far as they ran."""
+    effective: dict[str, str] = Field(default_factory=dict)
+    """`attention`, `experts` (where there are any) and `dtype`, read back from the model."""
+
+
 @runtime_checkable
 class Target(Protocol):
     """An implementation under test. Methods exist for all; call only those it has as capability."""
@@ -232,6 +283,10 @@ class Target(Protocol):
 
     def render(self, request: RenderRequest) -> RenderResult:
         """Render messages to a prompt; a conversation the template refuses raises `EngineError`."""
+        ...
+
+    def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Run the model of a checkpoint; a request that it refuses raises `EngineError`."""
         ...
 
     def close(self) -> None:

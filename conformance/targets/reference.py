@@ -15,6 +15,8 @@ from conformance.targets.protocol import (
     CertifyRequest,
     Chunking,
     Delta,
+    ForwardRequest,
+    ForwardResult,
     ParseRequest,
     ParseResult,
     Piece,
@@ -49,7 +51,7 @@ class ReferenceTarget:
             stream_unit="characters",
             search_feeds=1000,
             environment={"python": platform.python_version()},
-            note="model_impl.chat.parser.Parser, model_impl.chat.render.render",
+            note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )
 
     def parse(self, request: ParseRequest) -> ParseResult:
@@ -97,6 +99,13 @@ class ReferenceTarget:
         except ModelError as error:
             raise EngineError(f"{type(error).__name__}: {error}") from error
         return RenderResult(prompt=prompt, token_ids=encode(prompt))
+
+    def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Run the text model on the whole batch."""
+        # It loads torch, which takes seconds that parser suites need not spend.
+        from conformance.targets import reference_model
+
+        return reference_model.forward(request)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -33,7 +33,7 @@ class Engine:
 
 _ENGINES: dict[str, Engine] = {
     "transformers": Engine(
-        "transformers", "Hugging Face transformers: response parser of its server, and chat template"
+        "transformers", "Hugging Face transformers: response parser of its server, chat template, text model"
     ),
     "vllm": Engine("vllm", "vLLM: reasoning and tool-call parsers of its OpenAI server"),
     "sglang-parsers": Engine(

@@ -15,7 +15,7 @@ import os
 
 from conformance.worker import guardian
 
-_METHODS = ("describe", "parse", "parse_stream", "certify", "render")
+_METHODS = ("describe", "parse", "parse_stream", "certify", "render", "forward")
 _TRACEBACK_LIMIT = 16_000
 
 

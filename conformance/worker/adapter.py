@@ -40,6 +40,10 @@ class Adapter(Protocol):
         """`RenderRequest` to `RenderResult`."""
         ...
 
+    def forward(self, request: Json) -> Json:
+        """`ForwardRequest` to `ForwardResult`; the tensors go into the file that the request names."""
+        ...
+
 
 Opener = Callable[[Json], Callable[[], Session]]
 """Does for a `ParseRequest` what all its streams share; returns what opens a session for one of them."""

@@ -34,6 +34,14 @@ class Liar:
             },
         }
 
+    def forward(self, request: dict[str, Any]) -> Any:
+        word = request["capture"][0]
+        if word == "elsewhere":
+            return {"path": "/nowhere"}
+        Path(request["output"]).write_bytes(json.dumps(request).encode())
+        effective = {"dtype": request["dtype"]}
+        return {"path": request["output"], "order": request["capture"], "effective": effective}
+
     def parse(self, request: dict[str, Any]) -> Any:
         print(f"standard error says: {request['output'][:60]}", file=sys.stderr, flush=True)
         word, _, argument = request["output"].partition(" ")

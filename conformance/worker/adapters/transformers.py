@@ -1,4 +1,4 @@
-"""Hugging Face transformers: the response parser behind `transformers serve`, and the chat template.
+"""Hugging Face transformers: the response parser behind `transformers serve`, the chat template, the model.
 
 Driven as the server's chat completions are: `parse_assistant_message` for a whole answer,
 `build_response_parser` and `response_events_to_chunks` for a stream. The parser follows a response
@@ -10,7 +10,8 @@ is the server's own fallback for the model type `gemma4`; a tokenizer with a tem
   `tool_choice` is not supported by the server and plays no part.
 * When `finalize` fails, the server logs it and ends the stream without what was left.
 
-`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one.
+`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one. `forward` is in
+`transformers_model`, which is imported when first asked for, because it needs torch.
 """
 
 from __future__ import annotations
@@ -52,18 +53,18 @@ class TransformersAdapter:
 
     def describe(self) -> Json:
         """`TargetInfo`."""
-        packages = ("jinja2", "regex", "tokenizers")
+        packages = ("jinja2", "regex", "tokenizers", "torch")
         return {
             "name": "transformers",
             "version": metadata.version("transformers"),
-            "capabilities": ["parse", "parse_stream", "certify", "render"],
+            "capabilities": ["parse", "parse_stream", "certify", "render", "forward"],
             "stream_unit": "characters",
             "environment": {
                 "python": platform.python_version(),
                 **{f"package:{name}": metadata.version(name) for name in packages},
             },
             "note": "transformers.cli.serving.utils.parse_assistant_message with its gemma4 fallback; "
-            "apply_chat_template",
+            "apply_chat_template; Gemma4ForCausalLM",
         }
 
     def parse(self, request: Json) -> Json:
@@ -104,6 +105,12 @@ class TransformersAdapter:
             for tokenize in (False, True)
         )
         return {"prompt": prompt, "token_ids": ids}
+
+    def forward(self, request: Json) -> Json:
+        """`Gemma4ForCausalLM`."""
+        from conformance.worker.adapters import transformers_model
+
+        return transformers_model.forward(request)
 
     def _opener(self, request: Json) -> Callable[[], _Session]:
         prompt_ids = self._prompt_ids(request)
