@@ -8,8 +8,12 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 
-def load_json(text: str) -> Any:
-    """Parse JSON with every number exact (`Decimal`), refusing NaN, Infinity and keys given twice.
+def load_json(text: str, *, repeats: bool = False) -> Any:
+    """Parse JSON with every number exact (`Decimal`), refusing NaN and Infinity.
+
+    Args:
+        text: The JSON.
+        repeats: Let an object have a key twice; the last value counts, as for most readers.
 
     Raises:
         ValueError: The text is not JSON, nests too deeply to be read, has an object with a key twice
@@ -39,7 +43,7 @@ def load_json(text: str) -> Any:
             parse_float=exact,
             parse_int=exact,
             parse_constant=refuse,
-            object_pairs_hook=unique,
+            object_pairs_hook=None if repeats else unique,
         )
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None

@@ -100,6 +100,8 @@ class ParserCase(CaseBase):
     """Texts that must survive in some field, whatever the answer (hard rule "nothing lost")."""
     allow_markers: bool = False
     """Marker text in a field is right here; otherwise it is a leak. Implied by an expected field."""
+    repeats_keys: bool = False
+    """The output itself gives a key twice in one object; the arguments' JSON may do so too."""
     stream_exempt: str = ""
     """Why stream and whole may differ here (a recorded parity exception); empty: they may not."""
 

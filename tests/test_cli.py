@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import shlex
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jsonschema
@@ -67,7 +62,7 @@ def test_run_prints_a_table_and_where_things_are(run_conformance: Run, suites: S
     assert "1 passed, 1 failed" in done.stdout
     assert "run file: r.jsonl" in done.stdout
     assert "dashboard: " in done.stdout
-    assert done.stdout.splitlines()[-1] == "exit code 1: 1 passed, 1 failed"
+    assert done.stdout.splitlines()[-2] == "exit code 1: 1 passed, 1 failed"
     assert f"parser/demo::case-bye on {HONEST} failed" in done.stderr
     assert "test session starts" not in done.stdout + done.stderr
 
@@ -94,14 +89,17 @@ def test_the_repeat_line_repeats_the_failure(run_conformance: Run, suites: Suite
 
 
 def test_bundled_cases_are_named_by_address_suite_or_pattern(run_conformance: Run) -> None:
-    suite = min(load_suites(), key=lambda suite: len(suite.cases))
+    # A suite of another kind takes much longer.
+    parsers = [suite for suite in load_suites() if suite.suite.kind == "parser"]
+    suite = min(parsers, key=lambda suite: len(suite.cases))
     first = suite.cases[0].address
     for name, planned in [(first, 1), (suite.suite.id, len(suite.cases)), (f"{first}*", None)]:
         done = run_conformance("run", name, "--target", "reference", "--no-report", "--json")
         summary = validated("run", done)
         assert summary["complete"]
         assert planned in (None, summary["planned"])
-        assert done.stderr.startswith(f"{summary['planned']} cases on reference")
+        noun = "case" if summary["planned"] == 1 else "cases"
+        assert done.stderr.startswith(f"{summary['planned']} {noun} on reference")
 
 
 def test_settings_of_the_folder_and_the_user_do_not_matter(
@@ -129,6 +127,18 @@ def test_settings_of_the_folder_and_the_user_do_not_matter(
         (["run", "suites", "--resume", "a", "--out", "b"], "--resume appends"),
         (["run", "suites", "--no-such-option"], "No such option"),
         (["run", "suites", "-t", HONEST, "--out", "taken.jsonl"], "taken.jsonl exists; go on with it"),
+        (["run", "suites", "-t", HONEST, "--out", "suites"], "suites is a folder; name a file in it"),
+        (["run", "suites", "-t", HONEST, "--out", "taken.jsonl/r.jsonl"], "is no folder; name another path"),
+        (["run", "suites", "-t", HONEST, "--out", "/proc/r.jsonl"], "/proc/r.jsonl: cannot be written"),
+        (["run", "suites", "-t", HONEST, "--site", "taken.jsonl"], "is a file; name a folder"),
+        (["run", "suites", "-t", HONEST, "--site", "taken.jsonl/site"], "is no folder; name another folder"),
+        (["run", "suites", "-t", HONEST, "--site", "suites"], "holds files that are not a dashboard"),
+        (["run", "suites", "-t", HONEST, "--timeout", "0"], "expected a number of seconds above 0"),
+        (["run", "suites", "-t", HONEST, "--timeout", "nan"], "expected a number of seconds above 0"),
+        (["run", "suites", "-t", HONEST, "-n", "-1"], "expected a number of processes"),
+        (["run", "suites", "-t", HONEST, "-n", "many"], "expected a number of processes"),
+        (["run", "suites", "-t", "os:getcwd"], "os:getcwd: returned str, which is not a target"),
+        (["run", "suites", "-t", "os:no_such"], "os:no_such: cannot be imported"),
         (["show", "suites/parser/demo.yaml"], "names 2 cases"),
         (["report", "no.jsonl"], "no.jsonl: cannot be read"),
         (["report", "taken.jsonl"], "holds no complete header"),
@@ -142,7 +152,10 @@ def test_wrong_use_is_one_clear_error(
 ) -> None:
     suites.write("hello", "bye")
     (tmp_path / "taken.jsonl").touch()
-    assert_one_clear_error(run_conformance(*arguments), message)
+    done = run_conformance(*arguments)
+    assert_one_clear_error(done, message)
+    assert "interrupted" not in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_broken_suite_or_expectation_names_its_line(run_conformance: Run, suites: Suites) -> None:
@@ -152,147 +165,6 @@ def test_a_broken_suite_or_expectation_names_its_line(run_conformance: Run, suit
     path.write_text(path.read_text().replace("expect:", "expcet:"))
     for command in (["run", "suites", "-t", LYING], ["list", "--suites", "suites"]):
         assert_one_clear_error(run_conformance(*command), f"{path}:11: cases[0].expcet: unknown key")
-
-
-# ---------------------------------------------------------------------------- interrupted runs
-
-
-def wait_for(condition: object, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def processes_of_session(session: int) -> list[str]:
-    """Command lines of the live processes of a session."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            command = (folder / "cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(command)
-    return found
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_killed_run_resumes_and_equals_an_undisturbed_one(
-    run_conformance: Run, suites: Suites, tmp_path: Path, environment: dict[str, str], workers: str
-) -> None:
-    suites.write(*(f"out{n}" for n in range(14)))
-    common = ["run", "suites", "-t", SLOW, "-t", LYING, "--no-report"]
-    lies = {"LIES": "out3,out9"}
-    undisturbed = run_conformance(*common, "--out", "whole.jsonl", env=lies | {"FAKE_SECONDS": "0"})
-    assert undisturbed.returncode == 1
-
-    cut = tmp_path / "cut.jsonl"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "conformance", *common, "--out", str(cut), "-n", workers, "-v"],
-        cwd=tmp_path,
-        env=environment | lies | {"FAKE_SECONDS": "0.3"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert running.stderr is not None
-    printed = []
-    for line in running.stderr:
-        if line.startswith("pass "):
-            printed.append(line.split()[1])
-        if len(printed) == 4:
-            break
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    running.stderr.close()
-    wait_for(lambda: not processes_of_session(running.pid), 30)
-
-    kept = {f"{r.suite}::{r.case}" for r in runfile.read(cut).results}
-    assert set(printed) <= kept
-    assert runfile.read(cut).footer is None
-    with cut.open("ab") as file:
-        file.write(b'{"type": "result", "suite": "parser/de')  # as a crash in mid-line leaves it
-    log = tmp_path / "log"
-    env = lies | {"FAKE_SECONDS": "0", "FAKE_LOG": str(log)}
-    resumed = run_conformance(*common, "--resume", "cut.jsonl", "-n", workers, env=env)
-    assert resumed.returncode == 1, resumed.stderr
-    assert len(log.read_text().splitlines()) <= 14 - len(printed)
-    whole, again = runfile.read(tmp_path / "whole.jsonl"), runfile.read(cut)
-    assert again.torn == ""
-    assert comparable(whole) == comparable(again)
-    assert again.footer is not None
-    assert whole.footer is not None
-    assert again.footer.counts == whole.footer.counts
-
-
-def comparable(run: runfile.Run) -> dict[object, object]:
-    return {key: r.model_dump(exclude={"duration"}) for key, r in sorted(run.latest().items())}
-
-
-def test_resume_without_arguments_repeats_the_selection(run_conformance: Run, tmp_path: Path) -> None:
-    address = load_suites().cases[0].address
-    first = run_conformance("run", address, "-t", "reference", "--out", "r.jsonl", "--no-report")
-    path = tmp_path / "r.jsonl"
-    header = path.read_text().splitlines(keepends=True)[0]
-    path.write_text(header)
-    done = run_conformance("run", "--resume", "r.jsonl", "--no-report", "--json")
-    assert done.returncode == first.returncode
-    assert validated("run", done)["planned"] == 1
-    assert [f"{r.suite}::{r.case}" for r in runfile.read(path).results] == [address]
-
-
-def test_an_interrupt_says_how_to_go_on(suites: Suites, tmp_path: Path, environment: dict[str, str]) -> None:
-    suites.write("one", "two", "three")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "conformance", "run", "suites", "-t", SLOW, "--no-report", "-v"],
-        cwd=tmp_path,
-        env=environment | {"FAKE_SECONDS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert running.stderr is not None
-    for line in running.stderr:
-        if line.startswith("pass "):
-            break
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 2
-    assert "The run is not complete; go on with: conformance run --resume runs/" in out
-    assert "Traceback" not in err
-
-
-def test_a_terminal_gets_a_live_display(suites: Suites, tmp_path: Path, environment: dict[str, str]) -> None:
-    suites.write("hello", "bye")
-    controller, terminal = pty.openpty()
-    running = subprocess.Popen(
-        [sys.executable, "-m", "conformance", "run", "suites", "-t", SLOW, "--no-report"],
-        cwd=tmp_path,
-        env=environment | {"TERM": "xterm", "FAKE_SECONDS": "0.4"},
-        stderr=terminal,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(controller, 65536)
-        except OSError:  # the terminal closes with its last process
-            break
-    out, _ = running.communicate(timeout=60)
-    os.close(controller)
-    assert running.returncode == 0
-    text = shown.decode(errors="replace")
-    assert "2/2" in text
-    assert "case-bye" in text
-    assert "2 passed" in text
-    assert "2 passed" in out
 
 
 # ---------------------------------------------------------------------------- other commands
@@ -457,7 +329,7 @@ def test_faults(run_conformance: Run) -> None:
     listed = validated("faults", run_conformance("faults", "list", "--json"))
     first = listed["faults"][0]
     assert first["source"]
-    suite = load_suites().suites[0]
+    suite = next(suite for suite in load_suites() if suite.suite.kind == first["kind"])
     done = run_conformance("faults", "run", first["id"], "--suites", suite.path, "--json")
     ran = validated("faults", done)
     assert done.returncode == (0 if ran["faults"][0]["detected"] else 1)

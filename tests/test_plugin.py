@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from conformance import runfile
+from conformance import expectations, runfile, runner
+from conformance.loading import load_suite, load_suites
 from conformance.scheduling import TargetScheduling
+from conformance.session import SuiteSession
 from tests.conftest import Run, Suites
 
 HONEST, LYING = "lying_targets:Honest", "lying_targets:Lying"
@@ -112,6 +114,7 @@ def test_a_broken_suite_names_its_line(run_pytest: Run, suites: Suites, workers:
     [
         (("--target", "nowhere"), "nowhere"),
         (("--target", "no_such_module:Thing"), "no_such_module"),
+        (("--target", "os:getcwd"), "os:getcwd: returned str, which is not a target"),
         (("--resume", "nothing.jsonl"), "nothing.jsonl"),
         (("--resume", "a.jsonl", "--conformance-run", "b.jsonl"), "--resume appends"),
     ],
@@ -283,25 +286,90 @@ def test_suites_outside_a_suites_folder_are_found_by_their_head(run_pytest: Run,
     assert "1 passed" in run_pytest("cases", "--target", HONEST).stdout
 
 
+def lines_of(path: Path) -> list[str]:
+    """The case of each result line, in order."""
+    return [r.case for r in runfile.read(path).results]
+
+
 def test_a_resumed_session_runs_only_what_is_open(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
     suites.write("hello", "bye")
-    log = tmp_path / "log"
-    env = {"FAKE_LOG": str(log), "LIES": "bye"}
-    run_pytest("suites", "--target", HONEST, "--conformance-run", "run.jsonl", env=env)
-    before = (tmp_path / "run.jsonl").read_bytes()
-    log.unlink()
-    done = run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", env=env)
-    assert "1 failed, 1 passed" in done.stdout
-    assert done.returncode == 1
-    assert not log.exists()
-    assert (tmp_path / "run.jsonl").read_bytes().startswith(before)
+    path = tmp_path / "run.jsonl"
+    run_pytest("suites", "--target", "reference", "--conformance-run", "run.jsonl")
+    before = path.read_bytes()
+    done = run_pytest("suites", "--target", "reference", "--resume", "run.jsonl")
+    assert "2 passed" in done.stdout
+    assert done.returncode == 0
+    assert path.read_bytes().startswith(before)
+    assert lines_of(path) == ["case-hello", "case-bye"]
     suites.write("hello", "bye", "new")
-    run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", env=env)
-    assert [line.split()[1] for line in log.read_text().splitlines()] == ["new"]
-    log.unlink()
-    newer = env | {"FAKE_VERSION": "2.0"}
-    run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", "-n", "2", env=newer)
-    assert sorted(line.split()[1] for line in log.read_text().splitlines()) == ["bye", "hello", "new"]
+    run_pytest("suites", "--target", "reference", "--resume", "run.jsonl", "-n", "2")
+    assert lines_of(path) == ["case-hello", "case-bye", "case-new"]
+    path.write_text(path.read_text().replace(runfile.harness_digest(), "0" * 64))
+    run_pytest("suites", "--target", "reference", "--resume", "run.jsonl", "-n", "2")
+    assert sorted(lines_of(path)[3:]) == ["case-bye", "case-hello", "case-new"]
+
+
+def test_a_factory_is_asked_again(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    suites.write("hello", "bye")
+    run_pytest("suites", "--target", HONEST, "--conformance-run", "run.jsonl")
+    done = run_pytest("suites", "--target", HONEST, "--resume", "run.jsonl", env={"LIES": "bye"})
+    assert done.returncode == 1
+    assert [r.verdict for r in runfile.read(tmp_path / "run.jsonl").latest().values()] == ["pass", "fail"]
+
+
+def test_a_resumed_part_does_not_turn_the_run_green(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:
+    demo = suites.write("hello", "bye")
+    path = tmp_path / "run.jsonl"
+    run_pytest("suites", "--target", HONEST, "--conformance-run", "run.jsonl", env={"LIES": "bye"})
+    part = (f"{demo}::case-hello", "--target", HONEST, "--resume", "run.jsonl")
+    done = run_pytest(*part)
+    assert done.returncode == 1, quiet(done)
+    assert "whole run, with earlier sessions: 1 passed, 1 failed" in done.stdout
+    footer = runfile.read(path).footer
+    assert footer is not None
+    assert (footer.counts, footer.exit_code) == ({HONEST: {"pass": 1, "fail": 1}}, 1)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert run_pytest(*part).returncode == 3
+    assert runfile.read(path).footer is None
+
+
+def test_verdicts_of_a_target_that_is_gone_are_not_replaced_by_skips(
+    run_pytest: Run, suites: Suites, tmp_path: Path
+) -> None:
+    demo = suites.write("hello")
+    run_pytest("suites", "--target", "reference", "--conformance-run", "run.jsonl")
+    session = SuiteSession(["reference"], None, str(tmp_path / "run.jsonl"))
+    session.unavailable = {"reference": "it is gone"}
+    suites.write("hello", "bye")
+    cases = load_suite(demo).cases
+    assert [session.run(case, "reference").result.verdict for case in cases] == ["pass", "skip"]
+
+
+def test_a_known_timeout_is_one_again_without_its_expectation(suites: Suites) -> None:
+    spec = "tests.lying_targets:Hanging"
+    case = load_suite(suites.write("hello")).cases[0]
+    suites.expect(EXPECTED_FAILURE.format(rule="timeout", review="2099-01-01"), spec)
+    known = expectations.load(load_suites([suites.root]))
+    pool = runner.TargetPool(timeout=0.05)
+    try:
+        info = pool.get(spec).info
+        stored = runner.run_case(case, spec, pool, known)
+    finally:
+        pool.close()
+    assert (stored.verdict, stored.reason) == ("xfail", "It always lies.")
+    again = runner.rejudge(case, stored, info, expectations.Expectations())
+    assert (again.verdict, again.reason) == ("timeout", "no verdict within 0.3 s")
+    assert runner.rejudge(case, again, info, known).verdict == "xfail"
+    assert runner.rejudge(case, stored, info, known) == stored
+
+
+def test_the_help_names_the_limit_that_holds(run_pytest: Run, suites: Suites) -> None:
+    help_text = " ".join(run_pytest("--help").stdout.split())
+    assert f"limit of one request to a target (default: {runner.DEFAULT_TIMEOUT:g})" in help_text
+    suites.write("hello")
+    for wrong in ("0", "-1", "nan", "soon"):
+        done = run_pytest("suites", "--target", HONEST, "--conformance-timeout", wrong)
+        assert (done.returncode, "--conformance-timeout" in done.stderr) == (4, True), wrong
 
 
 def test_resuming_applies_the_expectations_of_today(run_pytest: Run, suites: Suites, tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ class _Rules:
                 )
             )
         for index, call in enumerate(result.tool_calls):
-            broken = _broken_arguments(call.arguments, cut=self._is_cut(result, index))
+            broken = _broken_arguments(
+                call.arguments, cut=self._is_cut(result, index), repeats=self.case.repeats_keys
+            )
             if broken:
                 problems.append(
                     Problem(
@@ -263,7 +265,7 @@ def _all_text(result: ParseResult) -> str:
     for call in result.tool_calls:
         parts += [call.name, call.arguments]
         try:
-            parts += _strings(load_json(complete_json(call.arguments)))
+            parts += _strings(load_json(complete_json(call.arguments), repeats=True))
         except ValueError:
             parts.append(call.arguments.replace('\\"', '"'))
     return "\n".join(p for p in parts if p)
@@ -282,9 +284,9 @@ def _strings(value: Any) -> list[str]:
     return found
 
 
-def _broken_arguments(arguments: str, *, cut: bool) -> str:
+def _broken_arguments(arguments: str, *, cut: bool, repeats: bool) -> str:
     try:
-        value = load_json(complete_json(arguments) if cut else arguments)
+        value = load_json(complete_json(arguments) if cut else arguments, repeats=repeats)
     except ValueError as error:
         return f"not JSON ({error})"
     return "" if isinstance(value, dict) else "not a JSON object"
@@ -302,7 +304,7 @@ def _mismatch(result: ParseResult, expected: ExpectedParse) -> str:
         return f"calls are {names}, expected {wanted}"
     for index, (got, want) in enumerate(zip(result.tool_calls, expected.tool_calls, strict=True)):
         try:
-            value = load_json(complete_json(got.arguments))
+            value = load_json(complete_json(got.arguments), repeats=True)
         except ValueError:
             return f"arguments of call {index} are not JSON"
         if not json_equal(value, want.arguments):
@@ -333,7 +335,7 @@ def _agreed_part_broken(result: ParseResult, answers: Sequence[ExpectedParse]) -
 def _arguments(call: ToolCall) -> dict[str, Any] | None:
     """The arguments as values; None if they are no object."""
     try:
-        value = load_json(complete_json(call.arguments))
+        value = load_json(complete_json(call.arguments), repeats=True)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -395,7 +397,8 @@ def _difference(streamed: ParseResult, whole: ParseResult) -> str:
         if a.arguments == b.arguments:
             continue
         try:
-            same = json_equal(load_json(complete_json(a.arguments)), load_json(complete_json(b.arguments)))
+            left, right = (load_json(complete_json(c.arguments), repeats=True) for c in (a, b))
+            same = json_equal(left, right)
         except ValueError:
             same = False
         if not same:

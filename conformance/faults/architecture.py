@@ -330,8 +330,9 @@ def _per_layer_context_unnormed() -> Patch:
 
     def inputs(self: TextModel, ids: Tensor, x: Tensor) -> Tensor:
         identity, _ = _parts(self, ids, x)
-        context: Tensor = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
-        return (context.view(identity.shape) + identity) * self.PAIR_SCALE
+        context = F.linear(x, self.per_layer_model_projection.weight) * self.config.hidden_size**-0.5
+        combined: Tensor = (context.view(identity.shape) + identity) * self.PAIR_SCALE
+        return combined
 
     return _per_layer(inputs)
 
@@ -413,16 +414,16 @@ def _erf_gelu_in_experts() -> Patch:
 
 @architecture("silu-experts-when-decoding", source=("A19",), module=moe, where=_LAYER + r"\.experts")
 def _silu_when_decoding() -> Patch:
-    """Experts use SiLU for a single token."""
-    original = Experts.forward
+    """Experts use SiLU where each row has a single token."""
+    original = DecoderLayer.route
 
-    def forward(self: Experts, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        if len(z) > 1:
-            return original(self, z, experts, weights)
+    def route(self: DecoderLayer, h: Tensor) -> Tensor:
+        if h.shape[1] > 1:
+            return original(self, h)
         with replace(moe, "gelu_tanh", F.silu)():
-            return original(self, z, experts, weights)
+            return original(self, h)
 
-    return replace(Experts, "forward", forward)
+    return replace(DecoderLayer, "route", route)
 
 
 @architecture("gate-and-up-swapped", source=("spec 2.7",), module=moe, where=_LAYER + r"\.experts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ from conformance.results import Result, Verdict
 from conformance.runner import TargetPool, run_case
 
 REFERENCE = "reference"
-_REQUEST_SECONDS = 5.0
+REQUEST_SECONDS = 5.0
 _ALARMS: tuple[Verdict, ...] = ("fail", "error", "timeout", "xpass")
 
 
@@ -64,6 +65,7 @@ def detect(
     suites: LoadedSuites,
     expectations: Expectations,
     *,
+    pool: TargetPool | None = None,
     progress: Callable[[Fault, Detection], None] | None = None,
 ) -> list[Detection]:
     """Run every case of the fault's kind against the reference with the fault on.
@@ -71,11 +73,21 @@ def detect(
     Streams are sampled here, not certified: a fault that only one chunking in a million shows is
     looked for by the ordinary run.
 
+    Args:
+        faults: Switched on one at a time.
+        suites: Cases of other kinds than the faults' are left out.
+        expectations: Of the suites.
+        pool: Open targets and what oracles have answered; of this call alone if left out.
+        progress: Called after each fault.
+
     Raises:
         BaselineError: A case fails with no fault switched on.
     """
+    if pool is None:
+        with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as own:
+            return detect(faults, suites, expectations, pool=own, progress=progress)
     kinds = {fault.kind for fault in faults}
-    clean = _failures(kinds, suites, expectations)
+    clean = _failures(kinds, suites, expectations, pool)
     if clean:
         raise BaselineError(
             f"the reference fails {clean[0].case} with no fault switched on; run "
@@ -84,34 +96,32 @@ def detect(
     found = []
     for fault in faults:
         with fault.applied():
-            caught = _failures({fault.kind}, suites, expectations)
+            caught = _failures({fault.kind}, suites, expectations, pool)
         found.append(_detection(fault, caught, suites))
         if progress is not None:
             progress(fault, found[-1])
     return found
 
 
-def _failures(kinds: set[str], suites: LoadedSuites, expectations: Expectations) -> list[Catch]:
-    pool = TargetPool(timeout=_REQUEST_SECONDS)
+def _failures(
+    kinds: set[str], suites: LoadedSuites, expectations: Expectations, pool: TargetPool
+) -> list[Catch]:
     caught = []
-    try:
-        for loaded in suites.cases:
-            if loaded.suite.suite.kind not in kinds:
-                continue
-            result = run_case(loaded, REFERENCE, pool, expectations, search="none")
-            if result.verdict in _ALARMS:
-                rules = tuple(dict.fromkeys(p.rule for p in result.problems))
-                caught.append(
-                    Catch(
-                        case=loaded.address,
-                        area=result.area,
-                        verdict=result.verdict,
-                        rules=rules,
-                        module=_first_module(result),
-                    )
+    for loaded in suites.cases:
+        if loaded.suite.suite.kind not in kinds:
+            continue
+        result = run_case(loaded, REFERENCE, pool, expectations, search="none")
+        if result.verdict in _ALARMS:
+            rules = tuple(dict.fromkeys(p.rule for p in result.problems))
+            caught.append(
+                Catch(
+                    case=loaded.address,
+                    area=result.area,
+                    verdict=result.verdict,
+                    rules=rules,
+                    module=_first_module(result),
                 )
-    finally:
-        pool.close()
+            )
     return caught
 
 
