@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError
-from model_impl.layers.backends import Backend
 from model_impl.text import TextModel
 
 PREFIX = "model.language_model."
@@ -33,16 +32,17 @@ _LISTED = 8
 
 
 def load_text_model(
-    folder: Path, *, dtype: torch.dtype = torch.float32, attention: Backend = "sdpa"
+    folder: Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> TextModel:
     """Build the text decoder of a checkpoint folder and load its weights.
 
     Args:
         folder: Holds `config.json`, and one or several safetensors files.
         dtype: Of parameters and of the computation.
-        attention: Backend of all layers.
+        attention: Backend of all layers; left out, the first that can serve them.
 
     Raises:
+        BackendError: the backend asked for cannot serve the model.
         ConfigError: as `TextConfig.from_file`.
         CheckpointError: no weights, a broken file, or tensors that do not fit.
     """

@@ -12,7 +12,9 @@ from model_impl.config import AttentionKind, LayerConfig, TextConfig
 from model_impl.errors import CacheError
 from model_impl.layers import rope
 from model_impl.layers.attention import Attention
-from model_impl.layers.backends import Backend, Mask
+from model_impl.layers.backend_choice import BackendRequest, resolve_backend
+from model_impl.layers.backend_table import Device
+from model_impl.layers.backends import Mask
 from model_impl.layers.mlp import MLP, gelu_tanh
 from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
@@ -37,7 +39,7 @@ class ScaledEmbedding(nn.Embedding):
 class DecoderLayer(nn.Module):
     """Attention, then a dense MLP (and experts beside it), then the gated per-layer input."""
 
-    def __init__(self, config: TextConfig, layer: LayerConfig, backend: Backend) -> None:
+    def __init__(self, config: TextConfig, layer: LayerConfig, backend: str) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, layer, backend)
@@ -86,18 +88,23 @@ class TextModel(nn.Module):
 
     Args:
         config: The text decoder's.
-        attention: Backend of all layers.
+        attention: Backend of all layers; left out, the first that can serve them.
+        device: Where it will run, as the choice of a backend depends on it.
+
+    Raises:
+        BackendError: the backend asked for cannot serve the model; those that can are named.
     """
 
     PAIR_SCALE = 2.0**-0.5
     """Keeps the sum of the token's and the context's part of a per-layer input at unit variance."""
 
-    def __init__(self, config: TextConfig, attention: Backend = "sdpa") -> None:
+    def __init__(self, config: TextConfig, attention: str | None = None, device: Device = "cpu") -> None:
         super().__init__()
         self.config = config
-        self.attention_backend = attention
+        request = BackendRequest(backend=attention, device=device, images=config.bidirectional_images)
+        backend = resolve_backend(config, request).backend
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, attention) for layer in config.layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, backend) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -107,6 +114,11 @@ class TextModel(nn.Module):
             self.per_layer_model_projection = nn.Linear(config.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(ple.width, config.rms_norm_eps)
         self._frequencies: dict[tuple[AttentionKind, torch.device], Tensor] = {}
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend that the layers run, read back from them."""
+        return ", ".join(sorted({m.backend for m in self.modules() if isinstance(m, Attention)}))
 
     def forward(
         self, input_ids: Tensor, *, cache: KVCache | None = None, lengths: Sequence[int] | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model_impl.checkpoint import PREFIX, assign
 from model_impl.config import TextConfig
 from model_impl.layers import backends
-from model_impl.layers.backends import Backend, Mask
+from model_impl.layers.backends import Mask
 from model_impl.random_weights import write_checkpoint
 from model_impl.text import TextModel
 
@@ -105,7 +105,7 @@ def build(
     config: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
-    attention: Backend = "sdpa",
+    attention: str = "sdpa",
     edits: Mapping[str, Tensor] | None = None,
 ) -> TextModel:
     """A model with random weights; `edits` replace tensors by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model_impl import text
 from model_impl.checkpoint import PREFIX, assign, is_dead, load_text_model, parameter_count
 from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError, ConfigError
+from model_impl.layers import backend_choice
+from model_impl.layers.backend_choice import BackendError
+from model_impl.layers.backend_table import CAPABILITY_TABLE
 from model_impl.random_weights import shapes, write_checkpoint
 from model_impl.text import TextModel
 from tests.model_configs import DENSE, E2B, MOE, TINY, random_ids, tensors
@@ -74,6 +79,36 @@ def test_everything_has_the_dtype_asked_for(e2b: Path, dtype: torch.dtype) -> No
     assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
     assert model(random_ids(1, 5)).dtype == dtype
     assert model.attention_backend == "eager"
+
+
+def test_unasked_the_first_backend_that_serves_is_taken(e2b: Path) -> None:
+    assert load_text_model(e2b).attention_backend == "sdpa"
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(e2b: Path) -> None:
+    with pytest.raises(BackendError, match=r"no attention backend 'FLASH_ATTN'; known: sdpa, eager, flex"):
+        load_text_model(e2b, attention="FLASH_ATTN")
+
+
+def test_a_row_of_the_table_decides_what_a_model_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model asks the rule: with a table whose sdpa cannot mix head sizes, it takes or names another."""
+    narrow = tuple(
+        replace(row, reach=replace(row.reach, mixed_head_sizes=False)) if row.name == "sdpa" else row
+        for row in CAPABILITY_TABLE
+        if row.engine == "reference"
+    )
+    rule = backend_choice.resolve_backend
+    monkeypatch.setattr(text, "resolve_backend", lambda config, request: rule(config, request, narrow))
+    config = TextConfig.from_dict(TINY["e2b"])
+    assert len(set(config.head_dims)) == 2
+    with torch.device("meta"), pytest.raises(BackendError, match=r"sdpa cannot mix .*can serve: eager, flex"):
+        TextModel(config, "sdpa")
+
+
+def test_the_backend_is_read_from_the_layers(e2b: Path) -> None:
+    model = load_text_model(e2b, attention="eager")
+    model.layers[1].self_attn.backend = "flex"
+    assert model.attention_backend == "eager, flex"
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -16,7 +16,7 @@ from torch import Tensor
 from model_impl import text
 from model_impl.config import LayerConfig, TextConfig
 from model_impl.errors import CacheError
-from model_impl.layers.backends import BACKENDS, Backend
+from model_impl.layers.backends import BACKENDS
 from model_impl.runtime import cache as cache_module
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import visible
@@ -82,7 +82,7 @@ PIECES = {
 }
 
 
-def check_pieces_equal_one_call(kind: str, attention: Backend, pieces: Sequence[int]) -> None:
+def check_pieces_equal_one_call(kind: str, attention: str, pieces: Sequence[int]) -> None:
     model = build(TINY[kind], attention=attention)
     ids = random_ids(2, LENGTH)
     assert distance(in_pieces(model, ids, pieces), model(ids)) < SAME
@@ -129,7 +129,7 @@ ROUNDS = [
 """Rows from one token to three windows; then steps in which some rows get nothing."""
 
 
-def check_ragged_rows_equal_single_rows(kind: str, attention: Backend, *, cached: bool) -> None:
+def check_ragged_rows_equal_single_rows(kind: str, attention: str, *, cached: bool) -> None:
     model = build(TINY[kind], attention=attention)
     check_rounds(model, ROUNDS if cached else ROUNDS[:1], cached=cached)
 
@@ -211,7 +211,7 @@ def test_rule(check: Check) -> None:
 
 @pytest.mark.parametrize("attention", BACKENDS)
 @pytest.mark.parametrize("kind", TINY)
-def test_backends_agree(kind: str, attention: Backend) -> None:
+def test_backends_agree(kind: str, attention: str) -> None:
     ids = random_ids(2, LENGTH)
     expected = logits(build(TINY[kind], attention="eager"), ids)
     model = build(TINY[kind], attention=attention)

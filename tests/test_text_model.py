@@ -20,7 +20,7 @@ from model_impl import text
 from model_impl.config import RopeConfig
 from model_impl.layers import backends, mlp, moe, rope
 from model_impl.layers.attention import Attention
-from model_impl.layers.backends import BACKENDS, Backend, Mask
+from model_impl.layers.backends import BACKENDS, Mask
 from model_impl.layers.mlp import gelu_tanh
 from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
@@ -131,7 +131,7 @@ def _rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
 
 
-def _attention(backend: Backend) -> Patch:
+def _attention(backend: str) -> Patch:
     original = BACKENDS[backend]
 
     def scaled(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from model_impl.config import MoEConfig
 from model_impl.layers import backends
-from model_impl.layers.backends import BACKENDS, Backend, Mask
+from model_impl.layers.backends import BACKENDS, Mask
 from model_impl.layers.mlp import MLP
 from model_impl.layers.moe import Experts
 from model_impl.layers.norm import RMSNorm
@@ -147,7 +147,7 @@ def attend64(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> 
     return torch.stack(heads, dim=1)
 
 
-def check_scale_at_each_call_site(attention: Backend, scale: float) -> None:
+def check_scale_at_each_call_site(attention: str, scale: float) -> None:
     """Prefill with a causal and with a dense mask, decoding with and without one: each site applies it."""
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, heads, 11, 16, generator=generator) for heads in (4, 2, 2))
@@ -166,7 +166,7 @@ def check_scale_at_each_call_site(attention: Backend, scale: float) -> None:
             assert distance(got, attend64(queries, k, v, allowed, scale)) < SAME
 
 
-def check_scale_of_the_model(attention: Backend) -> None:
+def check_scale_of_the_model(attention: str) -> None:
     """Logits on the way of a prompt and of a single token equal those with the scale written as 1."""
     ids = random_ids(1, 11)
     model = build(DENSE, attention=attention)

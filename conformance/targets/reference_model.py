@@ -55,7 +55,7 @@ def forward(request: ForwardRequest) -> ForwardResult:
 
 def _forward(request: ForwardRequest) -> ForwardResult:
     model = load_text_model(
-        Path(request.checkpoint), dtype=_DTYPES[request.dtype], attention=request.attention or "sdpa"
+        Path(request.checkpoint), dtype=_DTYPES[request.dtype], attention=request.attention
     )
     with Recorder(model, request.capture, len(request.input_ids)) as recorder, torch.inference_mode():
         _run(model, recorder, request)

@@ -16,7 +16,7 @@ class Attention(nn.Module):
     A layer that shares another's keys and values has only queries of its own.
     """
 
-    def __init__(self, config: TextConfig, layer: LayerConfig, backend: backends.Backend) -> None:
+    def __init__(self, config: TextConfig, layer: LayerConfig, backend: str) -> None:
         super().__init__()
         hidden, heads, d, eps = config.hidden_size, config.num_heads, layer.head_dim, config.rms_norm_eps
         self.layer = layer
