@@ -35,12 +35,12 @@ _S, _F = "sliding_attention", "full_attention"
 _COMMON: dict[str, Any] = {
     "model_type": "gemma4_text",
     "architectures": ["Gemma4ForCausalLM"],
-    "vocab_size": 32_768,
-    "vocab_size_per_layer_input": 32_768,
-    "hidden_size": 512,
+    "vocab_size": 24_576,
+    "vocab_size_per_layer_input": 24_576,
+    "hidden_size": 256,
     "num_attention_heads": 8,
-    "head_dim": 64,
-    "global_head_dim": 128,
+    "head_dim": 32,
+    "global_head_dim": 64,
     "sliding_window": 256,
     "final_logit_softcapping": 30.0,
     "rms_norm_eps": 1e-6,
@@ -53,29 +53,31 @@ _COMMON: dict[str, Any] = {
     },
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "per-layer embeddings, 90 M": {
+    # E2B with all of its layers, and widths divided by six: half of the weights are the per-layer table.
+    "per-layer embeddings": {
         **_COMMON,
-        "num_hidden_layers": 15,
-        "layer_types": ([_S] * 4 + [_F]) * 3,
+        "num_hidden_layers": 35,
+        "layer_types": ([_S] * 4 + [_F]) * 7,
         "num_key_value_heads": 1,
-        "num_kv_shared_layers": 5,
+        "num_kv_shared_layers": 20,
         "use_double_wide_mlp": True,
-        "intermediate_size": 1536,
-        "hidden_size_per_layer_input": 32,
+        "intermediate_size": 1024,
+        "hidden_size_per_layer_input": 40,
     },
-    "mixture of experts, 200 M": {
+    # 26B-A4B with all of its layers and experts, and widths divided by eleven.
+    "mixture of experts": {
         **_COMMON,
-        "num_hidden_layers": 12,
-        "layer_types": ([_S] * 5 + [_F]) * 2,
+        "num_hidden_layers": 30,
+        "layer_types": ([_S] * 5 + [_F]) * 5,
         "num_key_value_heads": 4,
         "num_global_key_value_heads": 2,
         "attention_k_eq_v": True,
-        "intermediate_size": 1024,
+        "intermediate_size": 192,
         "hidden_size_per_layer_input": 0,
         "enable_moe_block": True,
-        "num_experts": 32,
-        "top_k_experts": 4,
-        "moe_intermediate_size": 256,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 64,
     },
 }
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ SCALE = 1.0
 """Queries and keys are normed with learned weights; there is no 1/sqrt(d) (fact sheet, section 2.4)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys each query sees."""
+    """Which keys each query sees, in all layers of a kind."""
 
     allowed: Tensor | None
     """bool [B, 1, T, S], or None where nothing is hidden but what `causal` says."""
     causal: bool = False
     """Query t sees keys 0..t, and T = S; `allowed` is None then."""
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What a backend makes of the mask, kept for the next layer."""
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """As a bool tensor that broadcasts to [B, 1, T, S]; None if nothing is hidden."""
@@ -60,21 +63,28 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """PyTorch's FlexAttention."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    allowed = mask.dense(q.shape[2], k.shape[2], q.device)
-    block_mask = None
-    if allowed is not None:
-        visible = allowed.expand(q.shape[0], 1, q.shape[2], k.shape[2])
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            del head
-            return visible[batch, 0, query, key]
-
-        block_mask = create_block_mask(sees, q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type)
-    output = flex_attention(q, k, v, block_mask=block_mask, scale=SCALE, enable_gqa=True)
+    if "blocks" not in mask.derived:
+        mask.derived["blocks"] = _blocks(mask.dense(q.shape[2], k.shape[2], q.device), q, k)
+    output = flex_attention(q, k, v, block_mask=mask.derived["blocks"], scale=SCALE, enable_gqa=True)
     assert isinstance(output, Tensor)
     return output
+
+
+def _blocks(allowed: Tensor | None, q: Tensor, k: Tensor) -> object:
+    """FlexAttention's form of a mask: which blocks of it are empty, and a function for the others."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if allowed is None:
+        return None
+    visible = allowed.expand(q.shape[0], 1, q.shape[2], k.shape[2])
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del head
+        return visible[batch, 0, query, key]
+
+    return create_block_mask(sees, q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type)
 
 
 BACKENDS: dict[str, Attend] = {"eager": eager, "sdpa": sdpa, "flex": flex}
