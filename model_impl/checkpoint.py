@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -49,12 +49,36 @@ def load_text_model(
     config = TextConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         model = TextModel(config, attention)
-    tensors = _text_tensors(folder, dtype)
-    assign(model, tensors, str(folder))
+    assign(model, read_tensors(folder, dtype, _text_name(folder)), str(folder))
     return model.eval().requires_grad_(False)
 
 
+def load_draft(
+    model: nn.Module, folder: Path, dtype: torch.dtype, name_of: Callable[[str], str] = str
+) -> None:
+    """Load a draft model's weights.
+
+    Args:
+        model: May be on the meta device. Its integer and bool buffers keep their dtype.
+        folder: Holds one or several safetensors files.
+        dtype: Of everything else.
+        name_of: A stored tensor's name to the one in the model.
+
+    Raises:
+        CheckpointError: no weights, a broken file, or tensors that do not fit.
+    """
+    tables = {name: kept.dtype for name, kept in model.state_dict().items() if not kept.is_floating_point()}
+    assign_exactly(model, read_tensors(folder, dtype, name_of, tables), str(folder))
+    model.eval().requires_grad_(False)
+
+
 def assign(model: TextModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """As `assign_exactly`, but without the tensors of shared layers that no computation reads."""
+    alive = {name: tensor for name, tensor in tensors.items() if not is_dead(name, model.config)}
+    assign_exactly(model, alive, where)
+
+
+def assign_exactly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Make `tensors` the model's parameters and buffers, without copying.
 
     Args:
@@ -67,7 +91,7 @@ def assign(model: TextModel, tensors: Mapping[str, Tensor], where: str) -> None:
     """
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(tensors))
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not is_dead(name, model.config))
+    unknown = sorted(set(tensors) - set(wanted))
     shapes = sorted(
         f"{name} is {list(tensors[name].shape)}, the configuration asks for {list(wanted[name].shape)}"
         for name in set(wanted) & set(tensors)
@@ -80,7 +104,7 @@ def assign(model: TextModel, tensors: Mapping[str, Tensor], where: str) -> None:
     ]
     if problems:
         raise CheckpointError(f"{where}: tensors do not fit config.json: {'; '.join(problems)}")
-    model.load_state_dict({name: tensors[name] for name in wanted}, strict=True, assign=True)
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def is_dead(name: str, config: TextConfig) -> bool:
@@ -94,28 +118,54 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _text_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The text decoder's tensors, by name without prefix."""
-    files = _files(folder)
-    names = [name for file in files for name in _names(file)]
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else _TEXT_ONLY_PREFIX
+def read_tensors(
+    folder: Path,
+    dtype: torch.dtype,
+    name_of: Callable[[str], str | None],
+    tables: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder, by their names in the model.
+
+    Args:
+        folder: Holds one or several safetensors files.
+        dtype: Of weights.
+        name_of: A stored tensor's name to the one in the model; None for one of another part.
+        tables: Dtypes of tensors that hold token ids or flags and no weights.
+
+    Raises:
+        CheckpointError: no weights, a broken file, a tensor that is there twice, or numbers of the wrong
+            kind.
+    """
+    tables = tables or {}
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in _files(folder):
+        stored_names = _names(file)
         with safe_open(file, framework="pt") as opened:
-            for stored in opened.keys():  # noqa: SIM118 - not a dictionary
-                if stored.startswith(_OTHER_PARTS):
+            for stored in stored_names:
+                if (name := name_of(stored)) is None:
                     continue
-                name = stored.removeprefix(prefix)
                 tensor = opened.get_tensor(stored)
                 if name in tensors:
                     raise CheckpointError(f"{file}: {stored} is there twice; keep one of the two")
-                if not tensor.is_floating_point():
+                if tensor.is_floating_point() and name in tables:
+                    raise CheckpointError(
+                        f"{file}: {stored} is {tensor.dtype}, which cannot hold every token id; "
+                        f"store it as {tables[name]}"
+                    )
+                if not tensor.is_floating_point() and name not in tables:
                     raise CheckpointError(
                         f"{file}: {stored} is {tensor.dtype}; quantised weights are not supported, "
                         "load the bfloat16 checkpoint"
                     )
-                tensors[name] = tensor.to(dtype)
+                tensors[name] = tensor.to(tables.get(name, dtype))
     return tensors
+
+
+def _text_name(folder: Path) -> Callable[[str], str | None]:
+    """How the text decoder's tensors are named in a folder."""
+    names = [name for file in _files(folder) for name in _names(file)]
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else _TEXT_ONLY_PREFIX
+    return lambda stored: None if stored.startswith(_OTHER_PARTS) else stored.removeprefix(prefix)
 
 
 def _names(file: Path) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,13 +26,16 @@ _LISTED = 8
 Count = Annotated[int, Field(gt=0)]
 
 
-class _Published(BaseModel):
+class Published(BaseModel):
     """Base of the published forms: numbers are numbers, keys of no concern here are left alone."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-class _PublishedRope(_Published):
+Form = TypeVar("Form", bound=Published)
+
+
+class _PublishedRope(Published):
     rope_type: Literal["default", "proportional"]
     rope_theta: Annotated[float, Field(gt=0)]
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -40,7 +43,7 @@ class _PublishedRope(_Published):
     """No published model scales positions."""
 
 
-class _PublishedRopes(_Published):
+class _PublishedRopes(Published):
     sliding_attention: _PublishedRope
     full_attention: _PublishedRope
 
@@ -53,14 +56,14 @@ _DEFAULT_ROPES = _PublishedRopes(
 )
 
 
-class _PublishedLayer(_Published):
+class _PublishedLayer(Published):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     head_dim: Count | None = None
     num_key_value_heads: Count | None = None
 
 
-class _PublishedText(_Published):
+class _PublishedText(Published):
     """The keys of a text configuration that matter to inference; the values that Gemma 4 has."""
 
     vocab_size: Count
@@ -115,8 +118,9 @@ class LayerConfig:
     num_kv_heads: int
     keys_are_values: bool
     """The value is the normed output of the key projection; there is no value projection."""
-    kv_source: int
-    """Index of the layer whose keys and values this one attends to: its own, or an earlier layer's."""
+    kv_source: int | None
+    """Index of the layer whose keys and values this one attends to: its own, or an earlier layer's. None
+    where they are another model's, as a draft model reads its target's."""
     intermediate_size: int
 
     @property
@@ -169,13 +173,7 @@ class TextConfig:
         Raises:
             ConfigError: it cannot be read, or as in `from_dict`.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_config(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
@@ -188,7 +186,7 @@ class TextConfig:
             ConfigError: a key is missing, values contradict each other, or something is asked for that no
                 published Gemma 4 text model has.
         """
-        text = _validated(raw.get("text_config", raw))
+        text = validated(_PublishedText, raw.get("text_config", raw), "text configuration")
         ropes = text.rope_parameters or _DEFAULT_ROPES
         tied = raw.get("tie_word_embeddings", True) if text.tie_word_embeddings is None else None
         ple_width = text.hidden_size_per_layer_input
@@ -227,19 +225,37 @@ class TextConfig:
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
 
 
-def _validated(text: object) -> _PublishedText:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a `config.json`.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
     try:
-        return _PublishedText.model_validate(text)
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def validated(form: type[Form], raw: object, what: str) -> Form:
+    """A configuration in its published form; `what` names it in errors.
+
+    Raises:
+        ConfigError: keys are missing or have values that the form does not take, all of them named.
+    """
+    try:
+        return form.model_validate(raw)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'text configuration'}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc'])) or what}: {problem['msg']}"
             + ("" if problem["type"] == "missing" else f", found {str(problem['input'])[:60]}")
             for problem in error.errors()
         ]
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ConfigError(
-            f"the text configuration does not fit: {'; '.join(problems[:_LISTED])}{more}"
-        ) from None
+        raise ConfigError(f"the {what} does not fit: {'; '.join(problems[:_LISTED])}{more}") from None
 
 
 def _layers(text: _PublishedText) -> tuple[LayerConfig, ...]:

@@ -28,6 +28,7 @@ class Step:
         rope: Angles of the new tokens, for each kind of layer.
         masks: What the new tokens see of the keys that `store` returns, for each kind of layer.
         store: Where keys and values come from and go to; None when nothing is kept.
+        given: Keys and values of another model, for layers that have no source in this one.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Step:
         rope: Mapping[AttentionKind, RopeAngles],
         masks: Mapping[AttentionKind, Mask],
         store: KeyValueStore | None,
+        given: Mapping[AttentionKind, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.rope = rope
         self.masks = masks
         self._store = store
+        self._given = given or {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def put(self, layer: LayerConfig, k: Tensor, v: Tensor) -> None:
@@ -51,4 +54,4 @@ class Step:
         Sharing layers read what their source attended to in this very pass, as the cache of a sliding
         layer may hold less by then.
         """
-        return self._found[layer.kv_source]
+        return self._given[layer.kind] if layer.kv_source is None else self._found[layer.kv_source]
