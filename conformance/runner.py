@@ -108,7 +108,7 @@ class TargetPool:
 def _open(spec: str, timeout: float) -> OpenTarget:
     target = registry.open_target(spec, timeout=timeout)
     try:
-        return OpenTarget(target, target.describe())
+        return OpenTarget(target, registry.describe(target))
     except BaseException:
         target.close()
         raise

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError
+from model_impl.layout import lay_out
 from model_impl.text import TextModel
 
 PREFIX = "model.language_model."
@@ -50,6 +51,7 @@ def load_text_model(
     with torch.device("meta"):
         model = TextModel(config, attention)
     assign(model, read_tensors(folder, dtype, _text_name(folder)), str(folder))
+    lay_out(model)
     return model.eval().requires_grad_(False)
 
 
@@ -139,26 +141,31 @@ def read_tensors(
     tables = tables or {}
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
-        stored_names = _names(file)
-        with safe_open(file, framework="pt") as opened:
-            for stored in stored_names:
-                if (name := name_of(stored)) is None:
-                    continue
-                tensor = opened.get_tensor(stored)
-                if name in tensors:
-                    raise CheckpointError(f"{file}: {stored} is there twice; keep one of the two")
-                if tensor.is_floating_point() and name in tables:
-                    raise CheckpointError(
-                        f"{file}: {stored} is {tensor.dtype}, which cannot hold every token id; "
-                        f"store it as {tables[name]}"
-                    )
-                if not tensor.is_floating_point() and name not in tables:
-                    raise CheckpointError(
-                        f"{file}: {stored} is {tensor.dtype}; quantised weights are not supported, "
-                        "load the bfloat16 checkpoint"
-                    )
-                tensors[name] = tensor.to(tables.get(name, dtype))
+        for stored in _names(file):
+            if (name := name_of(stored)) is None:
+                continue
+            tensor = _tensor(file, stored)
+            if name in tensors:
+                raise CheckpointError(f"{file}: {stored} is there twice; keep one of the two")
+            if tensor.is_floating_point() and name in tables:
+                raise CheckpointError(
+                    f"{file}: {stored} is {tensor.dtype}, which cannot hold every token id; "
+                    f"store it as {tables[name]}"
+                )
+            if not tensor.is_floating_point() and name not in tables:
+                raise CheckpointError(
+                    f"{file}: {stored} is {tensor.dtype}; quantised weights are not supported, "
+                    "load the bfloat16 checkpoint"
+                )
+            tensors[name] = tensor.to(tables.get(name, dtype))
     return tensors
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    """One stored tensor, mapped into memory by itself: what is copied elsewhere can then be let go of."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def _text_name(folder: Path) -> Callable[[str], str | None]:

@@ -7,26 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import conformance.checks
 from conformance.checks.base import CheckOutcome
-from conformance.errors import EngineError, WorkerDiedError
+from conformance.errors import WorkerDiedError
 from conformance.results import Evidence
-from conformance.targets.protocol import (
-    Certificate,
-    CertifyRequest,
-    ForwardRequest,
-    ForwardResult,
-    ParseRequest,
-    ParseResult,
-    RenderRequest,
-    RenderResult,
-    StreamRequest,
-    StreamResult,
-    TargetInfo,
-)
+from conformance.targets.protocol import ParseRequest, ParseResult, TargetInfo
 
 
 class Honest:
@@ -47,18 +34,6 @@ class Honest:
         if request.output in os.environ.get("LIES", "").split(","):
             return ParseResult(content="a lie")
         return ParseResult(content=request.output)
-
-    def parse_stream(self, request: StreamRequest) -> Sequence[StreamResult]:
-        raise EngineError("not asked for")
-
-    def certify(self, request: CertifyRequest) -> Certificate:
-        raise EngineError("not asked for")
-
-    def render(self, request: RenderRequest) -> RenderResult:
-        raise EngineError("not asked for")
-
-    def forward(self, request: ForwardRequest) -> ForwardResult:
-        raise EngineError("not asked for")
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,11 +11,13 @@ import pytest
 
 from conformance import expectations
 from conformance.errors import UsageError
+from conformance.expectations import Expectations
 from conformance.faults import registry, select
 from conformance.faults.base import Fault
 from conformance.faults.run import REQUEST_SECONDS, BaselineError, detect
 from conformance.loading import LoadedSuite, LoadedSuites, load_suites
 from conformance.runner import TargetPool
+from conformance.targets import registry as targets
 
 FAULTS = list(registry().values())
 
@@ -25,34 +28,35 @@ def suites() -> LoadedSuites:
 
 
 @pytest.fixture(scope="module")
+def known(suites: LoadedSuites) -> Expectations:
+    return expectations.load(suites)
+
+
+@pytest.fixture(scope="module")
+def clean() -> set[str]:
+    """Cases that have passed with no fault switched on; that is shown once for each."""
+    return set()
+
+
+@pytest.fixture(scope="module")
 def pool() -> Iterator[TargetPool]:
     with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as opened:
         yield opened
 
 
 def citing(suites: LoadedSuites, fault: Fault) -> LoadedSuites:
-    """The suites of the fault's area that hold a case with one of its sources: enough, and quick."""
-    chosen = tuple(
-        suite
-        for suite in suites
-        if suite.suite.kind == fault.kind
-        and suite.suite.area == fault.area
-        and any(set(case.source) & set(fault.source) for case in suite.suite.cases)
-    )
-    if fault.kind == "parity":
-        chosen = tuple(few_cases(suite, fault) for suite in chosen)
-    return LoadedSuites(chosen)
+    """The cases of the fault's area with one of its sources; `conformance faults run` runs the others too."""
+    cut = (few_cases(suite, fault) for suite in suites if suite.suite.kind == fault.kind)
+    return LoadedSuites(tuple(suite for suite in cut if suite.lines and suite.suite.area == fault.area))
 
 
 def few_cases(suite: LoadedSuite, fault: Fault) -> LoadedSuite:
-    """A parity suite with two of the cases that cite the fault; each of them runs a model."""
-    cases = [
-        (c, line)
-        for c, line in zip(suite.suite.cases, suite.lines, strict=True)
-        if set(c.source) & set(fault.source)
-    ]
-    kept, lines = zip(*cases[:2], strict=True)
-    return replace(suite, suite=suite.suite.model_copy(update={"cases": kept}), lines=lines)
+    """A suite with its cases that cite the fault; two of them where each runs a model."""
+    cases = zip(suite.suite.cases, suite.lines, strict=True)
+    chosen = [(case, line) for case, line in cases if set(case.source) & set(fault.source)]
+    chosen = chosen[:2] if fault.kind == "parity" else chosen
+    kept = suite.suite.model_copy(update={"cases": tuple(case for case, _ in chosen)})
+    return replace(suite, suite=kept, lines=tuple(line for _, line in chosen))
 
 
 def test_there_are_enough_of_both_kinds() -> None:
@@ -65,27 +69,62 @@ def test_there_are_enough_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_case_that_cites_the_source_notices_the_fault(
-    fault: Fault, suites: LoadedSuites, pool: TargetPool
+    fault: Fault, suites: LoadedSuites, known: Expectations, pool: TargetPool, clean: set[str]
 ) -> None:
     chosen = citing(suites, fault)
-    (detection,) = detect([fault], chosen, expectations.load(suites), pool=pool)
+    (detection,) = detect([fault], chosen, known, pool=pool, clean=clean)
     assert detection.detected
     assert detection.localised
     assert detection.by_source, f"only {[c.case for c in detection.caught_by]} noticed it"
 
 
-def test_the_patch_is_gone_afterwards(suites: LoadedSuites) -> None:
+def test_every_patch_is_gone_afterwards() -> None:
+    before = members()
+    for fault in FAULTS:
+        with fault.applied():
+            assert members() != before, f"{fault.id} patches nothing"
+        assert members() == before, f"{fault.id} leaves something behind"
+
+
+def members() -> dict[tuple[str, ...], int]:
+    """What every name in `model_impl`'s modules and classes stands for, by identity."""
+    found: dict[tuple[str, ...], int] = {}
+    for module_name, module in sys.modules.items():
+        if module_name.partition(".")[0] != "model_impl":
+            continue
+        for name, value in vars(module).items():
+            found[module_name, name] = id(value)
+            if isinstance(value, type) and value.__module__ == module_name:
+                found |= {(module_name, name, member): id(held) for member, held in vars(value).items()}
+    return found
+
+
+def test_a_case_passes_cleanly_once_for_all_faults(
+    suites: LoadedSuites, known: Expectations, pool: TargetPool
+) -> None:
     fault = registry()["label-kept"]
     chosen = citing(suites, fault)
-    known = expectations.load(suites)
-    first = detect([fault], chosen, known)
-    assert detect([fault], chosen, known) == first
+    clean: set[str] = set()
+    first = detect([fault], chosen, known, pool=pool, clean=clean)
+    assert clean == {case.digest for case in chosen.cases}
+    with fault.applied():
+        again = detect([fault], chosen, known, pool=pool, clean=clean)
+    assert again == first
 
 
-def test_a_reference_that_fails_by_itself_proves_nothing(suites: LoadedSuites) -> None:
+def test_a_reference_that_fails_by_itself_proves_nothing(suites: LoadedSuites, known: Expectations) -> None:
     fault = registry()["label-kept"]
     with fault.applied(), pytest.raises(BaselineError, match="with no fault switched on"):
-        detect([fault], citing(suites, fault), expectations.load(suites))
+        detect([fault], citing(suites, fault), known)
+
+
+def test_a_case_that_cannot_run_proves_nothing(
+    suites: LoadedSuites, known: Expectations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = registry()["no-soft-cap"]
+    monkeypatch.setattr(targets, "unavailable", lambda spec: f"{spec} is not installed")
+    with pytest.raises(BaselineError, match=r"cannot run here .* transformers@.* is not installed"):
+        detect([fault], citing(suites, fault), known)
 
 
 def test_an_unknown_fault_is_refused_by_name() -> None:

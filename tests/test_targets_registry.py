@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from conformance.errors import EngineError, TargetError
+from conformance.runner import TargetPool
 from conformance.targets import environments, registry
-from conformance.targets.protocol import Target
+from conformance.targets.protocol import Capability, ParseRequest, ParseResult, Target, TargetInfo
 from conformance.targets.reference import ReferenceTarget
 
 
@@ -148,6 +150,48 @@ def make_target() -> Target:
     return ReferenceTarget()
 
 
+class Small:
+    """A user's target with one capability, and no more methods than that takes."""
+
+    spec = "small"
+    capabilities: tuple[Capability, ...] = ("parse",)
+
+    def describe(self) -> TargetInfo:
+        return TargetInfo(name="small", version="1", capabilities=self.capabilities)
+
+    def parse(self, request: ParseRequest) -> ParseResult:
+        return ParseResult(content=request.output)
+
+    def close(self) -> None:
+        pass
+
+
+class Boasting(Small):
+    """Names two capabilities that it has no methods for."""
+
+    capabilities = ("parse", "render", "forward")
+
+
+class Inheriting(Boasting, Target):
+    """Inherits the protocol's own methods, which do nothing."""
+
+
+class Wordy(Small):
+    def describe(self) -> dict[str, str]:  # type: ignore[override]
+        return {"name": "wordy"}
+
+
+class Nameless:
+    def describe(self) -> TargetInfo:
+        return TargetInfo(name="nameless", version="1", capabilities=())
+
+
+class Silent(Target):
+    """Describes itself with what it inherits."""
+
+    spec = "silent"
+
+
 def make_nothing() -> str:
     return "nothing"
 
@@ -160,10 +204,39 @@ def test_a_factory_named_by_import_path(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "my_targets", sys.modules[__name__])
     assert isinstance(registry.open_target("my_targets:make_target"), ReferenceTarget)
     for spec, message in (
-        ("my_targets:make_nothing", "my_targets:make_nothing: returned str, which is not a target"),
+        ("my_targets:make_nothing", "my_targets:make_nothing: returned str, which is not a target: it has"),
+        ("my_targets:Nameless", "my_targets:Nameless: returned Nameless, .* it has no `spec`, `close`$"),
+        ("my_targets:Silent", "my_targets:Silent: returned Silent, .* it has no `describe`$"),
         ("my_targets:make_trouble", "my_targets:make_trouble: raised RuntimeError: no GPU"),
         ("my_targets:missing", "my_targets:missing: cannot be imported"),
         ("no_such_module:make", "no_such_module:make: cannot be imported"),
     ):
         with pytest.raises(TargetError, match=f"^{message}"):
             registry.open_target(spec)
+
+
+def test_a_target_needs_methods_for_its_capabilities_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_targets", sys.modules[__name__])
+    target = registry.open_target("my_targets:Small")
+    assert registry.describe(target).capabilities == ("parse",)
+    (check,) = registry.doctor("my_targets:Small")
+    assert check.ok
+
+
+@pytest.mark.parametrize("name", ["Boasting", "Inheriting"])
+def test_a_capability_without_its_method_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_targets", sys.modules[__name__])
+    target = registry.open_target(f"my_targets:{name}")
+    message = rf"^small: `describe` names the capability `render`, `forward` and {name} has no such method"
+    with pytest.raises(TargetError, match=message):
+        registry.describe(target)
+    with contextlib.closing(TargetPool()) as pool, pytest.raises(TargetError, match=message):
+        pool.get(f"my_targets:{name}")
+    (check,) = registry.doctor(f"my_targets:{name}")
+    assert not check.ok
+    assert "`forward`" in check.detail
+
+
+def test_a_description_has_its_type() -> None:
+    with pytest.raises(TargetError, match=r"^small: `describe` returned dict, not a TargetInfo$"):
+        registry.describe(Wordy())  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conformance.faults.base import Collection, Patch, replace
@@ -261,7 +261,7 @@ def _embedding_unscaled() -> Patch:
     """Embeddings are not multiplied by the root of the hidden size."""
 
     def forward(self: ScaledEmbedding, ids: Tensor) -> Tensor:
-        scale = 1.0 if self.scale**2 == self.weight.shape[1] else self.scale
+        scale = 1.0 if round(self.scale**2) == self.weight.shape[1] else self.scale
         return F.embedding(ids, self.weight) * scale
 
     return replace(ScaledEmbedding, "forward", forward)
@@ -429,12 +429,18 @@ def _silu_when_decoding() -> Patch:
 @architecture("gate-and-up-swapped", source=("spec 2.7",), module=moe, where=_LAYER + r"\.experts")
 def _gate_and_up_swapped() -> Patch:
     """The second half of an expert's first matrix is taken for the gate."""
+    original = Experts.forward
 
-    def expert(self: Experts, index: int, z: Tensor) -> Tensor:
-        up, gate = F.linear(z, self.gate_up_proj[index]).chunk(2, dim=-1)
-        return F.linear(mlp.gelu_tanh(gate) * up, self.down_proj[index])
+    def forward(self: Experts, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        stored = self.gate_up_proj
+        gate, up = stored.chunk(2, dim=1)
+        self.gate_up_proj = nn.Parameter(torch.cat([up, gate], dim=1), requires_grad=False)
+        try:
+            return original(self, z, experts, weights)
+        finally:
+            self.gate_up_proj = stored
 
-    return replace(Experts, "_expert", expert)
+    return replace(Experts, "forward", forward)
 
 
 @architecture(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from conformance.errors import ConformanceError
 from conformance.expectations import Expectations
 from conformance.faults.base import Fault
-from conformance.loading import LoadedSuites
+from conformance.loading import LoadedCase, LoadedSuites
 from conformance.results import Result, Verdict
 from conformance.runner import TargetPool, run_case
 
@@ -57,7 +57,7 @@ class Detection(BaseModel):
 
 
 class BaselineError(ConformanceError):
-    """The reference fails without any fault, so a failing case would prove nothing."""
+    """The reference does not pass without any fault, so a failing case would prove nothing."""
 
 
 def detect(
@@ -66,6 +66,7 @@ def detect(
     expectations: Expectations,
     *,
     pool: TargetPool | None = None,
+    clean: set[str] | None = None,
     progress: Callable[[Fault, Detection], None] | None = None,
 ) -> list[Detection]:
     """Run every case of the fault's kind against the reference with the fault on.
@@ -78,38 +79,51 @@ def detect(
         suites: Cases of other kinds than the faults' are left out.
         expectations: Of the suites.
         pool: Open targets and what oracles have answered; of this call alone if left out.
+        clean: Digests of cases known to pass with no fault switched on, which need not show it again; those
+            that do are added.
         progress: Called after each fault.
 
     Raises:
-        BaselineError: A case fails with no fault switched on.
+        BaselineError: With no fault switched on a case fails, or cannot run at all.
     """
     if pool is None:
         with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as own:
-            return detect(faults, suites, expectations, pool=own, progress=progress)
+            return detect(faults, suites, expectations, pool=own, clean=clean, progress=progress)
+    clean = set() if clean is None else clean
     kinds = {fault.kind for fault in faults}
-    clean = _failures(kinds, suites, expectations, pool)
-    if clean:
-        raise BaselineError(
-            f"the reference fails {clean[0].case} with no fault switched on; run "
-            f"`conformance run {clean[0].case}` and mend that first"
-        )
+    cases = [case for case in suites.cases if case.suite.suite.kind in kinds]
+    fresh = [case for case in cases if case.digest not in clean]
+    for case in fresh:
+        _must_pass(case, run_case(case, REFERENCE, pool, expectations, search="none"))
+    clean.update(case.digest for case in fresh)
     found = []
     for fault in faults:
+        own_cases = [case for case in cases if case.suite.suite.kind == fault.kind]
         with fault.applied():
-            caught = _failures({fault.kind}, suites, expectations, pool)
-        found.append(_detection(fault, caught, suites))
+            caught = _failures(own_cases, expectations, pool)
+        found.append(_detection(fault, caught, own_cases))
         if progress is not None:
             progress(fault, found[-1])
     return found
 
 
-def _failures(
-    kinds: set[str], suites: LoadedSuites, expectations: Expectations, pool: TargetPool
-) -> list[Catch]:
+def _must_pass(case: LoadedCase, result: Result) -> None:
+    """Refuse a case that says nothing about faults."""
+    if result.verdict in _ALARMS:
+        raise BaselineError(
+            f"the reference fails {case.address} with no fault switched on; run "
+            f"`conformance run {case.address}` and mend that first"
+        )
+    if result.verdict == "skip":
+        raise BaselineError(
+            f"{case.address} cannot run here and would notice no fault: {result.reason}; "
+            f"or name faults of another kind than {case.suite.suite.kind}"
+        )
+
+
+def _failures(cases: Sequence[LoadedCase], expectations: Expectations, pool: TargetPool) -> list[Catch]:
     caught = []
-    for loaded in suites.cases:
-        if loaded.suite.suite.kind not in kinds:
-            continue
+    for loaded in cases:
         result = run_case(loaded, REFERENCE, pool, expectations, search="none")
         if result.verdict in _ALARMS:
             rules = tuple(dict.fromkeys(p.rule for p in result.problems))
@@ -130,10 +144,10 @@ def _first_module(result: Result) -> str:
     return parity.first.module if parity is not None and parity.first is not None else ""
 
 
-def _detection(fault: Fault, caught: list[Catch], suites: LoadedSuites) -> Detection:
+def _detection(fault: Fault, caught: list[Catch], cases: Sequence[LoadedCase]) -> Detection:
     # An exception says that something is broken, not what: a case must have judged an answer.
     judged = [c for c in caught if c.verdict == "fail" and set(c.rules) - {"raised"}]
-    sources = {case.address: set(case.case.source) for case in suites.cases}
+    sources = {case.address: set(case.case.source) for case in cases}
     return Detection(
         fault=fault.id,
         title=fault.title,
@@ -144,5 +158,5 @@ def _detection(fault: Fault, caught: list[Catch], suites: LoadedSuites) -> Detec
         localised=any(c.area == fault.area and re.fullmatch(fault.where, c.module) for c in judged),
         by_source=any(sources[c.case] & set(fault.source) for c in judged),
         caught_by=tuple(caught),
-        cases=sum(case.suite.suite.kind == fault.kind for case in suites.cases),
+        cases=len(cases),
     )

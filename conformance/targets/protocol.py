@@ -260,7 +260,12 @@ class ForwardResult(Model):
 
 @runtime_checkable
 class Target(Protocol):
-    """An implementation under test. Methods exist for all; call only those it has as capability."""
+    """An implementation under test.
+
+    `spec`, `describe` and `close` are needed. Of the other methods, those that `describe` names as
+    capabilities: the rest is never called and may be left out (`conformance.targets.registry.describe`
+    checks it). A class that inherits from this one still has to write each method that it names itself.
+    """
 
     spec: str
     """How the user names it: `reference`, `vllm@0.32.0`."""

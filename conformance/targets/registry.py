@@ -7,6 +7,7 @@ To add a target: an entry in `_ENGINES`, an adapter in `conformance/worker/adapt
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conformance.errors import ConformanceError, TargetError
 from conformance.targets import environments
 from conformance.targets.environments import Check, State
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
-from conformance.targets.protocol import Target
+from conformance.targets.protocol import Target, TargetInfo
 from conformance.targets.reference import ReferenceTarget
 from conformance.tokenization import tokenizer_files
 
@@ -40,6 +41,8 @@ _ENGINES: dict[str, Engine] = {
         "sglang_parsers", "SGLang: reasoning and tool-call parsers of its OpenAI server"
     ),
 }
+_NEEDED = ("spec", "describe", "close")
+"""What every target has, whatever its capabilities."""
 _REFERENCE = "the bundled implementation"
 
 
@@ -164,6 +167,25 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
     )
 
 
+def describe(target: Target) -> TargetInfo:
+    """What a target says of itself, once it is sure that it has the methods which that promises.
+
+    Raises:
+        TargetError: it names a capability and lacks the method, or describes itself in another type.
+        ConformanceError: as `Target.describe`.
+    """
+    info = target.describe()
+    if not isinstance(info, TargetInfo):
+        raise TargetError(f"{_name(target)}: `describe` returned {type(info).__name__}, not a TargetInfo")
+    lacking = [capability for capability in info.capabilities if not _has(target, capability)]
+    if lacking:
+        raise TargetError(
+            f"{_name(target)}: `describe` names the capability {_listed(lacking)} and "
+            f"{type(target).__name__} has no such method; write it, or leave it out of the capabilities"
+        )
+    return info
+
+
 def doctor(spec: str) -> tuple[Check, ...]:
     """Examine a target: its environment, and whether its engine starts and answers.
 
@@ -185,7 +207,7 @@ def _answers(spec: str) -> Check:
     except TargetError as error:
         return Check("engine", ok=False, detail=str(error))
     try:
-        info = target.describe()
+        info = describe(target)
     except ConformanceError as error:
         return Check("engine", ok=False, detail=str(error))
     finally:
@@ -205,9 +227,30 @@ def _from_factory(spec: str) -> Target:
         raise
     except Exception as error:
         raise TargetError(f"{spec}: raised {type(error).__name__}: {error}") from error
-    if not isinstance(target, Target):
-        raise TargetError(f"{spec}: returned {type(target).__name__}, which is not a target")
-    return target
+    lacking = [name for name in _NEEDED if not _has(target, name)]
+    if lacking:
+        raise TargetError(
+            f"{spec}: returned {type(target).__name__}, which is not a target: it has no {_listed(lacking)}"
+        )
+    made: Target = target
+    return made
+
+
+def _has(target: object, name: str) -> bool:
+    """Whether a target has a member of its own: one inherited from the protocol's class does nothing."""
+    if name == "spec":
+        return isinstance(getattr(target, name, None), str)
+    method = getattr(target, name, None)
+    inherited = getattr(type(target), name, None) is getattr(Target, name)
+    return callable(method) and (name == "close" or not inherited)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _name(target: Target) -> str:
+    return target.spec or type(target).__name__
 
 
 def _versions(name: str) -> tuple[str, ...]:

@@ -47,8 +47,6 @@ class Experts(nn.Module):
     def forward(self, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over each token's experts.
 
-        Tokens are sorted by expert, so that each expert that is hit runs once, on all its tokens.
-
         Args:
             z: [N, H].
             experts: int [N, K].
@@ -57,14 +55,27 @@ class Experts(nn.Module):
         Returns:
             [N, H].
         """
-        order = experts.flatten().argsort(stable=True)
+        sorted_experts, order = experts.flatten().sort(stable=True)
         tokens = order // experts.shape[1]
-        counts = torch.bincount(experts.flatten(), minlength=len(self.down_proj)).tolist()
-        groups = torch.split(z[tokens], counts)
-        outputs = [self._expert(e, group) for e, group in enumerate(groups) if counts[e]]
-        weighted = torch.cat(outputs) * weights.flatten()[order, None]
+        found, numbers = torch.unique_consecutive(sorted_experts, return_counts=True)
+        hit, counts = found.tolist(), numbers.tolist()
+        gate, up = grouped_linear(z[tokens], self.gate_up_proj, hit, counts).chunk(2, dim=-1)
+        outputs = grouped_linear(gelu_tanh(gate) * up, self.down_proj, hit, counts)
+        weighted = outputs * weights.flatten()[order, None]
         return torch.zeros_like(z).index_add_(0, tokens, weighted.to(z.dtype))
 
-    def _expert(self, index: int, z: Tensor) -> Tensor:
-        gate, up = F.linear(z, self.gate_up_proj[index]).chunk(2, dim=-1)
-        return F.linear(gelu_tanh(gate) * up, self.down_proj[index])
+
+def grouped_linear(x: Tensor, matrices: Tensor, hit: list[int], counts: list[int]) -> Tensor:
+    """Rows of `x`, sorted by expert, each times its expert's matrix: every expert that is hit runs once.
+
+    Args:
+        x: [M, in].
+        matrices: [E, out, in].
+        hit: The experts with rows, ascending.
+        counts: How many rows each of them has.
+
+    Returns:
+        [M, out].
+    """
+    groups = zip(hit, torch.split(x, counts), strict=True)
+    return torch.cat([F.linear(rows, matrices[expert]) for expert, rows in groups])
