@@ -6,31 +6,36 @@ Runs under the interpreter of the implementation it measures; nothing but that i
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-Generate = Callable[[torch.Tensor, int], None]
+Generate = Callable[[torch.Tensor, int], list[float]]
+"""Prompts [B, T] and a number of tokens to the times at which a step's tokens were there."""
 
 
 def reference(folder: Path) -> tuple[torch.nn.Module, Generate]:
     """The bundled implementation."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from model_impl.checkpoint import load_text_model
-    from model_impl.runtime.generate import generate
+    from model_impl.runtime.generate import stream
 
     model = load_text_model(folder)
-    return model, lambda ids, steps: generate(model, ids.tolist(), max_new_tokens=steps)
+
+    def generate(ids: torch.Tensor, count: int) -> list[float]:
+        tokens = stream(model, ids.tolist(), max_new_tokens=count)
+        times = [time.perf_counter() for _ in tokens]
+        return times[:: len(ids)]
+
+    return model, generate
 
 
 def transformers(folder: Path) -> tuple[torch.nn.Module, Generate]:
     """Hugging Face transformers, with its defaults."""
-    from transformers import Gemma4ForCausalLM
+    from transformers import Gemma4ForCausalLM, StoppingCriteriaList
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -38,10 +43,18 @@ def transformers(folder: Path) -> tuple[torch.nn.Module, Generate]:
         folder, dtype=torch.float32, key_mapping={r"^model\.language_model\.": "model."}
     ).eval()
 
-    def generate(ids: torch.Tensor, steps: int) -> None:
+    def generate(ids: torch.Tensor, count: int) -> list[float]:
+        times: list[float] = []
+
+        def never_stop(ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, eos_token_id=None
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+            eos_token_id=None, stopping_criteria=StoppingCriteriaList([never_stop]),
+        )  # fmt: skip
+        return times
 
     return model, generate
 
@@ -58,16 +71,22 @@ def main() -> None:
         ids = torch.randint(3, vocabulary, (question["batch"], question["prompt"]), generator=seeded)
         steps = question["steps"]
         with torch.inference_mode():
-            first = _seconds(lambda ids=ids: generate(ids, 1))
-            whole = _seconds(lambda ids=ids, steps=steps: generate(ids, 1 + steps))
+            started = time.perf_counter()
+            times = generate(ids, 1 + steps)
         answer = {
-            "prefill": first,
-            "decode": (whole - first) / steps,
-            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "prefill": times[0] - started,
+            "decode": (times[-1] - times[0]) / steps,
+            "memory": peak_memory(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "read_per_step": read_per_step(model),
         }
         print(json.dumps(answer), flush=True)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this program so far, in bytes; `ru_maxrss` would count its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 
 
 def read_per_step(model: torch.nn.Module) -> int:
@@ -82,12 +101,6 @@ def read_per_step(model: torch.nn.Module) -> int:
             share = top_k / len(parameter)
         total += int(parameter.numel() * parameter.element_size() * share)
     return total
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ _OTHER_PARTS = (
 )  # fmt: skip
 _DEAD = re.compile(r"layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight")
 _LISTED = 8
+_SMALL = 1 << 18
+"""Bytes."""
 
 
 def load_text_model(
@@ -162,10 +164,13 @@ def read_tensors(
 
 
 def _tensor(file: Path, name: str) -> Tensor:
-    """One stored tensor, mapped into memory by itself: what is copied elsewhere can then be let go of."""
+    """One stored tensor, mapped into memory by itself: what is copied elsewhere can then be let go of.
+
+    Small ones are copied here, as each mapping brings in whole stretches of the file.
+    """
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
-    return tensor
+    return tensor.clone() if tensor.nbytes < _SMALL else tensor
 
 
 def _text_name(folder: Path) -> Callable[[str], str | None]:

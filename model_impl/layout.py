@@ -8,30 +8,23 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model_impl.layers.moe import Experts
 from model_impl.text import TextModel
 
 
 def lay_out(model: nn.Module) -> None:
     """Make the longer side of every matrix that is multiplied with contiguous, one matrix after the other.
 
-    Embedding tables stay as they are, except one that is the head as well.
+    Embedding tables stay as they are, except one that is the head as well; so do experts, whose matrices are
+    small, and gain nothing.
     """
     for module in model.modules():
-        matrices: list[Tensor] = []
         if isinstance(module, nn.Linear):
-            matrices = [module.weight]
-        elif isinstance(module, Experts):
-            matrices = [module.gate_up_proj, module.down_proj]
+            module.weight.data = along_longer_side(module.weight.data)
         elif isinstance(module, TextModel) and module.config.tie_word_embeddings:
-            matrices = [module.embed_tokens.weight]
-        for matrix in matrices:
-            matrix.data = along_longer_side(matrix.data)
+            module.embed_tokens.weight.data = along_longer_side(module.embed_tokens.weight.data)
 
 
 def along_longer_side(matrix: Tensor) -> Tensor:
-    """The same [..., out, in], with the longer of the last two axes contiguous."""
-    rows, columns = matrix.shape[-2:]
-    if rows <= columns:
-        return matrix
-    return matrix.transpose(-2, -1).contiguous().transpose(-2, -1)
+    """The same [out, in], with the longer axis contiguous."""
+    rows, columns = matrix.shape
+    return matrix if rows <= columns else matrix.T.contiguous().T

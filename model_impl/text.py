@@ -166,9 +166,9 @@ class TextModel(nn.Module):
         if (ple := self.config.per_layer_inputs) is None:
             return None
         shape = (len(self.layers), ple.width)
-        identity = self.embed_tokens_per_layer(ids).view(*ids.shape, *shape)
         context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
         context = self.per_layer_projection_norm(context.view(*ids.shape, *shape))
+        identity = self.embed_tokens_per_layer(ids).view(*ids.shape, *shape)
         inputs: Tensor = (context + identity) * self.PAIR_SCALE
         return inputs
 
