@@ -21,8 +21,7 @@ from model_impl.config import RopeConfig
 from model_impl.layers import backends, mlp, moe, rope
 from model_impl.layers.attention import Attention
 from model_impl.layers.backends import BACKENDS, Mask
-from model_impl.layers.mlp import gelu_tanh
-from model_impl.layers.moe import Experts, Router
+from model_impl.layers.moe import Router
 from model_impl.layers.norm import RMSNorm
 from model_impl.text import DecoderLayer, TextModel
 from tests.model_configs import MOE, TINY, build, distance, random_ids, tensors
@@ -224,11 +223,13 @@ def _one_norm_for_both(self: DecoderLayer, h: Tensor) -> Tensor:
     return self.experts(self.pre_feedforward_layernorm(tokens), experts, weights).view_as(h)
 
 
-def _up_half_first(self: Experts, index: int, z: Tensor) -> Tensor:
-    up, gate = F.linear(z, self.gate_up_proj[index]).chunk(2, dim=-1)
-    return F.linear(gelu_tanh(gate) * up, self.down_proj[index])
+def _up_half_first(x: Tensor, matrices: Tensor, hit: list[int], counts: list[int]) -> Tensor:
+    y = GROUPED(x, matrices, hit, counts)
+    first = x.shape[-1] == MOE["hidden_size"]
+    return y.roll(y.shape[-1] // 2, dims=-1) if first else y
 
 
+GROUPED = moe.grouped_linear
 ROTATE, FREQUENCIES, SDPA, KEYS_VALUES = (
     rope.rotate,
     rope.inverse_frequencies,
@@ -330,7 +331,7 @@ MUTANTS: dict[str, tuple[Callable[[], Patch], list[str]]] = {
         ["experts-naive", "experts-norms"],
     ),
     "experts: up half first": (
-        lambda: mock.patch.object(Experts, "_expert", _up_half_first),
+        lambda: mock.patch.object(moe, "grouped_linear", _up_half_first),
         ["experts-naive"],
     ),
     "head: no cap": (

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from conformance.errors import UsageError
-from conformance.faults import architecture, parser, template
 from conformance.faults.base import Fault
 
 
 def registry() -> dict[str, Fault]:
     """All faults by id, in the order of the fault catalogue's classes."""
+    # Patches of the model need torch, which no other command should wait for.
+    from conformance.faults import architecture, parser, template
+
     classes = (parser.faults, template.faults, architecture.faults)
     return {fault.id: fault for collection in classes for fault in collection.faults}
 

@@ -49,7 +49,7 @@ class ReferenceTarget:
             version=conformance.__version__,
             capabilities=get_args(Capability),
             stream_unit="characters",
-            search_feeds=1000,
+            search_feeds=700,
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """`x · (mean(x²) + eps)^(-1/2) · w`, in float32 with one cast back at the end.
+    """`x · (mean(x²) + eps)^(-1/2) · w`, in float32 or wider, with one cast back at the end.
 
     The weight multiplies as it is; it is not an offset from one. Without `scale` there is no weight.
     """
@@ -20,5 +20,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of `x` [..., width]."""
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(x.dtype)
