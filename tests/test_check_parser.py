@@ -233,10 +233,10 @@ def test_evidence_of_a_search_that_was_not_wanted_or_too_long() -> None:
         return stream.kind, stream.reason
 
     assert reason("a<eos>b", "none", ReferenceTarget()) == ("sampled", "no search was asked for")
-    kind, why = reason("word " * 40, "bounded", ReferenceTarget())
+    kind, why = reason("word " * 8, "bounded", ReferenceTarget())
     assert kind == "sampled"
     assert why.startswith("a search takes ")
-    assert reason("word " * 40, "full", ReferenceTarget()) == ("certified", "")
+    assert reason("word " * 8, "full", ReferenceTarget()) == ("certified", "")
     kind, why = reason("abc", "full", liars.LeaksMarker(searchable=False))
     assert (kind, why) == ("sampled", "the target's parser state cannot be copied")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from conformance import expectations
+from conformance.cli import invoke
+from conformance.commands import faults as commands
 from conformance.errors import UsageError
 from conformance.expectations import Expectations
 from conformance.faults import registry, select
 from conformance.faults.base import Fault
-from conformance.faults.run import REQUEST_SECONDS, BaselineError, detect
+from conformance.faults.run import REQUEST_SECONDS, BaselineError, Detection, detect
 from conformance.loading import LoadedSuite, LoadedSuites, load_suites
 from conformance.runner import TargetPool
 from conformance.targets import registry as targets
@@ -130,3 +132,36 @@ def test_a_case_that_cannot_run_proves_nothing(
 def test_an_unknown_fault_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="no-such-fault"):
         select(["no-such-fault"])
+
+
+@pytest.mark.parametrize(
+    ("detected", "localised", "code", "says"),
+    [
+        (True, True, 0, "noticed by"),
+        (True, False, 1, "NOTICED ELSEWHERE"),
+        (False, False, 1, "NOT NOTICED"),
+    ],
+)
+def test_the_command_wants_a_fault_noticed_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    detected: bool,
+    localised: bool,
+    code: int,
+    says: str,
+) -> None:
+    fault = registry()["label-kept"]
+    found = Detection(
+        fault=fault.id, title=fault.title, source=fault.source, area=fault.area, module=fault.module,
+        detected=detected, localised=localised, by_source=True, caught_by=(), cases=1,
+    )  # fmt: skip
+
+    def judged(
+        faults: list[Fault], *_: object, progress: Callable[[Fault, Detection], None]
+    ) -> list[Detection]:
+        progress(faults[0], found)
+        return [found]
+
+    monkeypatch.setattr(commands, "detect", judged)
+    assert invoke(["faults", "run", fault.id]) == code
+    assert says in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from torch import Tensor
 from model_impl.runtime.generate import Generated, GenerationConfig, generate, row_seeds, stream
 from model_impl.runtime.sampling import GenerationError, Sampling, _draw
 from model_impl.text import TextModel
-from tests.model_configs import DENSE, E2B, TINY, WINDOW, build, random_ids
+from tests.model_configs import DENSE, E2B, TINY, WINDOW, build, random_ids, tensors
 
 LENGTHS = (5, 1, 2 * WINDOW + 3, WINDOW)
 """Of the prompts: below, at and past the window; the longest is not the first."""
@@ -28,7 +28,19 @@ WARM = Sampling(temperature=1.3, top_k=20, top_p=0.9)
 CLEAR = 1e-3
 """Lead of a token over the next that no rounding of these float32 models takes away."""
 
-MODELS = {name: build(config) for name, config in TINY.items()}
+ADDING = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+"""Norms whose scale says how much a layer adds to the stream."""
+
+
+def talkative(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> TextModel:
+    """A model whose layers add much to the stream: with tied embeddings, one whose layers add little repeats
+    its last token for ever."""
+    weights = tensors(config)
+    louder = {name: 4 * tensor for name, tensor in weights.items() if name.endswith(ADDING)}
+    return build(config, dtype=dtype, edits=louder)
+
+
+MODELS = {name: talkative(config) for name, config in TINY.items()}
 DENSE_MODEL = MODELS["dense"]
 
 
@@ -93,7 +105,7 @@ def test_a_chunk_bounds_the_passes_of_a_prefill() -> None:
 
 
 def test_bfloat16_is_nearer_the_full_forward_than_its_rounding() -> None:
-    model = build(E2B, dtype=torch.bfloat16)
+    model = talkative(E2B, torch.bfloat16)
     found = generate(model, PROMPTS, max_new_tokens=STEPS)
     equal = 0
     for prompt, row in zip(PROMPTS, found, strict=True):

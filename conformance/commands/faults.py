@@ -40,13 +40,18 @@ def list_faults(as_json: bool) -> None:
 def run_faults(
     context: click.Context, faults: tuple[str, ...], paths: tuple[str, ...], as_json: bool
 ) -> None:
-    """Run the suites once for each of FAULTS (default: all); exit with 1 if one goes unnoticed."""
+    """Run the suites once for each of FAULTS (default: all); exit with 1 if one goes unnoticed.
+
+    A fault is noticed where it is if a failing case is of its area, and, with tensors, names its module.
+    """
     chosen = {fault.id: fault for fault in select_faults(faults)}
     suites = select(paths).suites
     known = expectations.load(load_suites(sorted({suite.root for suite in suites})))
 
     def report(fault: Fault, detection: Detection) -> None:
-        word = "noticed" if detection.detected else "NOT NOTICED"
+        word = "noticed" if detection.localised else "NOTICED ELSEWHERE"
+        if not detection.detected:
+            word = "NOT NOTICED"
         click.echo(f"{fault.id}: {word} by {len(detection.caught_by)} of {detection.cases} cases", err=True)
 
     found = detect(list(chosen.values()), suites, known, progress=report)
@@ -54,8 +59,9 @@ def run_faults(
         rows = tuple(_row(chosen[d.fault], d) for d in found)
         output.emit_json(FaultsOutput(faults=rows))
     else:
-        click.echo(f"{sum(d.detected for d in found)} of {len(found)} faults noticed")
-    context.exit(0 if all(d.detected for d in found) else 1)
+        where = sum(d.localised for d in found)
+        click.echo(f"{sum(d.detected for d in found)} of {len(found)} faults noticed, {where} where they are")
+    context.exit(0 if all(d.detected and d.localised for d in found) else 1)
 
 
 def _row(fault: Fault, detection: Detection | None = None) -> FaultRow:
