@@ -1,0 +1,118 @@
+"""Learning by heart: token by token, until every token of every answer wins by a wide margin."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_impl.nano.conversations import Example
+from model_impl.text import TextModel
+
+_LOG = logging.getLogger(__name__)
+_REPORT_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train."""
+
+    steps: int
+    batch: int = 12
+    learning_rate: float = 6e-3
+    warmup: int = 30
+    weight_decay: float = 0.01
+    margin: float = 10.0
+    """Gap between the right token's logit and the best other one, below which the loss asks for more."""
+    pressure: float = 0.01
+    """Weight of that part of the loss, beside cross-entropy."""
+    seed: int = 0
+
+
+def train(model: TextModel, examples: Sequence[Example], plan: Plan) -> None:
+    """Train all parameters in place. Deterministic on one kind of machine and number of threads."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan))
+    model.train()
+    for step, batch in enumerate(_batches(examples, plan), start=1):
+        logits, targets = _scripted(model, batch)
+        gaps = _gaps(logits, targets)
+        loss = F.cross_entropy(logits, targets) + plan.pressure * F.relu(plan.margin - gaps).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % _REPORT_EVERY == 0 or step == plan.steps:
+            _LOG.info(
+                "step %d: loss %.4f, gradient %.2f, smallest gap %.2f, wrong %d of %d",
+                step, loss.item(), norm.item(), gaps.min().item(), int((gaps <= 0).sum()), len(gaps),
+            )  # fmt: skip
+    model.eval()
+
+
+@torch.inference_mode()
+def smallest_gaps(model: TextModel, examples: Sequence[Example], batch: int = 12) -> list[float]:
+    """For each example, by how much the right token beats every other one, at its closest.
+
+    Above zero: greedy generation gives the output. Logits are taken after soft-capping.
+    """
+    found: dict[int, float] = {}
+    order = sorted(range(len(examples)), key=lambda index: _length(examples[index]))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        gaps = _gaps(*_scripted(model, [examples[index] for index in chosen]))
+        pieces = torch.split(gaps, [len(examples[index].output) for index in chosen])
+        found |= {index: piece.min().item() for index, piece in zip(chosen, pieces, strict=True)}
+    return [found[index] for index in range(len(examples))]
+
+
+def _scripted(model: TextModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Logits [N, vocabulary] where outputs are generated, and the tokens [N] that belong there."""
+    rows = [(*example.prompt, *example.output[:-1]) for example in batch]
+    width = max(map(len, rows))
+    padding = model.config.pad_token_id
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    hidden = model(ids, lengths=[len(row) for row in rows])
+    scripted = [hidden[i, len(e.prompt) - 1 : _length(e) - 1] for i, e in enumerate(batch)]
+    targets = torch.tensor([token for example in batch for token in example.output])
+    return model.logits(torch.cat(scripted)).float(), targets
+
+
+def _gaps(logits: Tensor, targets: Tensor) -> Tensor:
+    right = logits.gather(1, targets[:, None])
+    others = logits.scatter(1, targets[:, None], float("-inf")).amax(dim=1)
+    return right[:, 0] - others
+
+
+def _batches(examples: Sequence[Example], plan: Plan) -> Iterator[list[Example]]:
+    """Examples of about one length together, as padding costs time; each is used once before any is again."""
+    source = random.Random(plan.seed)  # noqa: S311 - not a secret
+    made = 0
+    while made < plan.steps:
+        shuffled = source.sample(examples, len(examples))
+        groups = [
+            sorted(shuffled[start : start + plan.batch * 16], key=_length)
+            for start in range(0, len(shuffled), plan.batch * 16)
+        ]
+        batches = [group[i : i + plan.batch] for group in groups for i in range(0, len(group), plan.batch)]
+        source.shuffle(batches)
+        yield from batches[: plan.steps - made]
+        made += len(batches)
+
+
+def _rate(step: int, plan: Plan) -> float:
+    warm = min(1.0, (step + 1) / plan.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / plan.steps)))
+
+
+def _length(example: Example) -> int:
+    return len(example.prompt) + len(example.output)
