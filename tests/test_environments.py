@@ -349,4 +349,6 @@ def test_the_lock_files_of_the_package(lock: environments.Lock) -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(names)
     assert lock.megabytes > 0
     assert lock.seconds > 0
-    assert "3.11" in lock.pythons
+    base = environments.find_lock(lock.overlay_of) if lock.overlay_of else lock
+    assert "3.11" in base.pythons
+    assert names[0] == base.pins[0][0], "the engine's own package comes first"

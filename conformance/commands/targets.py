@@ -10,7 +10,7 @@ from rich.table import Table
 from conformance.commands import output
 from conformance.commands.output import DoctorOutput, DoctorRow, TargetRow, TargetsOutput, json_option
 from conformance.errors import TargetError, UsageError
-from conformance.targets import environments, registry
+from conformance.targets import environments, overlays, registry
 
 
 def target_rows() -> tuple[TargetRow, ...]:
@@ -79,6 +79,16 @@ def install_targets(context: click.Context, specs: tuple[str, ...], defaults: bo
             failed = True
     _print(as_json)
     context.exit(1 if failed else 0)
+
+
+@targets_group.command("lock")
+@click.argument("spec", metavar="NAME@VERSION")
+@click.option("--with", "extra", multiple=True, metavar="PACKAGE==VERSION", help="What the base lacks.")
+@click.option("--adapter", default="", metavar="MODULE", help="Adapter, where the usual one does not fit.")
+def lock_target(spec: str, extra: tuple[str, ...], adapter: str) -> None:
+    """Add a release of an engine: install it over the newest environment of that engine, and pin it."""
+    path = overlays.add(spec, extra=extra, adapter=adapter, progress=lambda line: click.echo(line, err=True))
+    click.echo(f"{path}: written; see whether it works: conformance targets doctor {spec}")
 
 
 @targets_group.command("remove")

@@ -8,7 +8,10 @@
    Renaming breaks only the scripts in `bin/`, which nothing here uses: engines run as
    `bin/python -m …`, and that the interpreter works is checked after the rename.
 3. A stamp holds the digest of the lock. When the lock changes, the environment is stale and is made anew.
-4. One installer at a time per environment, by a file lock. What an interrupted one left is swept away.
+4. An older release is an overlay: its lock file names the environment it is laid over and pins the engine's
+   own package, which is installed without dependencies into a folder of its own. It is imported before
+   what the base environment holds.
+5. One installer at a time per environment, by a file lock. What an interrupted one left is swept away.
 """
 
 from __future__ import annotations
@@ -23,8 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,22 +35,20 @@ import filelock
 import platformdirs
 
 from conformance.errors import TargetError
+from conformance.targets.packages import Progress, pip_install, run
 
 LOCKS = Path(__file__).with_name("locks")
 _STAMP = "conformance-environment.json"
+_PACKAGES = "packages"
+"""Folder of an overlay that is imported from."""
 _PIN = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;]+)$")
-_FIELD = re.compile(r"^# (?P<key>with-dependencies|python|platform|size|time): (?P<value>.+)$")
+_FIELD = re.compile(
+    r"^# (?P<key>with-dependencies|overlay-of|adapter|python|platform|size|time): (?P<value>.+)$"
+)
 _SPACE_MARGIN = 1.3
 """Free space asked for, relative to the environment's size: pip unpacks before it installs."""
 
-_SCRUBBED = (
-    "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__",
-    "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_PYTHON",
-)  # fmt: skip
-"""Variables that would make pip or Python look or install elsewhere."""
-
 State = Literal["missing", "ready", "stale", "broken"]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Lock:
     """Size on disk, roughly."""
     seconds: int = 0
     """Time to install, roughly; mostly that of the download."""
+    overlay_of: str = ""
+    """Spec of the environment that this one is laid over; empty for one that stands alone."""
+    adapter: str = ""
+    """Module in `conformance.worker.adapters` that drives this release; empty for the engine's usual one."""
 
     @property
     def spec(self) -> str:
@@ -98,8 +102,13 @@ class EnvironmentStatus:
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
-        return _python(self.path)
+        """Its interpreter; that of the base for an overlay."""
+        return _python(_path(self.lock.overlay_of) if self.lock.overlay_of else self.path)
+
+    @property
+    def import_paths(self) -> tuple[Path, ...]:
+        """Folders to import from before all that the interpreter knows of."""
+        return (self.path / _PACKAGES,) if self.lock.overlay_of else ()
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,20 @@ def home() -> Path:
 
 
 def locks() -> tuple[Lock, ...]:
-    """Every lock file of the package, by target and version."""
-    return tuple(_read_lock(path) for path in sorted(LOCKS.glob("*.txt")))
+    """Every lock file of the package, by target and version.
+
+    Raises:
+        TargetError: one is broken, or laid over something that is no environment of the same target.
+    """
+    found = tuple(_read_lock(path) for path in sorted(LOCKS.glob("*.txt")))
+    alone = {(lock.target, lock.spec) for lock in found if not lock.overlay_of}
+    for lock in found:
+        if lock.overlay_of and (lock.target, lock.overlay_of) not in alone:
+            raise TargetError(
+                f"{lock.path}: overlay-of names {lock.overlay_of!r}, which must be another environment of "
+                f"{lock.target} and no overlay itself"
+            )
+    return found
 
 
 def find_lock(spec: str) -> Lock:
@@ -167,18 +188,26 @@ def _read_lock(path: Path) -> Lock:
             f"{path}: expected a file `<target>-<version>.txt` with at least one pin, and pins for every "
             "package under `with-dependencies`"
         )
+    base = fields.get("overlay-of", "")
     return Lock(
         target=target,
         version=version,
         path=path,
-        digest=hashlib.sha256(text.encode()).hexdigest(),
+        digest=hashlib.sha256((overlay_bearing(base, pins) if base else text).encode()).hexdigest(),
         pins=tuple(pins),
         with_dependencies=free,
         pythons=tuple(fields.get("python", "").split()),
         platform=fields.get("platform", ""),
         megabytes=_number(path, fields.get("size", "0 MB")),
         seconds=_number(path, fields.get("time", "0 s")),
+        overlay_of=base,
+        adapter=fields.get("adapter", ""),
     )
+
+
+def overlay_bearing(base: str, pins: Sequence[tuple[str, str]]) -> str:
+    """What the installation of an overlay depends on; its digest tells whether it is up to date."""
+    return "\n".join([base, *(f"{name}=={version}" for name, version in pins)])
 
 
 def _number(path: Path, field: str) -> int:
@@ -205,8 +234,12 @@ def status(spec: str) -> EnvironmentStatus:
     return _status(find_lock(spec))
 
 
+def _path(spec: str) -> Path:
+    return home() / "environments" / spec.replace("@", "-")
+
+
 def _status(lock: Lock) -> EnvironmentStatus:
-    path = home() / "environments" / f"{lock.target}-{lock.version}"
+    path = _path(lock.spec)
     stamp = _read_stamp(path)
     command = f"conformance targets install {lock.spec}"
     state: State = "ready"
@@ -214,12 +247,15 @@ def _status(lock: Lock) -> EnvironmentStatus:
     if not path.exists():
         state = "missing"
         reason = f"its environment is not installed; run `{command}` ({_cost(lock)})"
-    elif stamp is None or not _python(path).exists():
+    elif stamp is None or not (path / _PACKAGES if lock.overlay_of else _python(path)).exists():
         state = "broken"
         reason = f"its environment at {path} is incomplete or lost its interpreter; run `{command}`"
     elif stamp["digest"] != lock.digest:
         state = "stale"
         reason = f"its environment was made from another lock file; run `{command}` ({_cost(lock)})"
+    elif lock.overlay_of and (base := status(lock.overlay_of)).state != "ready":
+        state = base.state
+        reason = f"it is laid over {base.spec}, and {base.reason}"
     measured = stamp or {"megabytes": lock.megabytes, "seconds": lock.seconds}
     return EnvironmentStatus(
         lock=lock,
@@ -260,8 +296,14 @@ def install(spec: str, progress: Progress = lambda line: None) -> EnvironmentSta
     Raises:
         TargetError: no lock, a platform it does not support, too little space, or pip failed.
     """
-    lock = find_lock(spec)
+    return install_lock(find_lock(spec), progress)
+
+
+def install_lock(lock: Lock, progress: Progress) -> EnvironmentStatus:
+    """As `install`, from a lock that need not be one of the package's files."""
     _check_platform(lock)
+    if lock.overlay_of:
+        install(lock.overlay_of, progress)
     folder = home() / "environments"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -354,12 +396,15 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     progress(f"making the environment of {lock.spec} at {path} ({_cost(lock)})")
     try:
-        _run(
-            [sys.executable, "-m", "venv", str(partial)],
-            f"{lock.spec}: making a virtual environment",
-            progress,
-        )
-        _install_packages(_python(partial), partial, lock, progress)
+        if lock.overlay_of:
+            _install_overlay(partial / _PACKAGES, lock, progress)
+        else:
+            run(
+                [sys.executable, "-m", "venv", str(partial)],
+                f"{lock.spec}: making a virtual environment",
+                progress,
+            )
+            _install_packages(_python(partial), partial, lock, progress)
         stamp = {
             "digest": lock.digest,
             "python": platform.python_version(),
@@ -373,7 +418,8 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     try:
-        _run([str(_python(path)), "-c", "import sys"], f"{lock.spec}: starting its interpreter", progress)
+        python = str(_status(lock).python)
+        run([python, "-c", "import sys"], f"{lock.spec}: starting its interpreter", progress)
     except BaseException:
         _discard(path)
         raise
@@ -381,7 +427,6 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
 
 
 def _install_packages(python: Path, scratch: Path, lock: Lock, progress: Progress) -> None:
-    pip = [str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
     free = [f"{name}=={version}" for name, version in lock.pins if name in lock.with_dependencies]
     rest = scratch / "requirements.txt"
     rest.write_text(
@@ -390,49 +435,17 @@ def _install_packages(python: Path, scratch: Path, lock: Lock, progress: Progres
     )
     if free:
         progress(f"installing {', '.join(free)} with dependencies")
-        _run([*pip, "--constraint", str(lock.path), *free], f"{lock.spec}: pip", progress)
+        pip_install(python, ["--constraint", str(lock.path), *free], lock.spec, progress)
     progress(f"installing {len(lock.pins) - len(free)} pinned packages")
-    _run([*pip, "--no-deps", "--requirement", str(rest)], f"{lock.spec}: pip", progress)
+    pip_install(python, ["--no-deps", "--requirement", str(rest)], lock.spec, progress)
     rest.unlink()
 
 
-def _run(command: Sequence[str], what: str, progress: Progress) -> None:
-    """Run a command, reporting what pip does.
-
-    Raises:
-        TargetError: it fails; with the end of what it printed.
-    """
-    environment = {key: value for key, value in os.environ.items() if key not in _SCRUBBED}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    tail: deque[str] = deque(maxlen=20)
-    with subprocess.Popen(  # noqa: S603 - our own interpreter
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            for line in _lines(process):
-                tail.append(line)
-                if line.startswith(("Downloading ", "Installing collected")):
-                    progress(line if len(line) < 100 else f"{line[:97]}…")
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        end = "\n".join(tail)
-        raise TargetError(
-            f"{what} failed with exit code {process.returncode}; nothing was installed. It printed:\n{end}"
-        )
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield line.strip()
+def _install_overlay(folder: Path, lock: Lock, progress: Progress) -> None:
+    pins = [f"{name}=={version}" for name, version in lock.pins]
+    progress(f"installing {', '.join(pins)} over {lock.overlay_of}")
+    python = _python(_path(lock.overlay_of))
+    pip_install(python, ["--no-deps", "--target", str(folder), *pins], lock.spec, progress)
 
 
 def _size(folder: Path) -> int:
@@ -444,8 +457,9 @@ def _size(folder: Path) -> int:
 _VERSIONS = """
 import json, sys
 from importlib.metadata import PackageNotFoundError, version
+sys.path[:0] = json.loads(sys.argv[1])
 found = {}
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     try:
         found[name] = version(name)
     except PackageNotFoundError:
@@ -466,7 +480,10 @@ def doctor(spec: str) -> tuple[Check, ...]:
         return (whole,)
     try:
         answer = subprocess.run(  # noqa: S603 - the environment's own interpreter
-            [str(found.python), "-I", "-c", _VERSIONS, *(name for name, _ in found.lock.pins)],
+            [
+                *(str(found.python), "-I", "-c", _VERSIONS, json.dumps([*map(str, found.import_paths)])),
+                *(name for name, _ in found.lock.pins),
+            ],
             capture_output=True,
             text=True,
             timeout=60,

@@ -6,7 +6,8 @@ validates them. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from conformance.worker.search import Session, certify
@@ -103,6 +104,12 @@ def chunks(pieces: Sequence[Json], cuts: Sequence[int], lag: int) -> Iterator[tu
         until = len(whole) if last else max(shown, end - lag)
         yield whole[shown:until], [token for piece in pieces[start:cut] for token in piece["ids"]], last
         start, shown = cut, until
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Json:
+    """Those arguments that this release's function has a parameter for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def without_stop_text(request: Json) -> Json:

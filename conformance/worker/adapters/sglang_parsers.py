@@ -12,7 +12,8 @@ methods around it, `_build_chat_response` and `_generate_stream_content`; their 
 * The server keeps special tokens in the text for Gemma 4, and takes the stop token (1, 106, 50) off the
   end before it decodes (`no_stop_trim` is off by default), so a final `<turn|>` is not seen.
 
-The parsers take text alone; a stream may be cut anywhere.
+The parsers take text alone; a stream may be cut anywhere. Releases before 0.8 (and 0.4) lack parameters of
+what is called here, which are then left out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from llm_router_utils.sglang.srt.parser.template_manager import (  # type: ignor
 from llm_router_utils.sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
 from transformers import AutoTokenizer  # type: ignore[import-not-found]
 
-from conformance.worker.adapter import Json, search, stream, without_stop_text
+from conformance.worker.adapter import Json, accepted, search, stream, without_stop_text
 
 _MODEL = "gemma-4"
 _PARSER = "gemma4"
@@ -137,7 +138,7 @@ class SGLangAdapter:
             ),
             request=chat,
             tokenizer=serving.tokenizer_manager.tokenizer,
-            tool_call_parser_active=self._calls_active(chat),
+            **accepted(ReasoningParser, {"tool_call_parser_active": self._calls_active(chat)}),
         )
 
     def _calls_active(self, chat: Any) -> bool:
@@ -170,15 +171,15 @@ class _Session:
 
     def _feed_calls(self, text: str, *, finished: bool) -> list[Json]:
         content = {"meta_info": {"id": "chatcmpl-1"}}
+        step, last = self._serving._process_tool_call_stream, self._serving._check_for_unstreamed_tool_args
         events = _collect(
-            self._serving._process_tool_call_stream(
-                0, text, self._call_parsers, content, self._chat, self._has_calls, 0, flush=finished
+            step(
+                *(0, text, self._call_parsers, content, self._chat, self._has_calls),
+                **accepted(step, {"created": 0, "flush": finished}),
             )
         )
         if finished and 0 in self._call_parsers:
-            rest = self._serving._check_for_unstreamed_tool_args(
-                self._call_parsers[0], content, self._chat, 0, 0
-            )
+            rest = last(self._call_parsers[0], content, self._chat, 0, **accepted(last, {"created": 0}))
             events += [rest] if rest else []
         return [_delta(json.loads(event.removeprefix("data: "))) for event in events]
 
