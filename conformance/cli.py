@@ -12,9 +12,13 @@ from pathlib import Path
 import click
 
 import conformance
+from conformance.commands.backtest import backtest_command
+from conformance.commands.bisect import bisect_command
 from conformance.commands.faults import faults_group
+from conformance.commands.ladder import ladder_command
 from conformance.commands.listing import list_command
 from conformance.commands.new_case import new_case_command
+from conformance.commands.probe import probe_command
 from conformance.commands.report import report_command
 from conformance.commands.run import run_command
 from conformance.commands.schema import schema_command
@@ -31,6 +35,7 @@ def cli() -> None:
 
 for command in (
     run_command,
+    probe_command,
     list_command,
     show_command,
     report_command,
@@ -38,6 +43,9 @@ for command in (
     schema_command,
     new_case_command,
     faults_group,
+    ladder_command,
+    bisect_command,
+    backtest_command,
 ):
     cli.add_command(command)
 

@@ -32,6 +32,8 @@ from conformance.suites import (
     ParserCase,
     ParserSuite,
     RandomRows,
+    ServerCase,
+    ServerSuite,
     Suite,
     TemplateCase,
     TemplateSuite,
@@ -42,6 +44,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "parser": ParserSuite,
     "template": TemplateSuite,
     "parity": ParitySuite,
+    "server": ServerSuite,
 }
 
 
@@ -284,7 +287,7 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
 def _check_chat(
     document: yamlfile.Document,
     loc: tuple[str | int, ...],
-    case: ParserCase | TemplateCase,
+    case: ParserCase | TemplateCase | ServerCase,
     suite: ToolsSuiteBase,
 ) -> None:
     if isinstance(case.tools, str) and case.tools not in suite.toolsets:

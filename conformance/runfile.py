@@ -152,6 +152,7 @@ class StoredResult:
         """
         return (
             not registry.is_factory(self.result.target)
+            and "serve" not in info.capabilities  # a server may have been started anew
             and self.result.digest == digest
             and self.info == info
             and self.sources == harness_digest()

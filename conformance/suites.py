@@ -196,6 +196,65 @@ class ParityCase(CaseBase):
         return self
 
 
+Construct = Literal[
+    "content", "reasoning", "tool-call", "parallel-calls", "nested-arguments", "non-ascii", "json"
+]
+"""What an answer can hold: `nested-arguments` a call with an object or a list among its arguments,
+`non-ascii` a character beyond ASCII in any field, `json` content that is JSON."""
+
+
+class ExactAnswer(ExpectedParse):
+    """What the scripted checkpoint answers."""
+
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+
+
+class ServerCase(CaseBase):
+    """Judge the answers of a live OpenAI-compatible server, whole and streamed."""
+
+    messages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    tools: str | tuple[dict[str, Any], ...] = ()
+    """A key of the suite's `toolsets`, or tools in OpenAI's form."""
+    tool_choice: Literal["auto", "none", "required"] | str | None = None
+    """Another text names the function that must be called; absent: not sent."""
+    thinking: bool | None = None
+    """`enable_thinking` among the request's `chat_template_kwargs`; absent: not sent."""
+    response_schema: dict[str, Any] | None = None
+    """JSON Schema that the content must follow: `response_format` of type `json_schema`."""
+    max_tokens: int = Field(default=256, ge=1)
+    stop: tuple[str, ...] = ()
+    """The same is asked without them first: one of them must be in that answer's content."""
+    top_logprobs: int | None = Field(default=None, ge=1, le=20)
+    """Ask for log-probabilities, with so many alternatives."""
+    cut: float | None = Field(default=None, gt=0, lt=1)
+    """Ask again with `max_tokens` at this part of the tokens that the whole answer took."""
+    beside: tuple[str, ...] = ()
+    """Messages of other users, asked at the same time."""
+    copies: int = Field(default=1, ge=1, le=16)
+    """How many times this request and each of `beside` are asked at the same time."""
+    override: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the request's body that are replaced as they stand here; null leaves one out."""
+    refused: bool = False
+    """The request is bad: the answer must be a 4xx with an error object."""
+    produces: tuple[Construct, ...] = ()
+    """What must appear for the case to say anything; without it the verdict is `inconclusive`."""
+    exact: ExactAnswer | None = None
+    """Judged only where the endpoint's model is called `scripted`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ServerCase:
+        if self.refused and not self.override:
+            raise ValueError("`refused` needs an `override` that makes the request a bad one")
+        if not self.refused and not self.produces:
+            raise ValueError("state in `produces` what must appear for the case to say anything")
+        if self.copies > 1 and not self.beside:
+            raise ValueError("`copies` needs `beside`: equal requests cannot be told apart")
+        modes = [name for name in ("cut", "stop", "beside", "refused") if getattr(self, name)]
+        if len(modes) > 1:
+            raise ValueError(f"`{modes[0]}` and `{modes[1]}` are two cases")
+        return self
+
+
 class SuiteBase(Strict):
     """Head of a suite file."""
 
@@ -238,6 +297,13 @@ class ParitySuite(SuiteBase):
     cases: tuple[ParityCase, ...] = Field(min_length=1)
 
 
-AnySuite = ParserSuite | TemplateSuite | ParitySuite
+class ServerSuite(ToolsSuiteBase):
+    """Suite of kind `server`."""
+
+    kind: Literal["server"]
+    cases: tuple[ServerCase, ...] = Field(min_length=1)
+
+
+AnySuite = ParserSuite | TemplateSuite | ParitySuite | ServerSuite
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
-Case = ParserCase | TemplateCase | ParityCase
+Case = ParserCase | TemplateCase | ParityCase | ServerCase

@@ -57,10 +57,10 @@ def test_resolve(spec: str, canonical: str) -> None:
     [
         (
             "llama",
-            r"no target 'llama'; targets are reference, transformers, vllm, sglang-parsers, or a Python",
+            r"no target 'llama'; targets are reference, transformers, .*, a server .*, or a Python",
         ),
         ("", r"no target ''"),
-        ("vllm@9.9", r"vllm@9\.9: unknown version; versions of vllm are 0\.32\.0"),
+        ("vllm@9.9", r"vllm@9\.9: unknown version; versions of vllm are 0\.19\.0, .*0\.32\.0$"),
         ("reference@1", r"reference@1: the bundled implementation has no versions"),
         ("module:not-a-name", r"no target 'module:not-a-name'"),
     ],
@@ -90,8 +90,9 @@ def test_default_targets_are_known_and_complete() -> None:
 def test_every_lock_belongs_to_a_target_and_every_target_has_an_adapter() -> None:
     names = {spec.partition("@")[0] for spec in registry.known_targets()} - {"reference"}
     assert {lock.target for lock in environments.locks()} == names
-    for engine in registry._ENGINES.values():
-        assert importlib.util.find_spec(f"conformance.worker.adapters.{engine.adapter}") is not None
+    adapters = {engine.adapter for engine in registry._ENGINES.values()}
+    for adapter in adapters | {lock.adapter for lock in environments.locks() if lock.adapter}:
+        assert importlib.util.find_spec(f"conformance.worker.adapters.{adapter}") is not None
 
 
 def test_what_is_not_installed_says_how_to_install_it() -> None:
@@ -112,7 +113,8 @@ def test_summaries() -> None:
     assert found["reference"].megabytes == 0
     assert found["vllm@0.32.0"].state == "missing"
     assert found["vllm@0.32.0"].megabytes > 1000
-    assert all(summary.description and summary.default for summary in found.values())
+    assert all(summary.description for summary in found.values())
+    assert {spec for spec, summary in found.items() if summary.default} == set(registry.default_targets())
 
 
 def test_the_reference_opens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
+from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
 from conformance.oracles import Oracles
@@ -14,6 +15,8 @@ from conformance.suites import (
     ParitySuite,
     ParserCase,
     ParserSuite,
+    ServerCase,
+    ServerSuite,
     TemplateCase,
     TemplateSuite,
 )
@@ -49,6 +52,8 @@ def judge(
     if isinstance(suite, ParitySuite) and isinstance(case, ParityCase):
         assert oracles is not None
         return parity_check.judge(case, suite, target, oracles)
+    if isinstance(suite, ServerSuite) and isinstance(case, ServerCase):
+        return server_check.judge(case, suite, target)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 

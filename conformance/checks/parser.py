@@ -43,6 +43,11 @@ def _markers() -> re.Pattern[str]:
     return re.compile("|".join([*texts, r"<unused\d+>"]))
 
 
+def markers_in(text: str) -> list[str]:
+    """The control tokens whose text is in a text."""
+    return sorted(set(_markers().findall(text)))
+
+
 def judge(case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, search: Search) -> CheckOutcome:
     """Judge one parser case; see `conformance.checks.judge`."""
     info = target.describe()
@@ -186,7 +191,7 @@ class _Rules:
 
     def _hard_rules(self, result: ParseResult) -> list[Problem]:
         problems = []
-        leaks = sorted(set(_markers().findall(_all_text(result))))
+        leaks = markers_in(_all_text(result))
         if leaks and not self._markers_allowed(result):
             problems.append(
                 Problem(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 from pydantic import BaseModel, ConfigDict
@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from conformance.backtests import BacktestResult
 from conformance.explain import visible
+from conformance.history import Bisection, Ladder
 from conformance.results import Result, Verdict
 
 json_option = click.option(
@@ -151,6 +153,35 @@ class RunOutput(Output):
     """Targets that could not be used, and why."""
 
 
+class PreflightRow(Output):
+    """One cheap question to a server before the suites."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class AreaVerdict(Output):
+    """What the cases of one area come to."""
+
+    area: str
+    verdict: Literal["pass", "fail", "inconclusive", "not run"]
+    """`fail` if any case fails the run; else `inconclusive` if any is; `pass` if all pass."""
+    counts: dict[Verdict, int]
+
+
+class ProbeOutput(Output):
+    """Output of `conformance probe`."""
+
+    url: str
+    model: str
+    preflight: tuple[PreflightRow, ...]
+    areas: tuple[AreaVerdict, ...]
+    exit_code: int
+    run: RunOutput | None
+    """Null where the preflight did not get as far as the suites."""
+
+
 class ReportOutput(Output):
     """Output of `conformance report`."""
 
@@ -217,15 +248,41 @@ class FaultsOutput(Output):
     faults: tuple[FaultRow, ...]
 
 
+class LadderOutput(Output):
+    """Output of `conformance ladder`."""
+
+    file: str
+    """Where the ladder was written as JSON."""
+    ladder: Ladder
+
+
+class BisectOutput(Output):
+    """Output of `conformance bisect`."""
+
+    bisection: Bisection
+
+
+class BacktestOutput(Output):
+    """Output of `conformance backtest`."""
+
+    backtests: tuple[BacktestResult, ...]
+    not_reachable: dict[str, str]
+    """Catalogue ids without a backtest, and why."""
+
+
 OUTPUTS: dict[str, type[Output]] = {
     "list": ListOutput,
     "show": ShowOutput,
     "run": RunOutput,
+    "probe": ProbeOutput,
     "report": ReportOutput,
     "targets": TargetsOutput,
     "doctor": DoctorOutput,
     "new-case": NewCaseOutput,
     "faults": FaultsOutput,
+    "ladder": LadderOutput,
+    "bisect": BisectOutput,
+    "backtest": BacktestOutput,
 }
 """Model of each command's output, under the name of its schema."""
 

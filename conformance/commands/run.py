@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from conformance import expectations, resources, results, runfile
 from conformance.commands import output
 from conformance.commands.output import AreaCounts, ProblemRow, RunOutput, json_option
 from conformance.commands.report import DEFAULT_SITE
-from conformance.commands.selection import select
+from conformance.commands.selection import Selected, select
 from conformance.errors import UsageError
 from conformance.loading import LoadedSuites, load_suite, load_suites
 from conformance.progress import BAD, ProgressPlugin, counted, verdict_counts
@@ -50,7 +50,8 @@ def _workers(_context: click.Context, _option: click.Parameter, value: str) -> s
     raise click.BadParameter("expected a number of processes, 0 or more, or `auto`")
 
 
-def _timeout(_context: click.Context, _option: click.Parameter, value: float) -> float:
+def seconds(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """Check an option that takes seconds."""
     if 0 < value < math.inf:
         return value
     raise click.BadParameter("expected a number of seconds above 0")
@@ -70,7 +71,7 @@ def _timeout(_context: click.Context, _option: click.Parameter, value: float) ->
     "--timeout",
     default=DEFAULT_TIMEOUT,
     show_default=True,
-    callback=_timeout,
+    callback=seconds,
     help="Seconds for one request.",
 )
 @click.option("--exitfirst", "-x", is_flag=True, help="Stop at the first failure.")
@@ -117,23 +118,19 @@ def run_command(
     known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
     for note in known.overdue():
         click.echo(f"warning: {note}", err=True)
-    arguments = [
-        *_ISOLATION,
-        *("-c", os.devnull, "--rootdir", str(_root(selected.suites))),
-        *(part for target in targets for part in ("--target", target)),
-        *("--resume" if resume is not None else "--conformance-run", str(path)),
-        *("--conformance-timeout", str(timeout)),
+    options = [
         *(("-n", workers) if workers != "0" else ()),
         *(("-x",) if exitfirst else ()),
-        *selected.pytest_arguments(),
     ]
-    code = _run_pytest(arguments, path, verbose=verbose, explain_known=len(selected.cases) == 1)
+    code = execute(
+        selected, targets, path, timeout=timeout, resume=resume is not None, options=options, verbose=verbose
+    )
     if not path.exists():
         context.exit(code)
     run = runfile.read(path)
     summary = summarise(run, path, code)
     if not as_json:  # the site may fail, or take long
-        _print(summary)
+        print_summary(summary)
     try:
         if report:
             write_site(run, site, suites=selected.suites)
@@ -144,6 +141,29 @@ def run_command(
     if summary.site is not None and not as_json:
         output.console().print(f"dashboard: {summary.site}", markup=False, soft_wrap=True)
     context.exit(code)
+
+
+def execute(
+    selected: Selected,
+    targets: Sequence[str],
+    path: Path,
+    *,
+    timeout: float,
+    resume: bool = False,
+    options: Sequence[str] = (),
+    verbose: bool = False,
+) -> int:
+    """Run cases through pytest, write the run file, and return the exit code."""
+    arguments = [
+        *_ISOLATION,
+        *("-c", os.devnull, "--rootdir", str(_root(selected.suites))),
+        *(part for target in targets for part in ("--target", target)),
+        *("--resume" if resume else "--conformance-run", str(path)),
+        *("--conformance-timeout", str(timeout)),
+        *options,
+        *selected.pytest_arguments(),
+    ]
+    return _run_pytest(arguments, path, verbose=verbose, explain_known=len(selected.cases) == 1)
 
 
 def summarise(run: Run, path: Path, exit_code: int) -> RunOutput:
@@ -257,7 +277,8 @@ def _without_user_settings() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _print(summary: RunOutput) -> None:
+def print_summary(summary: RunOutput) -> None:
+    """The table of a run and where its file lies, for people."""
     screen = output.console()
     targets = list(dict.fromkeys(row.target for row in summary.areas))
     areas = list(dict.fromkeys(row.area for row in summary.areas))

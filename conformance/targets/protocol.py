@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Capability = Literal["parse", "parse_stream", "certify", "render", "forward"]
+Capability = Literal["parse", "parse_stream", "certify", "render", "forward", "serve"]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `forward`: token ids to the
-tensors inside a model."""
+tensors inside a model. `serve`: chat completions over HTTP."""
 
 PieceUnit = Literal["tokens", "characters"]
 DType = Literal["float32", "bfloat16"]
@@ -258,6 +258,36 @@ class ForwardResult(Model):
     """`attention`, `experts` (where there are any) and `dtype`, read back from the model."""
 
 
+class ServeRequest(Model):
+    """Chat completions to ask for, all at the same time, each over a connection of its own."""
+
+    bodies: tuple[dict[str, Any] | str, ...] = Field(min_length=1)
+    """Bodies in OpenAI's form; the target adds `model` where it is missing. A text is sent as it is."""
+
+
+ServeFailure = Literal[
+    "", "redirect", "timeout", "too-large", "connection", "malformed", "key-echoed", "budget"
+]
+
+
+class ServeAnswer(Model):
+    """What a server sent back for one body."""
+
+    status: int | None = None
+    """HTTP status; None where no answer began."""
+    failure: ServeFailure = ""
+    """Why there is no whole answer: a redirect (never followed), a limit of time or size, a connection that
+    broke, an answer that is not what its content type says, the key in the answer, or no request left."""
+    detail: str = ""
+    """The failure in one sentence."""
+    body: Any = None
+    """The JSON of an answer that is not a stream."""
+    events: tuple[dict[str, Any], ...] | None = None
+    """The JSON of each event of a stream, in order; None where the answer is not a stream."""
+    done: bool = False
+    """The stream ended with `[DONE]`."""
+
+
 @runtime_checkable
 class Target(Protocol):
     """An implementation under test.
@@ -296,4 +326,13 @@ class Target(Protocol):
 
     def close(self) -> None:
         """Release processes and files. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class Server(Protocol):
+    """The method of a target with the capability `serve`, which as a rule has none of the others."""
+
+    def serve(self, request: ServeRequest) -> Sequence[ServeAnswer]:
+        """Ask the server; one answer for each body, in order. What goes wrong is in the answers."""
         ...

@@ -43,11 +43,11 @@ class ReferenceTarget:
     spec = "reference"
 
     def describe(self) -> TargetInfo:
-        """All capabilities; the version is the package's own."""
+        """All capabilities but `serve`; the version is the package's own."""
         return TargetInfo(
             name="reference",
             version=conformance.__version__,
-            capabilities=get_args(Capability),
+            capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
             environment={"python": platform.python_version()},

@@ -1,7 +1,7 @@
 """The targets that can be named, and how each is opened.
 
 To add a target: an entry in `_ENGINES`, an adapter in `conformance/worker/adapters`, and a lock file in
-`conformance/targets/locks` for each version.
+`conformance/targets/locks` for each version. `conformance targets lock` adds an older or newer version.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from packaging.version import Version
 
 import conformance
 from conformance.errors import ConformanceError, TargetError
-from conformance.targets import environments
+from conformance.targets import endpoint, environments
 from conformance.targets.environments import Check, State
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
 from conformance.targets.protocol import Target, TargetInfo
@@ -73,6 +74,17 @@ def known_targets() -> tuple[str, ...]:
     return ("reference", *(f"{name}@{version}" for name in _ENGINES for version in _versions(name)))
 
 
+def releases(name: str) -> tuple[str, ...]:
+    """Canonical specs of every known version of a target, oldest first.
+
+    Raises:
+        TargetError: no such target, or one without versions.
+    """
+    if name not in _ENGINES:
+        raise TargetError(f"{name!r} is no target with versions; those are {', '.join(_ENGINES)}")
+    return tuple(f"{name}@{version}" for version in _versions(name))
+
+
 def summaries() -> tuple[TargetSummary, ...]:
     """All targets with their state."""
     return tuple(summary(spec) for spec in known_targets())
@@ -86,8 +98,10 @@ def summary(spec: str) -> TargetSummary:
     """
     canonical = resolve(spec)
     default = canonical in default_targets()
-    if is_factory(canonical) or canonical == "reference":
+    if not _has_environment(canonical):
         description = _REFERENCE if canonical == "reference" else f"made by {canonical}"
+        if endpoint.is_endpoint(canonical):
+            description = "a live server with OpenAI's chat completions"
         return TargetSummary(canonical, description, "ready", "", 0, 0, default)
     found = environments.status(canonical)
     engine = _ENGINES[found.lock.target]
@@ -97,13 +111,17 @@ def summary(spec: str) -> TargetSummary:
 
 
 def resolve(spec: str) -> str:
-    """Canonical form of a spec: with the version, the newest known one where none is given.
+    """Canonical form of a spec: with the version.
+
+    Where none is given, it is the newest that has an environment of its own, and is no overlay.
 
     Raises:
         TargetError: no such target, or no such version.
     """
     if is_factory(spec):
         return spec
+    if endpoint.is_endpoint(spec):
+        return endpoint.endpoint(spec).spec
     name, at, version = spec.partition("@")
     if name == "reference":
         if at:
@@ -112,20 +130,24 @@ def resolve(spec: str) -> str:
     if name not in _ENGINES:
         raise TargetError(
             f"there is no target {name!r}; targets are {', '.join(['reference', *_ENGINES])}, "
-            "or a Python factory `package.module:function`"
+            "a server `openai@URL#MODEL`, or a Python factory `package.module:function`"
         )
     versions = _versions(name)
     if not versions:
         raise TargetError(f"{name}: this installation has no lock file for it; install the harness again")
     if at and version not in versions:
         raise TargetError(f"{spec}: unknown version; versions of {name} are {', '.join(versions)}")
-    return f"{name}@{version or versions[-1]}"
+    return f"{name}@{version or _versions(name, overlays=False)[-1]}"
 
 
 def is_factory(spec: str) -> bool:
     """Whether a spec names a Python function that makes a target: `package.module:function`."""
     module, colon, function = spec.partition(":")
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _has_environment(canonical: str) -> bool:
+    return not (is_factory(canonical) or endpoint.is_endpoint(canonical) or canonical == "reference")
 
 
 def unavailable(spec: str) -> str:
@@ -141,7 +163,7 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
     """Open a target; engines start at their first request.
 
     Args:
-        spec: `reference`, `name`, `name@version`, or `package.module:function`.
+        spec: `reference`, `name`, `name@version`, `openai@URL#MODEL`, or `package.module:function`.
         timeout: Seconds for one request.
 
     Raises:
@@ -152,14 +174,21 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
         return ReferenceTarget()
     if is_factory(canonical):
         return _from_factory(canonical)
+    if endpoint.is_endpoint(canonical):
+        # It loads the HTTP client, which other targets need not spend time on.
+        from conformance.targets.openai import open_endpoint
+
+        # A server has none of the methods that its description does not name.
+        return cast(Target, open_endpoint(canonical, timeout=timeout))
     found = environments.status(canonical)
     if found.state != "ready":
         raise TargetError(f"{canonical} cannot be used: {found.reason}")
     return WorkerTarget(
         canonical,
         python=found.python,
-        adapter=_ENGINES[found.lock.target].adapter,
+        adapter=found.lock.adapter or _ENGINES[found.lock.target].adapter,
         timeout=timeout,
+        import_paths=found.import_paths,
         environment={
             "CONFORMANCE_TOKENIZER": str(tokenizer_files()),
             "CONFORMANCE_CHAT_TEMPLATE": str(_chat_template()),
@@ -194,7 +223,7 @@ def doctor(spec: str) -> tuple[Check, ...]:
     """
     canonical = resolve(spec)
     checks: tuple[Check, ...] = ()
-    if not is_factory(canonical) and canonical != "reference":
+    if _has_environment(canonical):
         checks = environments.doctor(canonical)
         if not all(check.ok for check in checks):
             return checks
@@ -241,7 +270,7 @@ def _has(target: object, name: str) -> bool:
     if name == "spec":
         return isinstance(getattr(target, name, None), str)
     method = getattr(target, name, None)
-    inherited = getattr(type(target), name, None) is getattr(Target, name)
+    inherited = getattr(type(target), name, None) is getattr(Target, name, None)
     return callable(method) and (name == "close" or not inherited)
 
 
@@ -253,9 +282,10 @@ def _name(target: Target) -> str:
     return target.spec or type(target).__name__
 
 
-def _versions(name: str) -> tuple[str, ...]:
+def _versions(name: str, *, overlays: bool = True) -> tuple[str, ...]:
     """Versions with a lock file, oldest first."""
-    return tuple(sorted((lock.version for lock in environments.locks() if lock.target == name), key=Version))
+    found = (lock for lock in environments.locks() if lock.target == name)
+    return tuple(sorted((lock.version for lock in found if overlays or not lock.overlay_of), key=Version))
 
 
 def _chat_template() -> Path:

@@ -1,0 +1,393 @@
+"""Check of kind `server`: a live OpenAI-compatible server, asked whole and streamed at temperature 0.
+
+Rules, by the names that problems carry:
+
+* `http-status`: a good request is answered with 200. `redirect`: the server sends the client elsewhere.
+* `malformed-response`, `response-size`: no chat completion, or more than any answer can be.
+* `key-echoed`: the key is in an answer.
+* `stream-equals-whole`: content, reasoning, calls, finish_reason and usage of the streamed answer are those
+  of the whole one. Where the server does not even repeat itself, the case is inconclusive.
+* `stream-end`, `stream-id`, `indices`, `call-start`: the form of a stream: one finish_reason, nothing after
+  it but usage and `[DONE]`, one id, calls numbered 0, 1, 2, … that begin with id, type and name.
+* `marker-leak`, `unicode`, `nothing-lost`: no control token's text, no half character, no empty answer of
+  many tokens. `call-ids`, `arguments-json`: every call has an id of its own and a JSON object.
+* `finish-reason`: `tool_calls` with calls, `stop` without, `length` only at the limit.
+* `truncation-hidden`: an answer cut by `max_tokens` says `length`. `truncated-text`: it begins as the uncut
+  one does.
+* `tool-choice`, `json-schema`, `stop-string`, `logprobs`, `usage`: what was asked for is what came.
+* `requests-mixed`: an answer given beside others holds no text of theirs.
+* `bad-request-accepted`, `bad-request-status`, `error-object`: a bad request gets a 4xx that says why.
+* `expected`: the scripted checkpoint's answer is the script's.
+
+A case whose construct never appeared, a 429, and an exhausted budget are `inconclusive`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from conformance.checks.base import CheckOutcome
+from conformance.checks.server_rules import (
+    Asked,
+    completion_tokens,
+    constructs,
+    difference,
+    exact_problem,
+    reply_problems,
+)
+from conformance.compare import same_text
+from conformance.errors import EngineError, TargetTimeoutError
+from conformance.loading import resolve_tools
+from conformance.replies import MalformedReplyError, Reply, read_stream, read_whole
+from conformance.results import Evidence, Problem
+from conformance.suites import ServerCase, ServerSuite
+from conformance.targets.protocol import ServeAnswer, Server, ServeRequest, Target, TargetInfo
+
+SCRIPTED = "scripted"
+"""Name of the model whose answers are known to the letter."""
+
+_RULE_OF_FAILURE = {
+    "redirect": "redirect",
+    "too-large": "response-size",
+    "malformed": "malformed-response",
+    "key-echoed": "key-echoed",
+}
+_TOO_MANY = 429
+_WORD = re.compile(r"\w{4,}|\d+")
+
+
+class _BrokenError(Exception):
+    """An answer that leaves nothing to judge."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class _InconclusiveError(Exception):
+    """The server did not get as far as what the case is about."""
+
+
+def judge(case: ServerCase, suite: ServerSuite, target: Target) -> CheckOutcome:
+    """Judge one case on a server.
+
+    Raises:
+        EngineError: the connection broke.
+        TargetTimeoutError: the server did not answer in time.
+    """
+    info = target.describe()
+    if "serve" not in info.capabilities or not isinstance(target, Server):
+        return CheckOutcome("skip", reason=f"{target.spec} has no capability `serve`")
+    judgement = _Judgement(case, suite, target, info)
+    reason = ""
+    try:
+        judgement.run()
+    except _BrokenError as broken:
+        judgement.problems.append(broken.problem)
+    except _InconclusiveError as unsure:
+        reason = str(unsure)
+    evidence = judgement.evidence()
+    problems = [problem.model_copy(update=_printable_problem(problem)) for problem in judgement.problems]
+    if problems or not reason:
+        return CheckOutcome.from_problems(problems, evidence)
+    return CheckOutcome("inconclusive", (), evidence, reason)
+
+
+class _Judgement:
+    """One case on one server."""
+
+    def __init__(self, case: ServerCase, suite: ServerSuite, server: Server, info: TargetInfo) -> None:
+        self._case = case
+        self._server = server
+        self._tools = resolve_tools(case, suite)
+        self._scripted = info.environment.get("model") == SCRIPTED
+        self._got: dict[str, Any] = {}
+        self.problems: list[Problem] = []
+
+    def run(self) -> None:
+        """Ask and judge; what is found is in `problems`."""
+        if self._case.refused:
+            self._run_refused()
+        elif self._case.cut is not None:
+            self._run_cut(self._case.cut)
+        elif self._case.stop:
+            self._run_stop()
+        elif self._case.beside:
+            self._run_beside()
+        else:
+            whole, streamed = self._both(self._body())
+            self._exact(whole, streamed)
+            self._produced([whole, streamed])
+
+    def evidence(self) -> Evidence:
+        """What was sent and what came back."""
+        exact = self._case.exact if self._scripted else None
+        body = self._body()
+        return Evidence(
+            input=json.dumps(body.pop("messages", None), ensure_ascii=False, indent=2),
+            expected=exact.model_dump(mode="json", exclude_unset=True) if exact is not None else None,
+            got=_printable({"request": body, **self._got}),
+        )
+
+    # ------------------------------------------------------------------ modes
+
+    def _run_refused(self) -> None:
+        for way, body in (("whole", self._body()), ("streamed", _streaming(self._body()))):
+            answer = self._send([body])[0]
+            self._got[way] = {"status": answer.status, "body": answer.body}
+            for rule, message in _refusal_faults(answer):
+                shown = self._got[way]
+                self.problems.append(Problem(rule=rule, message=f"{way}: {message}", got=shown))
+
+    def _run_cut(self, part: float) -> None:
+        full = self._ask(self._body(), "uncut", self._case.max_tokens)
+        self._produced([full])
+        taken = completion_tokens(full)
+        if full.finish_reason == "length" or taken is None or int(taken * part) < 1:
+            raise _InconclusiveError(f"the uncut answer, of {taken} tokens, ended with {full.finish_reason}")
+        limit = int(taken * part)
+        whole, streamed = self._both(self._body(max_tokens=limit), limit)
+        for way, reply in (("whole", whole), ("streamed", streamed)):
+            if reply.finish_reason != "length":
+                message = (
+                    f"{way}: the answer was cut after {limit} of {taken} tokens, "
+                    f"and its finish_reason is {reply.finish_reason!r}, not 'length'"
+                )
+                self.problems.append(Problem(rule="truncation-hidden", message=message, got=reply.shown()))
+            begins = full.content.strip().startswith(reply.content.strip())
+            if "content" in self._case.produces and not begins:
+                self.problems.append(
+                    Problem(
+                        rule="truncated-text",
+                        message=f"{way}: the cut answer's content is no beginning of the uncut one's",
+                        expected=full.content,
+                        got=reply.content,
+                    )
+                )
+
+    def _run_stop(self) -> None:
+        free = self._ask(self._body(stop=None), "without stop", self._case.max_tokens)
+        places = [place for text in self._case.stop if (place := free.content.find(text)) >= 0]
+        if not places:
+            raise _InconclusiveError(f"nothing to stop at: the answer has none of {list(self._case.stop)}")
+        expected = free.content[: min(places)]
+        whole, streamed = self._both(self._body())
+        for way, reply in (("whole", whole), ("streamed", streamed)):
+            kept = [text for text in self._case.stop if text in reply.content]
+            if kept or not same_text(reply.content, expected):
+                self.problems.append(
+                    Problem(
+                        rule="stop-string",
+                        message=f"{way}: the content must end before {', '.join(map(repr, self._case.stop))}",
+                        expected=expected,
+                        got=reply.content,
+                    )
+                )
+            if reply.finish_reason not in ("stop", None):
+                message = f"{way}: a stop string ended the answer, not {reply.finish_reason!r}"
+                self.problems.append(Problem(rule="finish-reason", message=message, got=reply.shown()))
+
+    def _run_beside(self) -> None:
+        bodies = [self._body(), *(self._body(messages=[_user(text)]) for text in self._case.beside)]
+        limit = self._case.max_tokens
+        alone = [self._ask(body, f"request {n} alone", limit) for n, body in enumerate(bodies)]
+        self._produced(alone[:1])
+        many = [body for body in bodies for _ in range(self._case.copies)]
+        differing: list[str] = []
+        for way, at_once in (("whole", many), ("streamed", [_streaming(body) for body in many])):
+            for number, answer in enumerate(self._send(at_once)):
+                mine = number // self._case.copies
+                name = f"{way}, request {mine} beside the others"
+                reply = self._read(answer, name, streamed=way == "streamed")
+                self._got[name] = reply.shown()
+                self.problems += reply_problems(reply, self._asked(name))
+                if not difference(reply, alone[mine]):
+                    continue
+                foreign = _foreign(reply, mine, alone)
+                if foreign:
+                    self.problems.append(
+                        Problem(
+                            rule="requests-mixed",
+                            message=f"{name}: it holds text of another's answer: {', '.join(foreign[:5])}",
+                            expected=alone[mine].shown(),
+                            got=reply.shown(),
+                        )
+                    )
+                else:
+                    differing.append(f"{name}: {difference(reply, alone[mine])}")
+        if differing:
+            raise _InconclusiveError(f"answers differ from those given alone: {'; '.join(differing[:3])}")
+
+    # ------------------------------------------------------------------ asking
+
+    def _body(self, **changes: Any) -> dict[str, Any]:
+        """The request in OpenAI's form; a change to None leaves the key out."""
+        case = self._case
+        body: dict[str, Any] = {
+            "messages": list(case.messages),
+            "temperature": 0,
+            "seed": 0,
+            "max_tokens": case.max_tokens,
+        }
+        if self._tools:
+            body["tools"] = list(self._tools)
+        if case.tool_choice in ("auto", "none", "required"):
+            body["tool_choice"] = case.tool_choice
+        elif case.tool_choice is not None:
+            body["tool_choice"] = {"type": "function", "function": {"name": case.tool_choice}}
+        if case.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": case.thinking}
+        if case.response_schema is not None:
+            wanted = {"name": "answer", "schema": case.response_schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        if case.stop:
+            body["stop"] = list(case.stop)
+        if case.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": case.top_logprobs}
+        body |= case.override | changes
+        return {key: value for key, value in body.items() if value is not None}
+
+    def _both(self, body: dict[str, Any], max_tokens: int | None = None) -> tuple[Reply, Reply]:
+        """The whole answer and the streamed one, each judged, and compared."""
+        limit = max_tokens or self._case.max_tokens
+        whole = self._ask(body, "whole", limit)
+        streamed = self._ask(body, "streamed", limit, streamed=True)
+        differs = difference(streamed, whole)
+        if not differs:
+            return whole, streamed
+        again = self._read(self._send([body])[0], "whole, again", streamed=False)
+        if unlike := difference(again, whole):
+            raise _InconclusiveError(f"asked again at temperature 0, the server answers otherwise: {unlike}")
+        self.problems.append(
+            Problem(
+                rule="stream-equals-whole",
+                message=f"streamed differs from whole: {differs}",
+                expected=whole.shown(),
+                got=streamed.shown(),
+            )
+        )
+        return whole, streamed
+
+    def _ask(self, body: dict[str, Any], name: str, max_tokens: int, *, streamed: bool = False) -> Reply:
+        answer = self._send([_streaming(body) if streamed else body])[0]
+        reply = self._read(answer, name, streamed=streamed)
+        self._got[name] = reply.shown()
+        self.problems += reply_problems(reply, self._asked(name, max_tokens))
+        return reply
+
+    def _asked(self, name: str, max_tokens: int | None = None) -> Asked:
+        return Asked(self._case, self._tools, max_tokens or self._case.max_tokens, name)
+
+    def _send(self, bodies: list[dict[str, Any]]) -> list[ServeAnswer]:
+        answers = list(self._server.serve(ServeRequest(bodies=tuple(bodies))))
+        for answer in answers:
+            if answer.failure in _RULE_OF_FAILURE:
+                rule = _RULE_OF_FAILURE[answer.failure]
+                raise _BrokenError(Problem(rule=rule, message=answer.detail, got=answer.status))
+            if answer.failure == "timeout":
+                raise TargetTimeoutError(answer.detail)
+            if answer.failure == "connection":
+                raise EngineError(answer.detail)
+            if answer.failure == "budget":
+                raise _InconclusiveError(answer.detail)
+            if answer.status == _TOO_MANY:
+                raise _InconclusiveError("the server answered 429 (too many requests); it is not asked again")
+        return answers
+
+    def _read(self, answer: ServeAnswer, name: str, *, streamed: bool) -> Reply:
+        if answer.status != 200:
+            said = _printable(_error_message(answer)) or "no error message"
+            message = f"{name}: HTTP {answer.status}: {said}"
+            raise _BrokenError(Problem(rule="http-status", message=message, expected=200, got=answer.status))
+        if streamed is (answer.events is None):
+            came = "a whole answer" if streamed else "a stream"
+            message = f"{name}: {came} came, which was not asked for"
+            raise _BrokenError(Problem(rule="malformed-response", message=message))
+        try:
+            if answer.events is not None:
+                return read_stream(answer.events, done=answer.done)
+            reply = read_whole(answer.body)
+        except MalformedReplyError as error:
+            problem = Problem(rule="malformed-response", message=f"{name}: {error}")
+            raise _BrokenError(problem) from None
+        if reply.finish_reason is None:
+            reply.faults.append(("finish-reason", "there is none"))
+        return reply
+
+    # ------------------------------------------------------------------ verdict
+
+    def _exact(self, whole: Reply, streamed: Reply) -> None:
+        exact = self._case.exact
+        if exact is None or not self._scripted:
+            return
+        for way, reply in (("whole", whole), ("streamed", streamed)):
+            if wrong := exact_problem(reply, exact):
+                self.problems.append(
+                    Problem(
+                        rule="expected",
+                        message=f"{way}: {wrong}",
+                        expected=exact.model_dump(mode="json"),
+                        got=reply.shown(),
+                    )
+                )
+
+    def _produced(self, replies: list[Reply]) -> None:
+        missing = [name for name in self._case.produces if name not in constructs(replies)]
+        if missing:
+            raise _InconclusiveError(f"the model never produced what the case is about: {', '.join(missing)}")
+
+
+def _streaming(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _foreign(reply: Reply, mine: int, alone: list[Reply]) -> list[str]:
+    """Words of others' answers that are in this one, and would not be were it asked alone."""
+    others = {word for n, other in enumerate(alone) if n != mine for word in _words(other)}
+    return sorted((_words(reply) & others) - _words(alone[mine]))
+
+
+def _words(reply: Reply) -> set[str]:
+    return {word for text in reply.texts() for word in _WORD.findall(text)}
+
+
+def _refusal_faults(answer: ServeAnswer) -> Iterator[tuple[str, str]]:
+    status = answer.status or 0
+    if 200 <= status < 300:
+        yield "bad-request-accepted", f"the request is a bad one, and was answered with HTTP {status}"
+    elif not 400 <= status < 500:
+        yield "bad-request-status", f"the request is a bad one, which is no HTTP {status}"
+    elif not _error_message(answer):
+        yield "error-object", "the answer has no `error` object with a message"
+
+
+def _error_message(answer: ServeAnswer) -> str:
+    """`error.message` of an answer, where OpenAI's clients look for it."""
+    error = answer.body.get("error") if isinstance(answer.body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else ""
+
+
+def _printable(value: Any) -> Any:
+    """The value with what no JSON file can hold written out: lone surrogates and infinite numbers."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return value
+
+
+def _printable_problem(problem: Problem) -> dict[str, Any]:
+    return {name: _printable(getattr(problem, name)) for name in ("message", "expected", "got")}

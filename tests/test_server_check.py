@@ -1,0 +1,213 @@
+"""The check of kind `server`: an honest server passes every case; every lie breaks the rule that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from conformance import checks
+from conformance.checks import CheckOutcome
+from conformance.errors import EngineError, TargetTimeoutError
+from conformance.http import Limits
+from conformance.loading import LoadedCase, load_suites, resolve_tools
+from conformance.suites import ServerCase, ServerSuite
+from conformance.targets.endpoint import Endpoint
+from conformance.targets.openai import OpenAITarget
+from conformance.targets.reference import ReferenceTarget
+from model_impl.chat.parser import parse
+from model_impl.nano.script import load_script
+from tests.lying_server import LyingServer
+from tests.server_answers import MODEL
+from tests.server_lies import LIES, TRANSPORT_LIES
+
+KEY = "sk-test-0123456789"
+QUICK = Limits(connect=2, idle=0.5, total=2, max_bytes=2_000_000)
+SUITES = [suite for suite in load_suites() if isinstance(suite.suite, ServerSuite)]
+CASES = {case.address.removeprefix("server/"): case for suite in SUITES for case in suite.cases}
+
+CAUGHT: dict[str, tuple[str, str]] = {
+    # lie: the case that is asked, and the rule that it must break
+    "marker-leaked": ("text::plain", "marker-leak"),
+    "marker-leaked-streamed": ("text::plain", "marker-leak"),
+    "marker-in-arguments": ("tools::call", "marker-leak"),
+    "streamed-differs": ("text::plain", "stream-equals-whole"),
+    "thought-streamed-as-content": ("thinking::thought", "stream-equals-whole"),
+    "arguments-streamed-otherwise": ("tools::call", "stream-equals-whole"),
+    "call-lost-in-the-stream": ("tools::two-calls", "stream-equals-whole"),
+    "finish-reason-streamed-otherwise": ("text::plain", "stream-equals-whole"),
+    "usage-streamed-otherwise": ("text::plain", "stream-equals-whole"),
+    "stop-with-calls": ("tools::call", "finish-reason"),
+    "tool-calls-without-calls": ("text::plain", "finish-reason"),
+    "length-without-limit": ("text::plain", "finish-reason"),
+    "unknown-finish-reason": ("text::plain", "finish-reason"),
+    "no-finish-reason": ("text::plain", "finish-reason"),
+    "truncation-hidden": ("limits::cut-call", "truncation-hidden"),
+    "truncation-hidden-streamed": ("limits::cut-text", "truncation-hidden"),
+    "requests-mixed": ("concurrency::three-users", "requests-mixed"),
+    "requests-interleaved": ("concurrency::three-users", "requests-mixed"),
+    "usage-missing": ("text::plain", "usage"),
+    "usage-does-not-add-up": ("text::plain", "usage"),
+    "everything-lost": ("text::layout", "nothing-lost"),
+    "logprobs-above-zero": ("logprobs::text", "logprobs"),
+    "logprobs-not-finite": ("logprobs::text", "logprobs"),
+    "logprobs-not-the-likeliest": ("logprobs::text", "logprobs"),
+    "logprobs-too-few": ("logprobs::text", "logprobs"),
+    "logprobs-missing": ("logprobs::text", "logprobs"),
+    "bad-request-500": ("errors::no-messages", "bad-request-status"),
+    "bad-request-accepted": ("errors::negative-limit", "bad-request-accepted"),
+    "error-without-object": ("errors::unknown-model", "error-object"),
+    "half-characters": ("text::unicode", "unicode"),
+    "half-surrogates": ("text::unicode", "unicode"),
+    "indices-all-zero": ("tools::two-calls", "call-start"),
+    "indices-by-tool": ("tools::call", "indices"),
+    "ids-missing": ("tools::call", "call-ids"),
+    "ids-all-the-same": ("tools::two-calls", "call-ids"),
+    "name-in-every-part": ("tools::nested", "call-start"),
+    "arguments-no-json": ("tools::call", "arguments-json"),
+    "stop-string-kept": ("limits::stop-string", "stop-string"),
+    "stop-string-ignored": ("limits::stop-string", "stop-string"),
+    "schema-ignored": ("json::without-thinking", "json-schema"),
+    "other-schema": ("json::with-thinking", "json-schema"),
+    "call-without-leave": ("tools::choice-none", "tool-choice"),
+    "another-function": ("tools::choice-named", "tool-choice"),
+    "never-calls": ("tools::choice-required", "tool-choice"),
+    "no-done": ("text::plain", "stream-end"),
+    "text-after-the-end": ("text::plain", "stream-end"),
+    "second-end": ("text::plain", "stream-end"),
+    "error-in-the-stream": ("text::plain", "stream-end"),
+    "two-stream-ids": ("text::plain", "stream-id"),
+    "whole-for-a-stream": ("text::plain", "malformed-response"),
+    "html": ("text::plain", "malformed-response"),
+    "no-choice": ("text::plain", "malformed-response"),
+    "broken": ("text::plain", "http-status"),
+    "key-echoed": ("text::plain", "key-echoed"),
+    "key-echoed-in-parts": ("text::plain", "key-echoed"),
+    "key-echoed-in-an-error": ("text::plain", "key-echoed"),
+    "redirect": ("text::plain", "redirect"),
+    "flood": ("text::plain", "response-size"),
+    "compressed": ("text::plain", "malformed-response"),
+}
+NO_RULE = {"unrepeatable", "too-many-requests", "endless-stream", "stalled-stream", "drip", "cut-off"}
+"""Lies that leave no rule to break: the case is inconclusive, out of time or in error."""
+
+
+def judge(server: LyingServer, name: str, limits: Limits = QUICK) -> CheckOutcome:
+    loaded = CASES[name]
+    target = OpenAITarget(Endpoint(server.url, MODEL), limits=limits, key=KEY)
+    return checks.judge(loaded.case, loaded.suite.suite, target)
+
+
+def rules(outcome: CheckOutcome) -> set[str]:
+    return {problem.rule for problem in outcome.problems}
+
+
+@pytest.fixture(scope="module")
+def honest() -> Iterator[LyingServer]:
+    with LyingServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_honest_server_passes(honest: LyingServer, name: str) -> None:
+    outcome = judge(honest, name)
+    assert (outcome.verdict, outcome.problems, outcome.reason) == ("pass", (), "")
+
+
+def test_every_lie_has_a_test() -> None:
+    assert set(CAUGHT) | NO_RULE == {*LIES, *TRANSPORT_LIES}
+
+
+@pytest.mark.parametrize(("lie", "name", "rule"), [(lie, *case) for lie, case in CAUGHT.items()])
+def test_a_lie_breaks_the_rule_that_names_it(lie: str, name: str, rule: str) -> None:
+    with LyingServer() as elsewhere, LyingServer(lie, elsewhere=elsewhere.url) as server:
+        outcome = judge(server, name)
+        assert not elsewhere.seen
+    assert outcome.verdict == "fail"
+    assert rule in rules(outcome)
+    assert KEY not in json.dumps([problem.model_dump() for problem in outcome.problems])
+    assert KEY not in outcome.evidence.model_dump_json()
+
+
+@pytest.mark.parametrize("lie", ["endless-stream", "stalled-stream", "drip"])
+def test_a_stream_that_does_not_end_is_out_of_time(lie: str) -> None:
+    with LyingServer(lie) as server, pytest.raises(TargetTimeoutError):
+        judge(server, "text::plain", Limits(connect=1, idle=0.3, total=0.6))
+
+
+def test_a_connection_that_breaks_is_an_error() -> None:
+    with LyingServer("cut-off") as server, pytest.raises(EngineError):
+        judge(server, "text::plain")
+
+
+@pytest.mark.parametrize("name", ["tools::call", "tools::two-calls", "limits::cut-call"])
+def test_a_model_that_never_calls_proves_nothing_about_calls(name: str) -> None:
+    with LyingServer("never-calls") as server:
+        loaded = CASES[name]
+        target = OpenAITarget(Endpoint(server.url, MODEL), limits=QUICK)
+        case = loaded.case.model_copy(update={"exact": None})
+        outcome = checks.judge(case, loaded.suite.suite, target)
+    assert outcome.verdict == "inconclusive"
+    assert "never produced" in outcome.reason
+
+
+def test_a_server_that_does_not_repeat_itself_is_inconclusive() -> None:
+    with LyingServer("unrepeatable") as server:
+        outcome = judge(server, "text::code")
+    assert outcome.verdict == "inconclusive"
+    assert "answers otherwise" in outcome.reason
+
+
+def test_429_is_recorded_and_not_asked_again() -> None:
+    with LyingServer("too-many-requests") as server:
+        outcome = judge(server, "text::plain")
+        assert len(server.seen) == 1
+    assert outcome.verdict == "inconclusive"
+    assert "429" in outcome.reason
+
+
+def test_the_script_is_asserted_of_the_scripted_model_alone() -> None:
+    loaded = CASES["text::plain"]
+    case = loaded.case.model_copy(update={"exact": loaded.case.exact.model_copy(update={"content": "Else."})})  # type: ignore[union-attr]
+    with LyingServer() as server:
+        target = OpenAITarget(Endpoint(server.url, MODEL), limits=QUICK)
+        outcome = checks.judge(case, loaded.suite.suite, target)
+    assert rules(outcome) == {"expected"}
+
+
+def test_a_target_that_does_not_serve_is_skipped() -> None:
+    loaded = CASES["text::plain"]
+    outcome = checks.judge(loaded.case, loaded.suite.suite, ReferenceTarget())
+    assert (outcome.verdict, outcome.reason) == ("skip", "reference has no capability `serve`")
+
+
+# ---------------------------------------------------------------------------- the suites
+
+
+def server_case(loaded: LoadedCase) -> ServerCase:
+    assert isinstance(loaded.case, ServerCase)
+    return loaded.case
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_asks_for_a_line_of_the_script_and_expects_it(name: str) -> None:
+    case = server_case(CASES[name])
+    script = load_script()
+    for text in [str(case.messages[-1]["content"]), *case.beside]:
+        assert any(f"{line.key}." in text for line in script.lines), text
+    if case.exact is None:
+        return
+    line = next(line for line in script.lines if f"{line.key}." in str(case.messages[-1]["content"]))
+    message = parse(line.output, tools=resolve_tools(case, CASES[name].suite.suite))
+    assert message.content.strip() == case.exact.content.strip()
+    assert message.reasoning.strip() == case.exact.reasoning.strip()
+    found = [(call.name, json.loads(call.arguments)) for call in message.tool_calls]
+    assert found == [(call.name, call.arguments) for call in case.exact.tool_calls]
+
+
+def test_tools_are_those_of_the_script() -> None:
+    declared = {tool["function"]["name"]: tool for tool in load_script().tools}
+    for case in CASES.values():
+        for tool in resolve_tools(case.case, case.suite.suite):
+            assert tool == declared[tool["function"]["name"]], case.address
