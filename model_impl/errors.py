@@ -15,3 +15,7 @@ class CheckpointError(ModelError):
 
 class CacheError(ModelError):
     """A key-value cache does not fit the model or the request."""
+
+
+class MediaError(ModelError):
+    """An image, a video or a sound cannot be used: says which one, why, and what to do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from model_impl.layers.mlp import MLP, gelu_tanh
 from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
 from model_impl.runtime.cache import KVCache
-from model_impl.runtime.masks import visible
+from model_impl.runtime.masks import BlockMode, Blocks, visible, without_long
 from model_impl.runtime.step import Step
 
 
@@ -83,6 +84,18 @@ class DecoderLayer(nn.Module):
         return mixed.view_as(h)
 
 
+@dataclass(frozen=True)
+class SoftTokens:
+    """What stands in the place of token embeddings: images, frames and sound, as the decoder sees them."""
+
+    where: Tensor
+    """bool [B, T]."""
+    features: Tensor
+    """[n, H], one for each place, row by row."""
+    blocks: Tensor
+    """int [B, T]: the same number for tokens that see each other both ways; `NO_BLOCK` for all others."""
+
+
 class TextModel(nn.Module):
     """Token ids to hidden states and logits.
 
@@ -90,6 +103,7 @@ class TextModel(nn.Module):
         config: The text decoder's.
         attention: Backend of all layers; left out, the first that can serve them.
         device: Where it will run, as the choice of a backend depends on it.
+        long_blocks: What becomes of an image that is longer than the window.
 
     Raises:
         BackendError: the backend asked for cannot serve the model; those that can are named.
@@ -98,9 +112,16 @@ class TextModel(nn.Module):
     PAIR_SCALE = 2.0**-0.5
     """Keeps the sum of the token's and the context's part of a per-layer input at unit variance."""
 
-    def __init__(self, config: TextConfig, attention: str | None = None, device: Device = "cpu") -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        attention: str | None = None,
+        device: Device = "cpu",
+        long_blocks: BlockMode = "clamp_past",
+    ) -> None:
         super().__init__()
         self.config = config
+        self.long_blocks = long_blocks
         request = BackendRequest(backend=attention, device=device, images=config.bidirectional_images)
         backend = resolve_backend(config, request).backend
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.hidden_size)
@@ -121,7 +142,12 @@ class TextModel(nn.Module):
         return ", ".join(sorted({m.backend for m in self.modules() if isinstance(m, Attention)}))
 
     def forward(
-        self, input_ids: Tensor, *, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
+        soft: SoftTokens | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -129,6 +155,7 @@ class TextModel(nn.Module):
             input_ids: int [B, T], right-padded.
             cache: Holds the tokens before these, and receives these.
             lengths: Valid tokens of each row; all T if left out.
+            soft: What stands in the place of tokens; the ids there are not looked at.
 
         Returns:
             [B, T, H]; what stands at padding means nothing.
@@ -140,8 +167,12 @@ class TextModel(nn.Module):
         counts = [width] * batch if lengths is None else list(lengths)
         if len(counts) != batch or not all(0 <= count <= width for count in counts):
             raise CacheError(f"lengths {counts} do not fit input_ids of {batch} rows and {width} columns")
-        step = self._step(width, counts, cache, input_ids.device)
+        step = self._step(width, counts, cache, input_ids.device, None if soft is None else soft.blocks)
+        if soft is not None:
+            input_ids = torch.where(soft.where, self.config.pad_token_id, input_ids)
         x = self.embed_tokens(input_ids)
+        if soft is not None:
+            x = x.masked_scatter(soft.where[..., None], soft.features.to(x.dtype))
         per_layer = self.per_layer_inputs(input_ids, x)
         for index, layer in enumerate(self.layers):
             x = layer(x, None if per_layer is None else per_layer[:, :, index], step)
@@ -160,8 +191,8 @@ class TextModel(nn.Module):
     def per_layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets beside the residual stream: [B, T, layers, width], or None.
 
-        A part that depends on the token alone, from a table packed layer by layer, and a part that is
-        projected from the embedded input.
+        A part that depends on the token alone, from a table packed layer by layer (its padding row where a
+        soft token stands), and a part that is projected from the embedded input.
         """
         if (ple := self.config.per_layer_inputs) is None:
             return None
@@ -172,26 +203,38 @@ class TextModel(nn.Module):
         inputs: Tensor = (context + identity) * self.PAIR_SCALE
         return inputs
 
-    def _step(self, width: int, counts: list[int], cache: KVCache | None, device: torch.device) -> Step:
+    def _step(
+        self,
+        width: int,
+        counts: list[int],
+        cache: KVCache | None,
+        device: torch.device,
+        blocks: Tensor | None,
+    ) -> Step:
         dtype = self.embed_tokens.weight.dtype
+        if not self.config.bidirectional_images:
+            blocks = None
+        if blocks is not None and self.long_blocks == "drop":
+            blocks = without_long(blocks, self.config.sliding_window)
         if cache is not None:
             cache.check(self.config, dtype)
-            positions, masks = cache.begin(width, counts)
+            positions, masks = cache.begin(width, counts, blocks, self.long_blocks)
         else:
             positions = torch.arange(width, device=device).expand(len(counts), width)
-            masks = {kind: self._mask(kind, positions) for kind in self.config.kinds}
+            masks = {kind: self._mask(kind, positions, blocks) for kind in self.config.kinds}
         angles = {
             kind: rope.angles(positions, self._inverse_frequencies(kind, device), dtype)
             for kind in self.config.kinds
         }
         return Step(angles, masks, cache)
 
-    def _mask(self, kind: AttentionKind, positions: Tensor) -> Mask:
+    def _mask(self, kind: AttentionKind, positions: Tensor, blocks: Tensor | None) -> Mask:
         """Without a cache; padding stands behind all valid tokens, so that no valid query sees it."""
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        if window is None or positions.shape[1] <= window:
+        if window is None or (positions.shape[1] <= window and blocks is None):
             return Mask(None, causal=True)
-        return Mask(visible(positions, positions, window))
+        own = None if blocks is None else Blocks(blocks, blocks, self.long_blocks)
+        return Mask(visible(positions, positions, window, own))
 
     def _inverse_frequencies(self, kind: AttentionKind, device: torch.device) -> Tensor:
         if (kind, device) not in self._frequencies:

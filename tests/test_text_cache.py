@@ -19,7 +19,7 @@ from model_impl.errors import CacheError
 from model_impl.layers.backends import BACKENDS
 from model_impl.runtime import cache as cache_module
 from model_impl.runtime.cache import KVCache
-from model_impl.runtime.masks import visible
+from model_impl.runtime.masks import Blocks, visible
 from model_impl.runtime.step import Step
 from model_impl.text import TextModel
 from tests.model_configs import DENSE, E2B, MOE, TINY, WINDOW, build, distance, random_ids, tapped
@@ -284,8 +284,11 @@ def test_lengths_that_do_not_fit_are_refused_without_a_cache_too(lengths: list[i
 
 
 def _window(change: int) -> Patch:
-    def seen(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-        return visible(query_positions, key_positions, window if window is None else window + change)
+    def seen(
+        query_positions: Tensor, key_positions: Tensor, window: int | None, blocks: Blocks | None = None
+    ) -> Tensor:
+        moved = window if window is None else window + change
+        return visible(query_positions, key_positions, moved, blocks)
 
     stack = ExitStack()
     stack.enter_context(mock.patch.object(text, "visible", seen))

@@ -156,9 +156,14 @@ def _no_query_norm() -> Patch:
 def _windows(change: int) -> tuple[Patch, ...]:
     """Patches of the mask's window, where it is made with a cache and without."""
 
-    def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    def visible(
+        query_positions: Tensor,
+        key_positions: Tensor,
+        window: int | None,
+        blocks: masks.Blocks | None = None,
+    ) -> Tensor:
         moved = None if window is None else window + change
-        return masks.visible(query_positions, key_positions, moved)
+        return masks.visible(query_positions, key_positions, moved, blocks)
 
     return replace(text, "visible", visible), replace(cache, "visible", visible)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from model_impl.config import AttentionKind, LayerConfig, TextConfig
 from model_impl.errors import CacheError
 from model_impl.layers.backends import Mask
-from model_impl.runtime.masks import visible
+from model_impl.runtime.masks import NO_BLOCK, BlockMode, Blocks, visible
 
 _FIRST_CAPACITY = 256
+FULL: AttentionKind = "full_attention"
 
 
 @dataclass
@@ -91,8 +92,17 @@ class KVCache:
                 f"the cache holds {self._dtype}, the model computes in {dtype}; pass dtype={dtype}"
             )
 
-    def begin(self, width: int, counts: Sequence[int]) -> tuple[Tensor, dict[AttentionKind, Mask]]:
+    def begin(
+        self, width: int, counts: Sequence[int], blocks: Tensor | None = None, mode: BlockMode = "clamp_past"
+    ) -> tuple[Tensor, dict[AttentionKind, Mask]]:
         """Prepare a pass with `counts[row]` new tokens in each row, right-padded to `width`.
+
+        Args:
+            width: Columns.
+            counts: New tokens of each row.
+            blocks: int [B, width]: which new tokens see each other both ways in sliding layers. A block must
+                be whole: its tokens come in one pass.
+            mode: What becomes of blocks that are longer than the window.
 
         Returns:
             Positions of the new tokens, int [B, width], and what they see, for each kind of layer.
@@ -117,7 +127,9 @@ class KVCache:
         self._pending = list(counts)
         uniform = len(set(self.lengths)) == 1 and all(count == width for count in counts)
         self._plans = {
-            kind: self._plan(kind, width, positions, valid, first, new, uniform)
+            kind: self._plan(
+                kind, width, positions, valid, first, new, uniform, None if kind == FULL else blocks, mode
+            )
             for kind in self._config.kinds
         }
         return positions, {kind: plan.mask for kind, plan in self._plans.items()}
@@ -152,6 +164,8 @@ class KVCache:
         first: Tensor,
         new: Tensor,
         uniform: bool,
+        blocks: Tensor | None,
+        mode: BlockMode,
     ) -> _Plan:
         window = self._config.sliding_window if kind == "sliding_attention" else None
         after = [length + count for length, count in zip(self.lengths, self._pending, strict=True)]
@@ -173,12 +187,13 @@ class KVCache:
             slot = int(slots[0]) if uniform and width == 1 else None
             return _Plan(rows, columns, slots, True, kept, slot, mask)
         kept = min(window, max(self.lengths))
-        if uniform and kept == 0 and width <= window:
+        if uniform and kept == 0 and width <= window and blocks is None:
             mask = Mask(None, causal=True)
         else:
             old = self._slot_positions(kept, window, self.lengths)
             # Padding comes behind a row's valid tokens, so causality hides it from them.
-            mask = Mask(visible(positions, torch.cat([old, positions], dim=1), window))
+            keys = torch.cat([old, positions], dim=1)
+            mask = Mask(visible(positions, keys, window, _with_kept(blocks, old, mode)))
         return _Plan(rows, columns, slots, False, kept, None, mask)
 
     def _slot_positions(self, slots: int, window: int | None, lengths: Sequence[int]) -> Tensor:
@@ -214,3 +229,10 @@ class KVCache:
                 kept[:, :, plan.uniform_slot] = new[:, :, 0]
             else:
                 kept[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
+
+
+def _with_kept(blocks: Tensor | None, kept: Tensor, mode: BlockMode) -> Blocks | None:
+    """The blocks of the new tokens, when kept tokens stand before them, which are in none."""
+    if blocks is None:
+        return None
+    return Blocks(blocks, torch.cat([torch.full_like(kept, NO_BLOCK), blocks], dim=1), mode)

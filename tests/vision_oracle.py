@@ -1,0 +1,85 @@
+"""Asks transformers, in its own environment, and compares what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conformance.targets import environments, registry
+
+TRANSFORMERS = "transformers@5.19.0"
+SCRIPT = Path(__file__).with_name("vision_in_transformers.py")
+
+
+def ask(
+    factory: pytest.TempPathFactory,
+    name: str,
+    request: Mapping[str, Any],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    processors: bool,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run the tasks of a request in one process, once for all workers of a test session.
+
+    Args:
+        factory: pytest's.
+        name: Of the request, unique in the session.
+        request: Task to its arguments.
+        tensors: What the tasks read.
+        files: Images that the request names.
+        processors: Whether torchvision and Pillow are needed too.
+
+    Returns:
+        Task to answer, and tensors by name.
+    """
+    if reason := registry.unavailable(TRANSFORMERS):
+        pytest.skip(reason)
+    status = environments.status(TRANSFORMERS)
+    if processors and status.lacking:
+        pytest.skip("; ".join(status.lacking.values()))
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"transformers-{name}"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "answer.json").exists():
+            folder.mkdir(exist_ok=True)
+            for file, data in (files or {}).items():
+                (folder / file).write_bytes(data)
+            (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+            given = {key: tensor.contiguous() for key, tensor in (tensors or {}).items()}
+            save_file(given, folder / "input.safetensors")
+            _run(folder, status)
+    answers = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return answers, load_file(folder / "output.safetensors")
+
+
+def _run(folder: Path, status: environments.EnvironmentStatus) -> None:
+    path = [*map(str, status.import_paths), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [status.python, SCRIPT, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_parity(got: Tensor, expected: Tensor) -> None:
+    """The parity measure of the text model: 1e-5 in the norm, 1e-4 of the largest at any place."""
+    assert got.shape == expected.shape
+    assert torch.isfinite(expected).all()
+    difference, scale = (got - expected).double(), expected.double()
+    assert difference.norm() <= 1e-5 * scale.norm()
+    assert difference.abs().max() <= 1e-4 * scale.abs().max()
