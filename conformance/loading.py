@@ -27,6 +27,8 @@ from conformance.suites import (
     PROMPTS,
     AnySuite,
     Case,
+    GenerationCase,
+    GenerationSuite,
     ParityCase,
     ParitySuite,
     ParserCase,
@@ -39,12 +41,14 @@ from conformance.suites import (
     TemplateSuite,
     ToolsSuiteBase,
 )
+from conformance.targets import bundled
 
 _KINDS: dict[str, type[AnySuite]] = {
     "parser": ParserSuite,
     "template": TemplateSuite,
     "parity": ParitySuite,
     "server": ServerSuite,
+    "generation": GenerationSuite,
 }
 
 
@@ -194,7 +198,7 @@ def suite_files(root: Path) -> list[Path]:
 
 def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
-    if isinstance(case, ParityCase):
+    if isinstance(case, ParityCase | GenerationCase):
         return ()
     if isinstance(case.tools, str):
         assert isinstance(suite, ToolsSuiteBase)
@@ -230,6 +234,8 @@ def case_digest(case: Case, suite: AnySuite) -> str:
     if isinstance(case, ParityCase) and isinstance(suite, ParitySuite):
         content["oracle"] = suite.oracle
         content["config"] = suite.configs[case.config]
+    if isinstance(case, GenerationCase):
+        content["checkpoint"] = bundled.digests()
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -279,6 +285,8 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         if isinstance(case, ParityCase):
             assert isinstance(suite, ParitySuite)
             _check_parity(document, loc, case, suite)
+        elif isinstance(case, GenerationCase):
+            _check_lines(document, loc, case)
         else:
             assert isinstance(suite, ToolsSuiteBase)
             _check_chat(document, loc, case, suite)
@@ -299,6 +307,15 @@ def _check_chat(
             f"no prompt is called {case.prompt!r}; use {', '.join(PROMPTS)}, or a literal prompt that "
             "holds <|turn>",
         )
+
+
+def _check_lines(document: yamlfile.Document, loc: tuple[str | int, ...], case: GenerationCase) -> None:
+    known = bundled.lines()
+    for index, line in enumerate(case.lines):
+        if line not in known:
+            raise document.error(
+                (*loc, "lines", index), f"the script has no line {line!r}; its lines are {', '.join(known)}"
+            )
 
 
 def _check_parity(

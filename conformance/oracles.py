@@ -1,6 +1,6 @@
-"""What the parity cases of a session share: tiny checkpoints, and what oracles computed on them.
+"""What the cases of a session share that run models: files made for them, and what oracles computed.
 
-Each checkpoint is written once per configuration and seed, and an oracle runs once per distinct request,
+Each checkpoint, adapter and draft head is written once, and an oracle runs once per distinct request,
 however many targets are compared with it. All files lie in one temporary folder, which `close` deletes.
 """
 
@@ -10,16 +10,21 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conformance.errors import EngineError
+from conformance.suites import RandomAdapter, RandomDraft
 from conformance.targets import registry
 from conformance.targets.protocol import ForwardRequest, ForwardResult, Target
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WriteCheckpoint = Callable[[dict[str, Any], Path, int], None]
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ class Oracles:
         self._write = write or _write_checkpoint
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count()
-        self._checkpoints: dict[str, Path] = {}
+        self._made: dict[str, Path] = {}
         self._answers: dict[str, ForwardResult] = {}
+        self._logprobs: dict[str, list[Tensor]] = {}
 
     @staticmethod
     def unavailable(spec: str) -> str:
@@ -90,26 +96,95 @@ class Oracles:
                 raise EngineError(f"the oracle {spec}: {error}", traceback=error.traceback) from error
         return self._answers[key]
 
+    def adapter(self, checkpoint: Path, spec: RandomAdapter) -> Path:
+        """The folder of a LoRA adapter for a checkpoint.
+
+        Raises:
+            EngineError: the checkpoint has no such modules.
+        """
+        from conformance.targets import reference_model
+
+        return self._folder_of(
+            lambda folder: reference_model.write_adapter(checkpoint, folder, **spec.model_dump()),
+            *("adapter", str(checkpoint), spec.model_dump()),
+        )
+
+    def merged(self, checkpoint: Path, spec: RandomAdapter) -> Path:
+        """The folder of the checkpoint that an adapter makes of another.
+
+        Raises:
+            EngineError: as `adapter`.
+        """
+        from conformance.targets import reference_model
+
+        adapter = self.adapter(checkpoint, spec)
+        return self._folder_of(
+            lambda folder: reference_model.merge_adapter(checkpoint, adapter, folder), "merged", str(adapter)
+        )
+
+    def draft(self, checkpoint: Path, spec: RandomDraft) -> Path:
+        """The folder of an Eagle3 head for a checkpoint.
+
+        Raises:
+            EngineError: the head cannot read those layers.
+        """
+        from conformance.targets import reference_model
+
+        return self._folder_of(
+            lambda folder: reference_model.write_draft(
+                checkpoint, folder, seed=spec.seed, layers=spec.layers
+            ),
+            *("draft", str(checkpoint), spec.model_dump()),
+        )
+
+    def logprobs(
+        self, checkpoint: Path, prompts: Sequence[Ids], answers: Sequence[Ids], dtype: str
+    ) -> list[Tensor]:
+        """The bundled implementation's log-probabilities at the answers' tokens, in one pass without a cache.
+
+        Its parity with other implementations is what suites of kind `parity` judge.
+
+        Returns:
+            For each prompt, float32 [tokens of its answer, vocabulary].
+
+        Raises:
+            EngineError: the bundled implementation raised.
+        """
+        from conformance.targets import reference_model
+
+        key = _digest(str(checkpoint), prompts, answers, dtype)
+        if key not in self._logprobs:
+            self._logprobs[key] = reference_model.logprobs(checkpoint, prompts, answers, dtype)
+        return self._logprobs[key]
+
     def close(self) -> None:
         """Delete all files. Safe to call twice."""
         if self._folder is not None:
             self._folder.cleanup()
         self._folder = None
-        self._checkpoints.clear()
+        self._made.clear()
         self._answers.clear()
+        self._logprobs.clear()
 
     def _checkpoint(self, wanted: Wanted) -> Path:
-        key = _digest(wanted.config, wanted.seed)
-        if key not in self._checkpoints:
-            folder = self._path() / f"checkpoint-{key[:16]}"
+        return self._folder_of(
+            lambda folder: self._write(wanted.config, folder, wanted.seed),
+            *("checkpoint", wanted.config, wanted.seed),
+        )
+
+    def _folder_of(self, make: Callable[[Path], None], *key: Any) -> Path:
+        """The folder that `make` fills, which it does once for each key."""
+        digest = _digest(*key)
+        if digest not in self._made:
+            folder = self._path() / f"{key[0]}-{digest[:16]}"
             folder.mkdir(exist_ok=True)
-            self._write(wanted.config, folder, wanted.seed)
-            self._checkpoints[key] = folder
-        return self._checkpoints[key]
+            make(folder)
+            self._made[digest] = folder
+        return self._made[digest]
 
     def _path(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="conformance-parity-")
+            self._folder = tempfile.TemporaryDirectory(prefix="conformance-models-")
         return Path(self._folder.name)
 
 
@@ -117,8 +192,11 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+# The bundled implementation is imported where it is needed: it loads torch, which takes seconds that parser
+# suites need not spend.
+
+
 def _write_checkpoint(config: dict[str, Any], folder: Path, seed: int) -> None:
-    # It loads torch, which takes seconds that parser suites need not spend.
     from conformance.targets import reference_model
 
     reference_model.write_checkpoint(config, folder, seed=seed)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from conformance.targets.protocol import AttentionBackend, DType
+from conformance.targets.protocol import AttentionBackend, DType, EngineOptions, Speculation
 
 CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
 SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
@@ -197,10 +197,10 @@ class ParityCase(CaseBase):
 
 
 Construct = Literal[
-    "content", "reasoning", "tool-call", "parallel-calls", "nested-arguments", "non-ascii", "json"
+    "answer", "content", "reasoning", "tool-call", "parallel-calls", "nested-arguments", "non-ascii", "json"
 ]
-"""What an answer can hold: `nested-arguments` a call with an object or a list among its arguments,
-`non-ascii` a character beyond ASCII in any field, `json` content that is JSON."""
+"""What an answer can hold: `answer` content, reasoning or a call, `nested-arguments` a call with an object or
+a list among its arguments, `non-ascii` a character beyond ASCII in any field, `json` content that is JSON."""
 
 
 class ExactAnswer(ExpectedParse):
@@ -240,6 +240,8 @@ class ServerCase(CaseBase):
     """What must appear for the case to say anything; without it the verdict is `inconclusive`."""
     exact: ExactAnswer | None = None
     """Judged only where the endpoint's model is called `scripted`."""
+    keep: tuple[str, ...] = ()
+    """Texts that must come out in some field of a contested answer, judged as `exact` is."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ServerCase:
@@ -253,6 +255,65 @@ class ServerCase(CaseBase):
         if len(modes) > 1:
             raise ValueError(f"`{modes[0]}` and `{modes[1]}` are two cases")
         return self
+
+
+class RandomAdapter(Strict):
+    """A LoRA adapter with seeded random weights, none of them zero."""
+
+    seed: int = 0
+    rank: int = Field(default=4, ge=1)
+    scale: float = Field(default=0.1, gt=0)
+    """Of what it adds to each weight, relative to the weight's own norm."""
+    modules: tuple[str, ...] = Field(min_length=1)
+    """Ends of the names of the modules it is for, such as `q_proj`."""
+
+
+class RandomDraft(Strict):
+    """An Eagle3 draft head with seeded random weights: its proposals are bad, the answers must not be."""
+
+    seed: int = 0
+    tokens: int = Field(default=3, ge=1)
+    """Proposed at a time."""
+    layers: tuple[int, ...] = Field(min_length=1)
+    """After how many of the checkpoint's layers the states are taken that the head reads."""
+
+
+class GenerationCase(CaseBase):
+    """Judge what a target generates from a checkpoint that says lines of a script by heart."""
+
+    lines: tuple[CaseId, ...] = ()
+    """Lines to ask for, all in one batch; empty: all of the script."""
+    asked: Literal["alone", "thinking", "tools", "system", "all"] = "alone"
+    """What stands around the message that asks for a line."""
+    copies: int = Field(default=1, ge=1, le=16)
+    """How many times each line is asked for."""
+    dtype: DType = "float32"
+    attention: str | None = None
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    eagle3: RandomDraft | None = None
+    adapter: RandomAdapter | None = None
+    max_new_tokens: int = Field(default=160, ge=1)
+    """Where an answer is longer, it must break off there, with the finish reason `length`."""
+    top_logprobs: int = Field(default=5, ge=0, le=20)
+    tolerance: float = Field(default=1e-3, gt=0)
+    """How far a log-probability may be from the oracle's, in float32."""
+    factor: float = Field(default=3.0, ge=1)
+    """In bfloat16, log-probabilities may be this many times as far from the float32 oracle as those of the
+    oracle's own bfloat16 pass are, at most."""
+
+    def options(self, draft: str | None = None) -> EngineOptions:
+        """How the target is set up, with the folder of the draft head where there is one."""
+        speculation = None
+        if self.eagle3 is not None:
+            speculation = Speculation(method="eagle3", checkpoint=draft or "", tokens=self.eagle3.tokens)
+        return EngineOptions(
+            dtype=self.dtype,
+            attention=self.attention,
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            speculation=speculation,
+        )
 
 
 class SuiteBase(Strict):
@@ -304,6 +365,15 @@ class ServerSuite(ToolsSuiteBase):
     cases: tuple[ServerCase, ...] = Field(min_length=1)
 
 
-AnySuite = ParserSuite | TemplateSuite | ParitySuite | ServerSuite
+class GenerationSuite(SuiteBase):
+    """Suite of kind `generation`."""
+
+    kind: Literal["generation"]
+    checkpoint: Literal["scripted"]
+    """A checkpoint that comes with the bundled implementation."""
+    cases: tuple[GenerationCase, ...] = Field(min_length=1)
+
+
+AnySuite = ParserSuite | TemplateSuite | ParitySuite | ServerSuite | GenerationSuite
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
-Case = ParserCase | TemplateCase | ParityCase | ServerCase
+Case = ParserCase | TemplateCase | ParityCase | ServerCase | GenerationCase

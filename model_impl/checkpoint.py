@@ -142,7 +142,7 @@ def read_tensors(
     """
     tables = tables or {}
     tensors: dict[str, Tensor] = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         for stored in _names(file):
             if (name := name_of(stored)) is None:
                 continue
@@ -175,7 +175,7 @@ def _tensor(file: Path, name: str) -> Tensor:
 
 def _text_name(folder: Path) -> Callable[[str], str | None]:
     """How the text decoder's tensors are named in a folder."""
-    names = [name for file in _files(folder) for name in _names(file)]
+    names = [name for file in weight_files(folder) for name in _names(file)]
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else _TEXT_ONLY_PREFIX
     return lambda stored: None if stored.startswith(_OTHER_PARTS) else stored.removeprefix(prefix)
 
@@ -188,7 +188,12 @@ def _names(file: Path) -> list[str]:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        CheckpointError: its index cannot be read, or a file is missing.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from model_impl.checkpoint import PREFIX
 from model_impl.config import TextConfig
+from model_impl.speculative.eagle3 import Eagle3
+from model_impl.speculative.eagle3_config import Eagle3Config
 from model_impl.text import TextModel
 
 _RANGES = {
@@ -51,6 +53,65 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int) -> N
     tensors = {
         PREFIX + name: _tensor(name, shape, seed) for name, shape in shapes(TextConfig.from_dict(config))
     }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_eagle3(target: TextConfig, folder: Path, *, seed: int, layers: Sequence[int]) -> None:
+    """Write `config.json` and `model.safetensors` (float32) of an Eagle3 draft head.
+
+    Its one layer is as wide as the target; half of the target's tokens can be drafted.
+
+    Args:
+        target: The model that it drafts for.
+        folder: Must exist.
+        seed: Decides the weights.
+        layers: After how many of the target's layers the states are taken that it reads.
+
+    Raises:
+        ConfigError: as `Eagle3Config.from_dict`.
+    """
+    head_dim = max(target.head_dims)
+    config = {
+        "architectures": ["Eagle3DraftModel"],
+        "dtype": "float32",
+        "draft_vocab_size": target.vocab_size // 2,
+        "eagle_aux_hidden_state_layer_ids": list(layers),
+        "norm_before_fc": False,
+        "norm_before_residual": True,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"architectures": ["Gemma4ForCausalLM"], "name_or_path": None},
+        },
+        "speculators_model_type": "eagle3",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {
+            "attention_bias": False,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "hidden_size": target.hidden_size,
+            "intermediate_size": 2 * target.hidden_size,
+            "max_position_embeddings": target.max_position_embeddings,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": target.num_heads,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": target.num_heads,
+            "rms_norm_eps": target.rms_norm_eps,
+            "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+            "vocab_size": target.vocab_size,
+        },
+    }
+    with torch.device("meta"):
+        head = Eagle3(Eagle3Config.from_dict(config, target_layers=len(target.layers)))
+    tensors = {name: _tensor(name, tuple(like.shape), seed) for name, like in head.state_dict().items()}
+    chosen = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[: target.vocab_size // 2].sort().values
+    tensors["d2t"] = chosen - torch.arange(len(chosen))
+    tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, chosen, True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 

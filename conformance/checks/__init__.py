@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from conformance.checks import generation as generation_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
 from conformance.checks import server as server_check
@@ -11,6 +12,8 @@ from conformance.oracles import Oracles
 from conformance.suites import (
     AnySuite,
     Case,
+    GenerationCase,
+    GenerationSuite,
     ParityCase,
     ParitySuite,
     ParserCase,
@@ -40,7 +43,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
-        oracles: Needed for suites of kind `parity`.
+        oracles: Needed for suites of the kinds `parity` and `generation`.
 
     Raises:
         EngineError, WorkerDiedError, TargetTimeoutError: from the target.
@@ -54,6 +57,9 @@ def judge(
         return parity_check.judge(case, suite, target, oracles)
     if isinstance(suite, ServerSuite) and isinstance(case, ServerCase):
         return server_check.judge(case, suite, target)
+    if isinstance(suite, GenerationSuite) and isinstance(case, GenerationCase):
+        assert oracles is not None
+        return generation_check.judge(case, target, oracles)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 

@@ -14,10 +14,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Capability = Literal["parse", "parse_stream", "certify", "render", "forward", "serve"]
+Capability = Literal["parse", "parse_stream", "certify", "render", "forward", "generate", "serve"]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `forward`: token ids to the
-tensors inside a model. `serve`: chat completions over HTTP."""
+tensors inside a model. `generate`: token ids to those that follow. `serve`: chat completions over HTTP."""
+
+Feature = Literal["tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images"]
+"""What not every target that generates can do."""
 
 PieceUnit = Literal["tokens", "characters"]
 DType = Literal["float32", "bfloat16"]
@@ -46,6 +49,10 @@ class TargetInfo(Model):
     this engine's parser costs, and is fixed so that a verdict does not depend on the machine's speed."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Package versions and platform facts that may change a verdict."""
+    features: tuple[Feature, ...] = ()
+    """What it can be asked for in a `GenerateRequest`."""
+    unavailable: dict[Capability, str] = Field(default_factory=dict)
+    """Capabilities that this installation could have and has not, and what to do about it."""
     note: str = ""
     """What exactly is driven, e.g. the entry point's dotted name."""
 
@@ -258,6 +265,91 @@ class ForwardResult(Model):
     """`attention`, `experts` (where there are any) and `dtype`, read back from the model."""
 
 
+class Speculation(Model):
+    """A draft model that proposes tokens."""
+
+    method: Literal["eagle3"]
+    checkpoint: str
+    """Folder of the draft model."""
+    tokens: int = Field(default=3, ge=1)
+    """Proposed at a time."""
+
+
+class EngineOptions(Model):
+    """How an engine is to be set up. What really ran is in `GenerateResult.effective`."""
+
+    dtype: DType = "float32"
+    """Of weights and activations."""
+    attention: str | None = None
+    """Attention backend by the target's own name for it; None: its choice."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    speculation: Speculation | None = None
+    max_model_len: int = Field(default=1024, ge=1)
+    """Tokens of the longest sequence, prompt and answer."""
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What a target must be able to do to be set up like this."""
+        asked: list[Feature] = []
+        if self.tensor_parallel > 1:
+            asked.append("tensor-parallel")
+        if self.pipeline_parallel > 1:
+            asked.append("pipeline-parallel")
+        if self.speculation is not None:
+            asked.append(self.speculation.method)
+        return tuple(asked)
+
+
+class GenerateRequest(Model):
+    """Prompts, all given to the engine at once, to the tokens that greedy decoding finds."""
+
+    checkpoint: str
+    """Folder with `config.json` and `model.safetensors`, under the published names."""
+    prompts: tuple[tuple[int, ...], ...] = Field(min_length=1)
+    """Token ids; none is empty."""
+    images: tuple[tuple[str, ...], ...] = ()
+    """Image files of each prompt, in the order of their placeholders; empty: no prompt has any."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter in PEFT's form, for every prompt."""
+    max_new_tokens: int = Field(ge=1)
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer; nothing else but `max_new_tokens` does."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Alternatives wanted at each position, besides the chosen token's own log-probability."""
+    options: EngineOptions = EngineOptions()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GenerateRequest:
+        if not all(self.prompts):
+            raise ValueError("a prompt is empty")
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(f"images for {len(self.images)} prompts, and {len(self.prompts)} prompts")
+        return self
+
+
+class Generation(Model):
+    """One answer."""
+
+    token_ids: tuple[int, ...]
+    """The stop token that ended it is the last one."""
+    finish_reason: Literal["stop", "length"]
+    logprobs: tuple[float, ...]
+    """Natural logarithm of each token's probability at temperature 1, nothing filtered."""
+    top: tuple[dict[int, float], ...] = ()
+    """The likeliest tokens at each position with their log-probabilities, as many as were asked for or one
+    more; empty where none were."""
+
+
+class GenerateResult(Model):
+    """One answer to each prompt, and what really ran."""
+
+    generations: tuple[Generation, ...]
+    effective: dict[str, str] = Field(default_factory=dict)
+    """Read back from the running engine: `attention`, `dtype`, `tensor_parallel`, `pipeline_parallel`,
+    `speculation` (its method, or `none`), `adapter` (modules it is applied to, or `none`)."""
+
+
 class ServeRequest(Model):
     """Chat completions to ask for, all at the same time, each over a connection of its own."""
 
@@ -322,6 +414,10 @@ class Target(Protocol):
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Run the model of a checkpoint; a request that it refuses raises `EngineError`."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Greedy answers to prompts; a request or an option that it refuses raises `EngineError`."""
         ...
 
     def close(self) -> None:

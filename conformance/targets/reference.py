@@ -17,6 +17,8 @@ from conformance.targets.protocol import (
     Delta,
     ForwardRequest,
     ForwardResult,
+    GenerateRequest,
+    GenerateResult,
     ParseRequest,
     ParseResult,
     Piece,
@@ -106,6 +108,12 @@ class ReferenceTarget:
         from conformance.targets import reference_model
 
         return reference_model.forward(request)
+
+    def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Generate with the text model on the whole batch."""
+        from conformance.targets import reference_model
+
+        return reference_model.generate(request)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -95,6 +95,8 @@ class Token:
     asked for."""
     finish_reason: FinishReason | None
     """Why this is the row's last token; None if it is not."""
+    top: dict[int, float] | None = None
+    """The likeliest tokens, likeliest first, with their log-probabilities; None unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Generated:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
     """As `Token.logprob`, one for each id."""
+    top: tuple[dict[int, float], ...] | None = None
+    """As `Token.top`, one for each id."""
 
 
 def generate(
@@ -117,6 +121,7 @@ def generate(
     sampling: Sampling = _GREEDY,
     seed: int | Sequence[int] = 0,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     prefill_chunk: int | None = None,
 ) -> list[Generated]:
     """Generate for all rows, until each has met a stop token or the limit.
@@ -129,6 +134,7 @@ def generate(
         sampling: Greedy unless given.
         seed: One for the batch, from which `row_seeds` makes the rows' own, or one for each row.
         logprobs: Compute log-probabilities of the chosen tokens.
+        top_logprobs: How many of the likeliest tokens to give with theirs at each position.
         prefill_chunk: Most prompt tokens in one pass, to bound memory; the result is the same up to
             rounding. All at once unless given.
 
@@ -140,6 +146,7 @@ def generate(
     """
     ids: list[list[int]] = [[] for _ in prompts]
     values: list[list[float]] = [[] for _ in prompts]
+    tops: list[list[dict[int, float]]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length" for _ in prompts]
     for token in stream(
         model,
@@ -149,15 +156,18 @@ def generate(
         sampling=sampling,
         seed=seed,
         logprobs=logprobs,
+        top_logprobs=top_logprobs,
         prefill_chunk=prefill_chunk,
     ):
         ids[token.row].append(token.id)
         if token.logprob is not None:
             values[token.row].append(token.logprob)
+        if token.top is not None:
+            tops[token.row].append(token.top)
         reasons[token.row] = token.finish_reason or reasons[token.row]
     return [
-        Generated(tuple(row), reason, tuple(own) if logprobs else None)
-        for row, reason, own in zip(ids, reasons, values, strict=True)
+        Generated(tuple(row), reason, tuple(own) if logprobs else None, tuple(top) if top_logprobs else None)
+        for row, reason, own, top in zip(ids, reasons, values, tops, strict=True)
     ]
 
 
@@ -170,6 +180,7 @@ def stream(
     sampling: Sampling = _GREEDY,
     seed: int | Sequence[int] = 0,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """As `generate`, token by token: in each step one for every unfinished row, by row.
@@ -179,12 +190,17 @@ def stream(
     rows = _checked(model, prompts, max_new_tokens, sampling)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be 1 or above, or None")
+    if not 0 <= top_logprobs <= model.config.vocab_size:
+        raise GenerationError(
+            f"top_logprobs is {top_logprobs}; it must lie from 0 to {model.config.vocab_size}, the "
+            "size of the vocabulary"
+        )
     seeds = row_seeds(seed, len(rows)) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(rows):
         raise GenerationError(f"there are {len(seeds)} seeds for {len(rows)} rows; give one for each row")
     if not rows or max_new_tokens == 0:
         return iter(())
-    batch = _Batch(model, rows, sampling, seeds, logprobs)
+    batch = _Batch(model, rows, sampling, seeds, logprobs, top_logprobs)
     return _tokens(batch, max_new_tokens, frozenset(stop_ids), prefill_chunk)
 
 
@@ -202,17 +218,21 @@ def _tokens(batch: _Batch, limit: int, stop_ids: frozenset[int], chunk: int | No
     live = list(range(len(batch.prompts)))
     for count in range(1, limit + 1):
         fed: list[list[int]] = [[] for _ in batch.prompts]
-        for row, (token, logprob) in zip(live, batch.choose(hidden, live), strict=True):
+        for row, (token, logprob, top) in zip(live, batch.choose(hidden, live), strict=True):
             reason: FinishReason | None = "length" if count == limit else None
             if token in stop_ids:
                 reason = "stop"
             if reason is None:
                 fed[row] = [token]
-            yield Token(row, token, logprob, reason)
+            yield Token(row, token, logprob, reason, top)
         live = [row for row in live if fed[row]]
         if not live:
             return
         hidden = batch.feed(fed)
+
+
+_Choice = tuple[int, float | None, dict[int, float] | None]
+"""A token, its log-probability, and the likeliest tokens with theirs."""
 
 
 class _Batch:
@@ -225,12 +245,14 @@ class _Batch:
         sampling: Sampling,
         seeds: Sequence[int],
         logprobs: bool,
+        top_logprobs: int,
     ) -> None:
         self.prompts = prompts
         self._model = model
         self._sampling = sampling
         self._random = [random.Random(seed) for seed in seeds]  # noqa: S311 - sampling, not a secret
         self._logprobs = logprobs
+        self._top_logprobs = top_logprobs
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._cache = KVCache(model.config, len(prompts), weight.dtype, weight.device)
@@ -264,8 +286,8 @@ class _Batch:
         return hidden[torch.arange(len(pieces), device=self._device), last]
 
     @torch.inference_mode()
-    def choose(self, hidden: Tensor, rows: Sequence[int]) -> list[tuple[int, float | None]]:
-        """The next token of each of `rows`, and its log-probability, from the states of all [B, H].
+    def choose(self, hidden: Tensor, rows: Sequence[int]) -> list[_Choice]:
+        """The next token of each of `rows`, from the states of all [B, H].
 
         The head, a model's largest matrix, sees only these rows and only their last tokens.
         """
@@ -280,10 +302,19 @@ class _Batch:
         greedy = self._sampling.temperature == 0
         uniforms = [] if greedy else [self._random[row].random() for row in rows]
         tokens = self._sampling.choose(logits, uniforms)
-        if not self._logprobs:
-            return [(token, None) for token in tokens.tolist()]
-        values = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-        return list(zip(tokens.tolist(), values.tolist(), strict=True))
+        chosen: list[int] = tokens.tolist()
+        if not (self._logprobs or self._top_logprobs):
+            return [(token, None, None) for token in chosen]
+        all_values = logits.log_softmax(dim=-1)
+        values: list[float | None] = [None] * len(chosen)
+        if self._logprobs:
+            values = all_values.gather(1, tokens[:, None])[:, 0].tolist()
+        tops: list[dict[int, float] | None] = [None] * len(chosen)
+        if self._top_logprobs:
+            best = all_values.topk(self._top_logprobs, dim=-1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            tops = [dict(zip(ids, own, strict=True)) for ids, own in pairs]
+        return list(zip(chosen, values, tops, strict=True))
 
 
 def _checked(

@@ -1,0 +1,275 @@
+"""Judge what a target generates from a checkpoint that says the lines of a script by heart.
+
+1. All prompts go to the target at once. Every answer must be the script's, token by token, with the finish
+   reason that belongs to it; its margins are wide, so that rounding decides nothing.
+2. Log-probabilities, those of the alternatives too, must be those of the bundled implementation, which reads
+   each answer in one pass without a cache. So right tokens from wrong numbers are noticed.
+3. With a LoRA adapter, the oracle reads a checkpoint into which the adapter is merged. With a draft head, the
+   oracle has none: what a head proposes may change no number.
+4. What ran, as read back from the engine, must be what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conformance.checks.base import CheckOutcome
+from conformance.errors import EngineError
+from conformance.oracles import Oracles
+from conformance.results import Evidence, Problem
+from conformance.suites import GenerationCase
+from conformance.targets import bundled
+from conformance.targets.bundled import Dialogue
+from conformance.targets.protocol import (
+    Feature,
+    GenerateRequest,
+    GenerateResult,
+    Generation,
+    Target,
+    TargetInfo,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHOWN = 3
+"""Differences that are told one by one."""
+
+
+def judge(case: GenerationCase, target: Target, oracles: Oracles) -> CheckOutcome:
+    """Generate once, and compare.
+
+    Raises:
+        EngineError: the oracle raised.
+        WorkerDiedError, TargetTimeoutError: from the target.
+    """
+    reason = _cannot(case, target)
+    if reason:
+        return CheckOutcome("skip", reason=reason)
+    dialogues = bundled.dialogues(case.asked, case.lines) * case.copies
+    request = _request(case, dialogues, oracles)
+    try:
+        result = target.generate(request)
+    except EngineError as error:
+        problem = Problem(rule="raised", message=f"generation raised {error}", got=str(error))
+        return CheckOutcome.from_problems([problem], _evidence(request, dialogues, None))
+    return CheckOutcome.from_problems(
+        [*_setting_problems(request, result), *_answer_problems(case, dialogues, result, oracles)],
+        _evidence(request, dialogues, result),
+    )
+
+
+def _cannot(case: GenerationCase, target: Target) -> str:
+    """Why the target is not asked; empty if it is."""
+    info: TargetInfo = target.describe()
+    if "generate" not in info.capabilities:
+        why = info.unavailable.get("generate")
+        return f"{target.spec} has no capability `generate`{f': {why}' if why else ''}"
+    asked: list[Feature] = list(case.options().features)
+    if case.adapter is not None:
+        asked.append("lora")
+    lacking = [feature for feature in asked if feature not in info.features]
+    return f"{target.spec} cannot generate with {', '.join(lacking)}" if lacking else ""
+
+
+def _request(case: GenerationCase, dialogues: Sequence[Dialogue], oracles: Oracles) -> GenerateRequest:
+    checkpoint = bundled.checkpoint()
+    draft = oracles.draft(checkpoint, case.eagle3) if case.eagle3 is not None else None
+    adapter = oracles.adapter(checkpoint, case.adapter) if case.adapter is not None else None
+    return GenerateRequest(
+        checkpoint=str(checkpoint),
+        prompts=tuple(dialogue.prompt for dialogue in dialogues),
+        adapter=str(adapter) if adapter is not None else None,
+        max_new_tokens=case.max_new_tokens,
+        stop_ids=bundled.STOP_IDS,
+        top_logprobs=case.top_logprobs,
+        options=case.options(str(draft) if draft is not None else None),
+    )
+
+
+def _setting_problems(request: GenerateRequest, result: GenerateResult) -> Iterator[Problem]:
+    """What was asked for and not used is a failure, even where the answers agree."""
+    options, ran = request.options, result.effective
+    asked = {
+        "dtype": options.dtype,
+        "tensor_parallel": str(options.tensor_parallel),
+        "pipeline_parallel": str(options.pipeline_parallel),
+        "speculation": options.speculation.method if options.speculation is not None else "none",
+        **({"attention": options.attention} if options.attention is not None else {}),
+    }
+    for name, value in asked.items():
+        if ran.get(name) != value:
+            yield Problem(
+                rule=f"wrong-{name.replace('_', '-')}",
+                message=f"{name} {value!r} was asked for and {ran.get(name)!r} ran",
+                expected=value,
+                got=ran.get(name),
+            )
+    applied = ran.get("adapter")
+    if (applied in (None, "", "none")) != (request.adapter is None):
+        yield Problem(
+            rule="wrong-adapter",
+            message="an adapter was asked for and none is applied to any module"
+            if request.adapter
+            else f"no adapter was asked for and one is applied to {applied}",
+            got=applied,
+        )
+
+
+def _answer_problems(
+    case: GenerationCase, dialogues: Sequence[Dialogue], result: GenerateResult, oracles: Oracles
+) -> Iterator[Problem]:
+    if len(result.generations) != len(dialogues):
+        yield Problem(
+            rule="answers",
+            message=f"{len(result.generations)} answers came to {len(dialogues)} prompts",
+            expected=len(dialogues),
+            got=len(result.generations),
+        )
+        return
+    pairs = list(zip(dialogues, result.generations, strict=True))
+    wrong = [problem for pair in pairs for problem in _text_problems(*pair, case.max_new_tokens)]
+    yield from wrong[:_SHOWN]
+    if len(wrong) > _SHOWN:
+        yield Problem(rule="tokens", message=f"{len(wrong) - _SHOWN} more such differences")
+    yield from _number_problems(case, pairs, oracles)
+
+
+def _text_problems(dialogue: Dialogue, made: Generation, limit: int) -> Iterator[Problem]:
+    """Tokens and finish reason of one answer."""
+    expected = dialogue.answer[:limit]
+    if made.token_ids != expected:
+        at = next(
+            (k for k, pair in enumerate(zip(made.token_ids, expected, strict=False)) if pair[0] != pair[1]),
+            min(len(made.token_ids), len(expected)),
+        )
+        yield Problem(
+            rule="tokens",
+            message=f"the answer to {dialogue.line!r} differs from its token {at} on",
+            expected=bundled.text(expected),
+            got=bundled.text(made.token_ids),
+        )
+    reason = "stop" if len(dialogue.answer) <= limit else "length"
+    if made.finish_reason != reason:
+        yield Problem(
+            rule="finish-reason",
+            message=f"the answer to {dialogue.line!r} ended with {made.finish_reason!r}, not {reason!r}",
+            expected=reason,
+            got=made.finish_reason,
+        )
+
+
+def _number_problems(
+    case: GenerationCase, pairs: Sequence[tuple[Dialogue, Generation]], oracles: Oracles
+) -> Iterator[Problem]:
+    """The worst log-probability of the chosen tokens, and of the alternatives."""
+    for dialogue, made in pairs:
+        count = len(made.token_ids)
+        if len(made.logprobs) != count or (case.top_logprobs and len(made.top) != count):
+            yield Problem(
+                rule="logprobs",
+                message=f"the answer to {dialogue.line!r} has {count} tokens, {len(made.logprobs)} "
+                f"log-probabilities and {len(made.top)} lists of alternatives",
+            )
+            return
+    pairs = [(dialogue, made) for dialogue, made in pairs if made.token_ids]
+    checkpoint = bundled.checkpoint()
+    if case.adapter is not None:
+        checkpoint = oracles.merged(checkpoint, case.adapter)
+    prompts = [dialogue.prompt for dialogue, _ in pairs]
+    answers = [made.token_ids for _, made in pairs]
+    truth = oracles.logprobs(checkpoint, prompts, answers, "float32")
+    own = truth if case.dtype == "float32" else oracles.logprobs(checkpoint, prompts, answers, case.dtype)
+    # Tokens known by heart have a probability near one, which rounding hardly changes; alternatives do not.
+    for values in (_chosen, _alternatives):
+        limit = max(case.tolerance, case.factor * _apart(pairs, truth, own, values))
+        worst, where = _worst(pairs, truth, values)
+        if worst > limit:
+            yield Problem(
+                rule="logprobs",
+                message=f"log-probabilities are up to {worst:.3g} from the oracle's (limit {limit:.3g}): "
+                f"{where}",
+                got=float(f"{worst:.3g}") if math.isfinite(worst) else "not a number",
+            )
+
+
+Values = Callable[[Generation], Iterator[tuple[int, int, float]]]
+"""Position, token and log-probability."""
+
+
+def _chosen(made: Generation) -> Iterator[tuple[int, int, float]]:
+    for place, (token, value) in enumerate(zip(made.token_ids, made.logprobs, strict=True)):
+        yield place, token, value
+
+
+def _alternatives(made: Generation) -> Iterator[tuple[int, int, float]]:
+    for place, best in enumerate(made.top):
+        for token, value in best.items():
+            yield place, token, value
+
+
+def _worst(
+    pairs: Sequence[tuple[Dialogue, Generation]], truth: Sequence[Tensor], values: Values
+) -> tuple[float, str]:
+    """The largest distance from the oracle, and where it is."""
+    worst, where = 0.0, ""
+    for (dialogue, made), row in zip(pairs, truth, strict=True):
+        for place, token, value in values(made):
+            expected = float(row[place, token])
+            distance = abs(value - expected)
+            if math.isnan(distance):
+                distance = math.inf
+            if distance > worst:
+                worst = distance
+                where = (
+                    f"token {token} at position {place} of the answer to {dialogue.line!r}: {value:.6g}, not "
+                    f"{expected:.6g}"
+                )
+    return worst, where
+
+
+def _apart(
+    pairs: Sequence[tuple[Dialogue, Generation]],
+    truth: Sequence[Tensor],
+    own: Sequence[Tensor],
+    values: Values,
+) -> float:
+    """How far two passes of the oracle are from each other, over what the target told of."""
+    distances = (
+        abs(float(mine[place, token]) - float(row[place, token]))
+        for (_, made), row, mine in zip(pairs, truth, own, strict=True)
+        for place, token, _ in values(made)
+    )
+    return max(distances, default=0.0)
+
+
+def _evidence(
+    request: GenerateRequest, dialogues: Sequence[Dialogue], result: GenerateResult | None
+) -> Evidence:
+    options = request.options.model_dump(mode="json", exclude_defaults=True)
+    if request.options.speculation is not None:
+        options["speculation"]["checkpoint"] = Path(request.options.speculation.checkpoint).name
+    if request.adapter is not None:
+        options["adapter"] = Path(request.adapter).name
+    return Evidence(
+        input=json.dumps(
+            {
+                "prompts": [bundled.text(prompt) for prompt in request.prompts],
+                "max_new_tokens": request.max_new_tokens,
+                "options": options,
+            },
+            ensure_ascii=False,
+            indent=2,
+        ),
+        expected={dialogue.line: bundled.text(dialogue.answer) for dialogue in dialogues},
+        got=None
+        if result is None
+        else {
+            "effective": result.effective,
+            "answers": [bundled.text(made.token_ids) for made in result.generations],
+        },
+    )
