@@ -17,6 +17,7 @@ import pytest
 
 from conformance.errors import TargetError
 from conformance.targets import environments
+from conformance.targets.lockfile import Lock
 
 SPEC = "toy@1.0"
 LOCK = """\
@@ -38,6 +39,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _wheel(folder, "toy_engine", "1.1", requires=("no-such-package",))
     _wheel(folder, "toy_base", "2.0", requires=("toy-helper",))
     _wheel(folder, "toy_helper", "3.0")
+    _wheel(folder, "toy_part", "1.0", requires=("no-such-package",))
+    _wheel(folder, "toy_part", "1.1")
     return folder
 
 
@@ -299,6 +302,195 @@ def test_remove(installed: Place) -> None:
     assert not environments.remove(SPEC)
 
 
+# ------------------------------------------------------------------------------------------------- parts
+
+PARTS = f"{LOCK}\n# part: engine\n# size: 2 MB\n# time: 3 s\n\ntoy-part==1.0\n"
+
+
+def _part_version() -> str:
+    found = environments.status(SPEC)
+    paths = os.pathsep.join(map(str, found.import_paths))
+    return subprocess.run(
+        [found.python, "-c", "import toy_part; print(toy_part.VERSION)"],
+        env={"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def _parts_left() -> list[str]:
+    return sorted(path.name for path in (environments.status(SPEC).path / "parts").glob("*"))
+
+
+def test_a_part_is_added_to_what_is_there(installed: Place) -> None:
+    installed.write(PARTS)
+    before = environments.status(SPEC)
+    assert (before.state, before.parts, before.import_paths) == ("ready", (), ())
+    assert before.lacking == {
+        "engine": "part `engine` of its environment is not installed; "
+        "run `conformance targets install toy@1.0` (about 2 MB and 3 s)"
+    }
+    unchanged = before.python.lstat()
+    lines: list[str] = []
+    environments.install(SPEC, lines.append, parts=False)
+    assert [line.partition(" at ")[0] for line in lines] == ["toy@1.0 is installed"]
+    found = environments.install(SPEC, lines.append)
+    assert (found.state, found.parts, found.lacking) == ("ready", ("engine",), {})
+    assert _part_version() == "1.0"
+    assert found.python.lstat() == unchanged, "the environment is not made anew"
+    assert lines[1] == "adding part 'engine' to toy@1.0 (about 2 MB and 3 s)"
+    assert lines[-1].startswith("part 'engine' of toy@1.0 is ready: ")
+    assert (installed.left_behind(), _parts_left()) == (["toy-1.0"], ["engine"])
+    for parts in (True, False):
+        again: list[str] = []
+        environments.install(SPEC, again.append, parts=parts)
+        assert [line.partition(" at ")[0] for line in again] == ["toy@1.0 is installed"]
+    assert _part_version() == "1.0"
+
+
+def test_a_part_comes_with_an_environment_asked_for_by_name(place: Place) -> None:
+    place.write(PARTS)
+    assert environments.install(SPEC).parts == ("engine",)
+    assert (_versions()["engine"], _part_version()) == ("1.0", "1.0")
+    checks = {check.name: check for check in environments.doctor(SPEC)}
+    assert all(check.ok for check in checks.values())
+    assert checks["packages"].detail == "3 packages as pinned"
+    assert checks["part engine"].detail == "installed"
+
+
+def test_a_changed_part_is_replaced_and_nothing_else(installed: Place) -> None:
+    installed.write(PARTS)
+    environments.install(SPEC)
+    before = environments.status(SPEC).python.lstat()
+    installed.write(PARTS.replace("toy-part==1.0", "toy-part==1.1").replace("2 MB", "9 MB"))
+    found = environments.install(SPEC, parts=False)
+    assert (found.state, found.parts, [*found.lacking]) == ("ready", (), ["engine"])
+    assert environments.install(SPEC).parts == ("engine",)
+    assert _part_version() == "1.1"
+    assert environments.status(SPEC).python.lstat() == before
+    assert _parts_left() == ["engine"]
+
+
+def test_size_and_time_of_a_part_say_nothing_about_what_is_installed(installed: Place) -> None:
+    installed.write(PARTS)
+    environments.install(SPEC)
+    installed.write(PARTS.replace("2 MB", "9 MB").replace("# time: 3 s", "# a comment"))
+    assert environments.status(SPEC).parts == ("engine",)
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_an_environment_that_is_made_anew_keeps_its_part(installed: Place, parts: bool) -> None:
+    installed.write(PARTS)
+    environments.install(SPEC)
+    installed.write(PARTS.replace("toy-engine==1.0", "toy-engine==1.1"))
+    assert environments.status(SPEC).state == "stale"
+    assert environments.install(SPEC, parts=parts).parts == ("engine",)
+    assert (_versions()["engine"], _part_version()) == ("1.1", "1.0")
+
+
+def test_a_killed_addition_leaves_a_ready_environment(installed: Place) -> None:
+    installed.write(PARTS)
+    code = f"""
+        def progress(line):
+            if line.startswith("Installing collected"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        environments.install({SPEC!r}, progress)
+    """
+    with installed.start(code) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    found = environments.status(SPEC)
+    assert (found.state, found.parts) == ("ready", ())
+    assert [name.endswith(".partial") for name in _parts_left()] == [True]
+    environments.install(SPEC)
+    assert (_part_version(), _parts_left()) == ("1.0", ["engine"])
+
+
+def test_an_interrupted_addition_cleans_up(installed: Place) -> None:
+    def progress(line: str) -> None:
+        if line.startswith("Installing collected"):
+            raise KeyboardInterrupt
+
+    installed.write(PARTS)
+    with pytest.raises(KeyboardInterrupt):
+        environments.install(SPEC, progress)
+    assert (environments.status(SPEC).state, _parts_left()) == ("ready", [])
+
+
+def test_a_failed_addition_leaves_the_rest(installed: Place) -> None:
+    installed.write(PARTS.replace("toy-part==1.0", "toy-part==7.0"))
+    with pytest.raises(TargetError, match=r"(?s)toy@1\.0, part 'engine': pip.*toy-part==7\.0"):
+        environments.install(SPEC)
+    assert (environments.status(SPEC).state, _parts_left()) == ("ready", [])
+
+
+def test_two_installers_add_one_part(installed: Place) -> None:
+    installed.write(PARTS)
+    code = f"environments.install({SPEC!r}, lambda line: print(line, flush=True))"
+    with installed.start(code) as first, installed.start(code) as second:
+        printed = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert sum("adding part" in text for text in printed) == 1
+    assert sum("is installed at" in text for text in printed) == 1
+    assert _part_version() == "1.0"
+
+
+def test_doctor_finds_a_part_that_was_changed(installed: Place) -> None:
+    installed.write(PARTS)
+    absent = {check.name: check for check in environments.doctor(SPEC)}
+    assert absent["part engine"].ok, "an environment is whole without its parts"
+    assert "conformance targets install toy@1.0" in absent["part engine"].detail
+    folder = environments.install(SPEC).path / "parts" / "engine"
+    (folder / "toy_part-1.0.dist-info").rename(folder / "gone")
+    found = {check.name: check for check in environments.doctor(SPEC)}
+    assert not found["packages"].ok
+    assert found["packages"].detail == "toy-part: absent, not 1.0"
+
+
+def test_remove_takes_the_parts_along(installed: Place) -> None:
+    installed.write(PARTS)
+    environments.install(SPEC)
+    assert environments.remove(SPEC)
+    assert installed.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# part: engine\n", "part 'engine' has no pin"),
+        ("# part: engine\n# python: 3.11\nx==1\n", "part 'engine' has fields besides `size` and `time`"),
+        ("# part: engine\nx==1\n# part: engine\ny==1\n", r"toy-1\.0\.txt:10: a second part 'engine'"),
+        ("# part: engine\ntoy-base==2.0\n", r"toy-1\.0\.txt:9: toy-base is pinned twice"),
+    ],
+)
+def test_a_bad_part(place: Place, text: str, message: str) -> None:
+    place.write(LOCK + text)
+    with pytest.raises(TargetError, match=message):
+        environments.locks()
+
+
+def test_an_overlay_has_no_parts(place: Place) -> None:
+    place.write("# overlay-of: toy@1.0\ntoy-engine==0.9\n# part: engine\nx==1\n", "toy-0.9.txt")
+    with pytest.raises(TargetError, match="an overlay has no parts"):
+        environments.locks()
+
+
+def test_default_installs_no_parts_and_a_name_does(installed: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from conformance.commands import targets as commands
+
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(environments, "install", lambda spec, progress, *, parts: asked.append((spec, parts)))
+    monkeypatch.setattr(environments, "environments", lambda: [environments.status(SPEC)])
+    monkeypatch.setattr(commands.registry, "default_targets", lambda: ("reference", SPEC))
+    monkeypatch.setattr(commands.registry, "resolve", lambda spec: spec)
+    monkeypatch.setattr(commands, "_print", lambda as_json: None)
+    for arguments in (["--default"], [SPEC], ["--default", SPEC]):
+        result = CliRunner().invoke(commands.install_targets, arguments)
+        assert result.exit_code == 0, result.output
+    assert asked == [(SPEC, False), (SPEC, True), (SPEC, True)]
+
+
 # ---------------------------------------------------------------------------------------------- lock files
 
 
@@ -341,12 +533,12 @@ def test_the_home_is_the_users_cache_folder_by_default(
 
 
 @pytest.mark.parametrize("lock", environments.locks(), ids=lambda lock: lock.spec)
-def test_the_lock_files_of_the_package(lock: environments.Lock) -> None:
+def test_the_lock_files_of_the_package(lock: Lock) -> None:
     names = [name for name, _ in lock.pins]
     assert len(set(names)) == len(names)
     assert set(lock.with_dependencies) <= {"torch"}
     assert ("torch" in names) == bool(lock.with_dependencies), "torch is installed with its dependencies"
-    assert not {"torchvision", "torchaudio", "torchcodec"} & set(names)
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(names), "parsers need none of them"
     assert lock.megabytes > 0
     assert lock.seconds > 0
     base = environments.find_lock(lock.overlay_of) if lock.overlay_of else lock

@@ -18,6 +18,7 @@ import pytest
 from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
 from conformance.targets.process import WorkerTarget
 from conformance.targets.protocol import Chunking, ParseRequest, StreamRequest, Target
+from tests.processes import survivors
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -28,7 +29,7 @@ def mark() -> Iterator[str]:
     """A value in the environment of every process of a test, by which survivors are found."""
     value = uuid.uuid4().hex
     yield value
-    assert not _survivors(value), "the test left processes behind"
+    assert not survivors(value), "the test left processes behind"
 
 
 @pytest.fixture
@@ -45,23 +46,6 @@ def liar(mark: str) -> Iterator[Callable[..., WorkerTarget]]:
     yield open_target
     for target in opened:
         target.close()
-
-
-def _survivors(mark: str) -> set[int]:
-    """Processes that carry the mark, zombies apart; waits a little for those about to end."""
-    found: set[int] = set()
-    for _ in range(100):
-        found = set()
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if f"TEST_MARK={mark}".encode() in environ.read_bytes():
-                    found.add(int(environ.parent.name))
-            except OSError:
-                continue
-        if not found:
-            break
-        time.sleep(0.05)
-    return found
 
 
 def _request(output: str) -> ParseRequest:
@@ -281,7 +265,7 @@ def test_nothing_outlives_a_killed_harness(mark: str, tmp_path: Path, doing: str
         else:
             time.sleep(0.3)
             parent.kill()
-    assert not _survivors(mark)
+    assert not survivors(mark)
 
 
 def test_a_guardian_that_is_killed_takes_its_worker_along(
@@ -292,7 +276,7 @@ def test_a_guardian_that_is_killed_takes_its_worker_along(
     assert target.pid is not None
     os.kill(target.pid, signal.SIGKILL)
     time.sleep(0.2)
-    assert not _survivors(mark)
+    assert not survivors(mark)
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,23 @@
 4. An older release is an overlay: its lock file names the environment it is laid over and pins the engine's
    own package, which is installed without dependencies into a folder of its own. It is imported before
    what the base environment holds.
-5. One installer at a time per environment, by a file lock. What an interrupted one left is swept away.
+5. A lock file may have parts: what follows a line `# part: NAME` is pinned beside the rest, and installed,
+   without dependencies, into a folder of its own inside the environment. A part comes and goes without
+   touching what is there: an environment is ready without its parts.
+6. One installer at a time per environment, by a file lock. What an interrupted one left is swept away.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,52 +35,23 @@ from typing import Literal
 import filelock
 import platformdirs
 
+import conformance
 from conformance.errors import TargetError
+from conformance.targets.lockfile import Lock, Part, read_lock
 from conformance.targets.packages import Progress, pip_install, run
 
 LOCKS = Path(__file__).with_name("locks")
 _STAMP = "conformance-environment.json"
 _PACKAGES = "packages"
 """Folder of an overlay that is imported from."""
-_PIN = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;]+)$")
-_FIELD = re.compile(
-    r"^# (?P<key>with-dependencies|overlay-of|adapter|python|platform|size|time): (?P<value>.+)$"
-)
+_PARTS = "parts"
+"""Folder of an environment that holds those of its parts."""
+_HOOKS = Path(conformance.__file__).parent / "worker" / "hooks"
+"""Imported from together with a part: what mends its packages in every process of the engine."""
 _SPACE_MARGIN = 1.3
 """Free space asked for, relative to the environment's size: pip unpacks before it installs."""
 
 State = Literal["missing", "ready", "stale", "broken"]
-
-
-@dataclass(frozen=True)
-class Lock:
-    """What an environment is made of."""
-
-    target: str
-    version: str
-    path: Path
-    digest: str
-    pins: tuple[tuple[str, str], ...]
-    """Package names with their versions."""
-    with_dependencies: tuple[str, ...] = ()
-    """Packages installed with their own dependencies."""
-    pythons: tuple[str, ...] = ()
-    """Minor versions of CPython it is known to work on; empty: any."""
-    platform: str = ""
-    """`linux-x86_64`, when it works nowhere else."""
-    megabytes: int = 0
-    """Size on disk, roughly."""
-    seconds: int = 0
-    """Time to install, roughly; mostly that of the download."""
-    overlay_of: str = ""
-    """Spec of the environment that this one is laid over; empty for one that stands alone."""
-    adapter: str = ""
-    """Module in `conformance.worker.adapters` that drives this release; empty for the engine's usual one."""
-
-    @property
-    def spec(self) -> str:
-        """`vllm@0.32.0`."""
-        return f"{self.target}@{self.version}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +64,10 @@ class EnvironmentStatus:
     reason: str
     """Why it is not ready, and what to do; empty when it is."""
     megabytes: int
-    """As measured at its installation; from the lock file when it is not installed."""
+    """As measured at its installation, with its parts; from the lock file when it is not installed."""
     seconds: int
+    parts: tuple[str, ...] = ()
+    """Those that are installed."""
 
     @property
     def spec(self) -> str:
@@ -108,7 +82,21 @@ class EnvironmentStatus:
     @property
     def import_paths(self) -> tuple[Path, ...]:
         """Folders to import from before all that the interpreter knows of."""
-        return (self.path / _PACKAGES,) if self.lock.overlay_of else ()
+        if self.lock.overlay_of:
+            return (self.path / _PACKAGES,)
+        parts = [_part_path(self.path, part.name) for part in self.lock.parts if part.name in self.parts]
+        return (_HOOKS, *parts) if parts else ()
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """Parts that are not installed, each with what to do about it."""
+        command = f"conformance targets install {self.spec}"
+        return {
+            part.name: f"part `{part.name}` of its environment is not installed; run `{command}` "
+            f"({_cost(part)})"
+            for part in self.lock.parts
+            if part.name not in self.parts
+        }
 
 
 @dataclass(frozen=True)
@@ -144,7 +132,7 @@ def locks() -> tuple[Lock, ...]:
     Raises:
         TargetError: one is broken, or laid over something that is no environment of the same target.
     """
-    found = tuple(_read_lock(path) for path in sorted(LOCKS.glob("*.txt")))
+    found = tuple(read_lock(path) for path in sorted(LOCKS.glob("*.txt")))
     alone = {(lock.target, lock.spec) for lock in found if not lock.overlay_of}
     for lock in found:
         if lock.overlay_of and (lock.target, lock.overlay_of) not in alone:
@@ -167,54 +155,6 @@ def find_lock(spec: str) -> Lock:
             return lock
     names = ", ".join(lock.spec for lock in known) or "none"
     raise TargetError(f"there is no environment for {spec!r}; environments exist for: {names}")
-
-
-def _read_lock(path: Path) -> Lock:
-    text = path.read_text(encoding="utf-8")
-    target, _, version = path.stem.rpartition("-")
-    fields: dict[str, str] = {}
-    pins: list[tuple[str, str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        field, pin = _FIELD.match(line), _PIN.match(line)
-        if field:
-            fields[field["key"]] = field["value"].strip()
-        elif pin:
-            pins.append((pin["name"], pin["version"]))
-        elif line.strip() and not line.startswith("#"):
-            raise TargetError(f"{path}:{number}: expected `name==version` or a comment, found {line!r}")
-    free = tuple(fields.get("with-dependencies", "").replace(",", " ").split())
-    if not target or not pins or not set(free) <= {name for name, _ in pins}:
-        raise TargetError(
-            f"{path}: expected a file `<target>-<version>.txt` with at least one pin, and pins for every "
-            "package under `with-dependencies`"
-        )
-    base = fields.get("overlay-of", "")
-    return Lock(
-        target=target,
-        version=version,
-        path=path,
-        digest=hashlib.sha256((overlay_bearing(base, pins) if base else text).encode()).hexdigest(),
-        pins=tuple(pins),
-        with_dependencies=free,
-        pythons=tuple(fields.get("python", "").split()),
-        platform=fields.get("platform", ""),
-        megabytes=_number(path, fields.get("size", "0 MB")),
-        seconds=_number(path, fields.get("time", "0 s")),
-        overlay_of=base,
-        adapter=fields.get("adapter", ""),
-    )
-
-
-def overlay_bearing(base: str, pins: Sequence[tuple[str, str]]) -> str:
-    """What the installation of an overlay depends on; its digest tells whether it is up to date."""
-    return "\n".join([base, *(f"{name}=={version}" for name, version in pins)])
-
-
-def _number(path: Path, field: str) -> int:
-    head = field.split()[0]
-    if not head.isdecimal():
-        raise TargetError(f"{path}: expected a number with its unit, found {field!r}")
-    return int(head)
 
 
 # ----------------------------------------------------------------------------------------------- status
@@ -257,18 +197,30 @@ def _status(lock: Lock) -> EnvironmentStatus:
         state = base.state
         reason = f"it is laid over {base.spec}, and {base.reason}"
     measured = stamp or {"megabytes": lock.megabytes, "seconds": lock.seconds}
+    parts = _installed_parts(path, lock)
     return EnvironmentStatus(
         lock=lock,
         state=state,
         path=path,
         reason=reason,
-        megabytes=int(measured["megabytes"]),
-        seconds=int(measured["seconds"]),
+        megabytes=int(measured["megabytes"]) + sum(int(part["megabytes"]) for part in parts.values()),
+        seconds=int(measured["seconds"]) + sum(int(part["seconds"]) for part in parts.values()),
+        parts=tuple(parts),
     )
 
 
-def _cost(lock: Lock) -> str:
-    return f"about {lock.megabytes} MB and {lock.seconds} s"
+def _installed_parts(path: Path, lock: Lock) -> dict[str, dict[str, str | int]]:
+    """The stamps of those that are there and up to date."""
+    stamps = ((part, _read_stamp(_part_path(path, part.name))) for part in lock.parts)
+    return {part.name: stamp for part, stamp in stamps if stamp and stamp["digest"] == part.digest}
+
+
+def _part_path(environment: Path, name: str) -> Path:
+    return environment / _PARTS / name
+
+
+def _cost(of: Lock | Part) -> str:
+    return f"about {of.megabytes} MB and {of.seconds} s"
 
 
 def _read_stamp(path: Path) -> dict[str, str | int] | None:
@@ -286,24 +238,25 @@ def _python(path: Path) -> Path:
 # -------------------------------------------------------------------------------------------- installing
 
 
-def install(spec: str, progress: Progress = lambda line: None) -> EnvironmentStatus:
+def install(spec: str, progress: Progress = lambda line: None, *, parts: bool = True) -> EnvironmentStatus:
     """Make an environment, unless it is there and up to date. Safe to interrupt and to repeat.
 
     Args:
         spec: `target@version`.
         progress: Called with one line at a time.
+        parts: Install its parts too. Otherwise those that are there stay, also when it is made anew.
 
     Raises:
         TargetError: no lock, a platform it does not support, too little space, or pip failed.
     """
-    return install_lock(find_lock(spec), progress)
+    return install_lock(find_lock(spec), progress, parts=parts)
 
 
-def install_lock(lock: Lock, progress: Progress) -> EnvironmentStatus:
+def install_lock(lock: Lock, progress: Progress, *, parts: bool = True) -> EnvironmentStatus:
     """As `install`, from a lock that need not be one of the package's files."""
     _check_platform(lock)
     if lock.overlay_of:
-        install(lock.overlay_of, progress)
+        install(lock.overlay_of, progress, parts=False)
     folder = home() / "environments"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,12 +266,18 @@ def install_lock(lock: Lock, progress: Progress) -> EnvironmentStatus:
         ) from error
     with _installer_lock(folder, lock, progress):
         found = _status(lock)
-        if found.state == "ready":
+        wanted = [part for part in lock.parts if parts or part.name in found.parts]
+        if found.state == "ready" and len(found.parts) == len(wanted):
             progress(f"{lock.spec} is installed at {found.path}")
             return found
         _sweep(folder, lock)
-        _check_space(folder, lock)
-        _build(found.path, lock, progress)
+        if found.state != "ready":
+            _check_space(folder, lock.spec, lock.megabytes + sum(part.megabytes for part in wanted))
+            _build(found.path, lock, progress)
+        for part in wanted:
+            if part.name not in _status(lock).parts:
+                _check_space(folder, f"part {part.name!r} of {lock.spec}", part.megabytes)
+                _add_part(found.path, lock, part, progress)
     return _status(lock)
 
 
@@ -364,19 +323,23 @@ def _check_platform(lock: Lock) -> None:
         )
 
 
-def _check_space(folder: Path, lock: Lock) -> None:
-    needed = int(lock.megabytes * _SPACE_MARGIN)
+def _check_space(folder: Path, what: str, megabytes: int) -> None:
+    needed = int(megabytes * _SPACE_MARGIN)
     free = shutil.disk_usage(folder).free // 1_000_000
     if free < needed:
         raise TargetError(
-            f"{folder}: {lock.spec} needs {needed} MB of free space and there are {free} MB; "
+            f"{folder}: {what} needs {needed} MB of free space and there are {free} MB; "
             "make room, or set CONFORMANCE_HOME to a folder on another disk"
         )
 
 
 def _sweep(folder: Path, lock: Lock) -> None:
     """Delete what interrupted installers left; the installer lock is held."""
-    for left in folder.glob(f".{lock.target}-{lock.version}.*.partial"):
+    lefts = [
+        *folder.glob(f".{lock.target}-{lock.version}.*.partial"),
+        *(_path(lock.spec) / _PARTS).glob(".*.partial"),
+    ]
+    for left in lefts:
         _discard(left)
 
 
@@ -405,13 +368,7 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
                 progress,
             )
             _install_packages(_python(partial), partial, lock, progress)
-        stamp = {
-            "digest": lock.digest,
-            "python": platform.python_version(),
-            "megabytes": _size(partial) // 1_000_000,
-            "seconds": round(time.monotonic() - started),
-        }
-        (partial / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        stamp = _write_stamp(partial, lock.digest, started)
         _discard(path)
         partial.rename(path)
     except BaseException:
@@ -424,6 +381,37 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
         _discard(path)
         raise
     progress(f"{lock.spec} is ready: {stamp['megabytes']} MB in {stamp['seconds']} s")
+
+
+def _add_part(path: Path, lock: Lock, part: Part, progress: Progress) -> None:
+    """Install a part of an environment that is ready."""
+    started = time.monotonic()
+    place = _part_path(path, part.name)
+    partial = place.with_name(f".{part.name}.{os.getpid()}.partial")
+    progress(f"adding part {part.name!r} to {lock.spec} ({_cost(part)})")
+    try:
+        partial.mkdir(parents=True)
+        pins = [f"{name}=={version}" for name, version in part.pins]
+        what = f"{lock.spec}, part {part.name!r}"
+        pip_install(_python(path), ["--no-deps", "--target", str(partial), *pins], what, progress)
+        stamp = _write_stamp(partial, part.digest, started)
+        _discard(place)
+        partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    progress(f"part {part.name!r} of {lock.spec} is ready: {stamp['megabytes']} MB in {stamp['seconds']} s")
+
+
+def _write_stamp(folder: Path, digest: str, started: float) -> dict[str, str | int]:
+    stamp: dict[str, str | int] = {
+        "digest": digest,
+        "python": platform.python_version(),
+        "megabytes": _size(folder) // 1_000_000,
+        "seconds": round(time.monotonic() - started),
+    }
+    (folder / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    return stamp
 
 
 def _install_packages(python: Path, scratch: Path, lock: Lock, progress: Progress) -> None:
@@ -478,11 +466,15 @@ def doctor(spec: str) -> tuple[Check, ...]:
     whole = Check("environment", found.state == "ready", found.reason or str(found.path))
     if found.state in ("missing", "broken"):
         return (whole,)
+    pins = [
+        *found.lock.pins,
+        *(pin for part in found.lock.parts if part.name in found.parts for pin in part.pins),
+    ]
     try:
         answer = subprocess.run(  # noqa: S603 - the environment's own interpreter
             [
                 *(str(found.python), "-I", "-c", _VERSIONS, json.dumps([*map(str, found.import_paths)])),
-                *(name for name, _ in found.lock.pins),
+                *(name for name, _ in pins),
             ],
             capture_output=True,
             text=True,
@@ -494,11 +486,15 @@ def doctor(spec: str) -> tuple[Check, ...]:
         return (whole, Check("interpreter", ok=False, detail=f"{found.python} does not run: {error}"))
     wrong = [
         f"{name}: {versions[name] or 'absent'}, not {version}"
-        for name, version in found.lock.pins
+        for name, version in pins
         if (versions[name] or "").partition("+")[0] != version
     ]
     return (
         whole,
         Check("interpreter", ok=True, detail=str(found.python)),
         Check("packages", not wrong, "; ".join(wrong) or f"{len(versions)} packages as pinned"),
+        *(
+            Check(f"part {part.name}", ok=True, detail=found.lacking.get(part.name, "installed"))
+            for part in found.lock.parts
+        ),
     )

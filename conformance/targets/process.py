@@ -13,9 +13,7 @@ import json
 import os
 import select
 import shutil
-import signal
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
@@ -26,13 +24,15 @@ from typing import IO, Any, Self, TypeVar
 
 from pydantic import TypeAdapter
 
-import conformance
 from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
+from conformance.targets import guarded
 from conformance.targets.protocol import (
     Certificate,
     CertifyRequest,
     ForwardRequest,
     ForwardResult,
+    GenerateRequest,
+    GenerateResult,
     ParseRequest,
     ParseResult,
     RenderRequest,
@@ -46,32 +46,11 @@ REQUEST_TIMEOUT = 60.0
 START_TIMEOUT = 180.0
 FORWARD_TIMEOUT = 120.0
 """Seconds for a forward pass beyond those of an ordinary request: the first one imports the engine."""
+ENGINE_TIMEOUT = 300.0
+"""Seconds for generation beyond those of any request: one engine may have to end, another to start."""
 MAX_LINE = 64 * 2**20
 """Bytes of one answer."""
 _STDERR_TAIL = 8192
-_STOP_GRACE = 3.0
-"""Seconds that a worker has to end once it is told to; its guardian kills it after two."""
-
-_PASSED_ON = (
-    "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LOGNAME",
-    "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ", "USER",
-)  # fmt: skip
-"""All that an engine gets to see of this process's environment: the rest may hold secrets or change
-how the engine behaves."""
-
-_FIXED = {
-    "DO_NOT_TRACK": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONNOUSERSITE": "1",
-    "PYTHONUTF8": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 _T = TypeVar("_T")
 _STREAM_RESULTS: TypeAdapter[tuple[StreamResult, ...]] = TypeAdapter(tuple[StreamResult, ...])
@@ -166,6 +145,17 @@ class WorkerTarget:
             return result
 
         return self._ask("forward", request.model_dump(), validate, extra=FORWARD_TIMEOUT)
+
+    def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Generate; the start of the engine has time of its own."""
+
+        def validate(answer: Any) -> GenerateResult:
+            result = GenerateResult.model_validate(answer)
+            if len(result.generations) != len(request.prompts):
+                raise ValueError(f"{len(result.generations)} answers to {len(request.prompts)} prompts")
+            return result
+
+        return self._ask("generate", request.model_dump(), validate, extra=ENGINE_TIMEOUT)
 
     def close(self) -> None:
         """End the worker and all it started."""
@@ -262,13 +252,8 @@ class _Worker:
     ) -> None:
         self._spec = spec
         self._max_line = max_line
-        scratch = Path(tempfile.mkdtemp(prefix="conformance-"))
+        scratch = guarded.scratch_folder()
         try:
-            # The worker sees this one package, and nothing else of the folder that it is installed in.
-            package = Path(conformance.__file__).parent
-            (scratch / "import").mkdir()
-            (scratch / "import" / package.name).symlink_to(package, target_is_directory=True)
-            paths = [str(scratch / "import"), *map(str, import_paths)]
             self._process = subprocess.Popen(  # noqa: S603 - the environment's own interpreter
                 command,
                 stdin=subprocess.PIPE,
@@ -276,7 +261,7 @@ class _Worker:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 cwd=scratch,
-                env=_variables(environment, paths),
+                env=guarded.variables(scratch, environment, import_paths),
                 start_new_session=True,
             )
         except OSError as error:
@@ -289,7 +274,7 @@ class _Worker:
         self._drain = threading.Thread(target=_drain, args=(stderr, self._tail), daemon=True)
         self._drain.start()
         # Runs at the latest when this process exits, whatever becomes of the target.
-        self._end = weakref.finalize(self, _end, self._process, scratch, os.getpid())
+        self._end = weakref.finalize(self, guarded.end, self._process, scratch, os.getpid())
 
     @property
     def pid(self) -> int:
@@ -333,10 +318,10 @@ class _Worker:
         self._stdin.close()
         if gently:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_GRACE)
+                self._process.wait(guarded.STOP_GRACE)
         self._end()
         self._stdout.close()
-        self._drain.join(_STOP_GRACE)
+        self._drain.join(guarded.STOP_GRACE)
         return bytes(self._tail).decode(errors="replace")
 
     def _transfer(self, data: bytes, deadline: float, late: str) -> bytes:
@@ -392,25 +377,10 @@ class _Worker:
 
     def _death(self) -> WorkerDiedError:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_GRACE)
+            self._process.wait(guarded.STOP_GRACE)
         code = self._process.returncode
-        how = "closed its output" if code is None else f"ended with exit code {code}"
-        if code is not None and (code < 0 or code > 128):
-            number = -code if code < 0 else code - 128
-            with contextlib.suppress(ValueError):
-                how = f"was killed by {signal.Signals(number).name}"
+        how = "closed its output" if code is None else guarded.ending(code)
         return WorkerDiedError(f"{self._spec}: the worker {how}")
-
-
-def _variables(extra: Mapping[str, str], import_paths: Sequence[str]) -> dict[str, str]:
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    return {
-        "OMP_NUM_THREADS": "1",
-        **passed_on,
-        **_FIXED,
-        **extra,
-        "PYTHONPATH": os.pathsep.join(import_paths),
-    }
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
@@ -426,21 +396,6 @@ def _drain(stderr: IO[bytes], tail: bytearray) -> None:
         while chunk := stderr.read(1 << 16):
             tail += chunk
             del tail[:-_STDERR_TAIL]
-
-
-def _end(process: subprocess.Popen[bytes], scratch: Path, owner: int) -> None:
-    """Tell the guardian to kill everything, or do so if it does not."""
-    if os.getpid() != owner:  # a fork of the process that started the worker
-        return
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_STOP_GRACE)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _engine_error(error: dict[str, str]) -> EngineError:

@@ -45,6 +45,10 @@ class Adapter(Protocol):
         """`ForwardRequest` to `ForwardResult`; the tensors go into the file that the request names."""
         ...
 
+    def generate(self, request: Json) -> Json:
+        """`GenerateRequest` to `GenerateResult`."""
+        ...
+
 
 Opener = Callable[[Json], Callable[[], Session]]
 """Does for a `ParseRequest` what all its streams share; returns what opens a session for one of them."""

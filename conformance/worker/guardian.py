@@ -24,6 +24,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _GRACE = 2.0
 """Seconds that the worker has to end by itself once its input is closed."""
+_TRACKER_ATTEMPTS = 50
+"""So many hundredths of a second what cleans up after the others may go on."""
 
 
 def split() -> int | None:
@@ -101,8 +103,10 @@ def _kill_all(worker: int) -> None:
     me = os.getpid()
     if not Path("/proc/self/stat").exists():
         os.killpg(0, signal.SIGKILL)
-    for _ in range(100):  # new ones may be forked while the old ones are killed
+    for attempt in range(100):  # new ones may be forked while the old ones are killed
         for pid in _descendants(me):
+            if attempt < _TRACKER_ATTEMPTS and is_tracker(pid):
+                continue
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -113,6 +117,17 @@ def _kill_all(worker: int) -> None:
         except ChildProcessError:
             return
         time.sleep(0.01)
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether a process is Python's resource tracker.
+
+    It deletes the shared memory of the others when they are gone, and ends then by itself.
+    """
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it ended meanwhile
+        return False
 
 
 def _descendants(root: int) -> set[int]:

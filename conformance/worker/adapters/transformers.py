@@ -10,8 +10,9 @@ is the server's own fallback for the model type `gemma4`; a tokenizer with a tem
   `tool_choice` is not supported by the server and plays no part.
 * When `finalize` fails, the server logs it and ends the stream without what was left.
 
-`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one. `forward` is in
-`transformers_model`, which is imported when first asked for, because it needs torch.
+`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one. `forward` and
+`generate` are in `transformers_model` and `transformers_generate`, which are imported when first asked for,
+because they need torch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class TransformersAdapter:
         return {
             "name": "transformers",
             "version": metadata.version("transformers"),
-            "capabilities": ["parse", "parse_stream", "certify", "render", "forward"],
+            "capabilities": ["parse", "parse_stream", "certify", "render", "forward", "generate"],
             "stream_unit": "characters",
             "environment": {
                 "python": platform.python_version(),
@@ -111,6 +112,12 @@ class TransformersAdapter:
         from conformance.worker.adapters import transformers_model
 
         return transformers_model.forward(request)
+
+    def generate(self, request: Json) -> Json:
+        """`Gemma4ForCausalLM.generate`."""
+        from conformance.worker.adapters import transformers_generate
+
+        return transformers_generate.generate(request)
 
     def _opener(self, request: Json) -> Callable[[], _Session]:
         prompt_ids = self._prompt_ids(request)

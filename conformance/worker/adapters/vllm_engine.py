@@ -1,0 +1,296 @@
+"""vLLM's engine: `generate` through `vllm.LLM`, its class for offline inference.
+
+* One rank runs in the process that calls it; several are processes of vLLM's own ("mp").
+* All prompts go to one call of `LLM.generate`, so that vLLM schedules them as a batch. Its cache of prefixes
+  is emptied before each, so that an answer does not depend on what was asked before.
+* The engine is kept while requests need the same one: `engine_setup` says what decides that.
+* What really runs is read back inside each rank: from its attention layers, parameters, parallel groups and
+  the buffers of its LoRA layers.
+
+`EngineProcess` holds it: each engine is a fork of the worker, in which vLLM is imported already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conformance.worker.adapter import Json
+from conformance.worker.engine_process import EngineProcess
+
+VARIABLES = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""For the engine, where the worker's environment says nothing else."""
+
+_PRELOADED = (
+    "vllm",
+    "vllm.lora.model_manager",
+    "vllm.model_executor.models.gemma4",
+    "vllm.v1.engine.llm_engine",
+)
+"""What every engine imports."""
+FEATURES = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images")
+
+
+class RequestError(Exception):
+    """The request asks for something that cannot be read."""
+
+
+class VllmEngines:
+    """Answers requests; keeps one engine."""
+
+    def __init__(self) -> None:
+        self._setup: Json = {}
+        self._process: EngineProcess | None = None
+
+    def generate(self, request: Json) -> Json:
+        """Answer a `GenerateRequest`."""
+        setup = engine_setup(request)
+        if self._process is None or setup != self._setup:
+            self.close()
+            _load()
+            self._process, self._setup = EngineProcess(lambda: _LlmEngine(setup)), setup
+        process, self._process = self._process, None
+        answer = process.ask(request)
+        self._process = process
+        return answer
+
+    def close(self) -> None:
+        """End the engine."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.close()
+
+
+def engine_setup(request: Json) -> Json:
+    """What decides whether two requests need the same engine.
+
+    A checkpoint that was written anew is another one, whatever its path.
+
+    Raises:
+        RequestError: a folder or a LoRA adapter's configuration cannot be read.
+    """
+    options = request["options"]
+    draft = options["speculation"]
+    folders = [request["checkpoint"], *([draft["checkpoint"]] if draft else [])]
+    return {
+        "checkpoint": request["checkpoint"],
+        "options": options,
+        "rank": _rank(Path(request["adapter"])) if request["adapter"] is not None else 0,
+        "images": max(map(len, request["images"]), default=0),
+        "files": [_signature(Path(folder)) for folder in folders],
+    }
+
+
+def _signature(folder: Path) -> list[tuple[str, int, int]]:
+    try:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _rank(adapter: Path) -> int:
+    try:
+        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{adapter}: adapter_config.json cannot be read or has no `r`: {error}") from error
+    if not isinstance(rank, int) or rank < 1:
+        raise RequestError(f"{adapter}: adapter_config.json has `r` {rank!r}; expected a positive number")
+    return rank
+
+
+def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
+    """Arguments of `vllm.LLM`.
+
+    Args:
+        setup: From `engine_setup`.
+        ranks: Largest LoRA ranks that this release can be set up for.
+    """
+    options = setup["options"]
+    parallel = options["tensor_parallel"] * options["pipeline_parallel"]
+    arguments: Json = {
+        "model": setup["checkpoint"],
+        "dtype": options["dtype"],
+        "max_model_len": options["max_model_len"],
+        "tensor_parallel_size": options["tensor_parallel"],
+        "pipeline_parallel_size": options["pipeline_parallel"],
+        "distributed_executor_backend": "mp" if parallel > 1 else "uni",
+        "enforce_eager": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "max_logprobs": 20,
+        "seed": 0,
+        "disable_log_stats": True,
+        "limit_mm_per_prompt": {"image": setup["images"], "audio": 0, "video": 0},
+        # Prompts are token ids; with images, the processor of the model needs a tokenizer.
+        "skip_tokenizer_init": not setup["images"],
+    }
+    if options["attention"] is not None:
+        arguments["attention_config"] = {"backend": options["attention"]}
+    if options["speculation"] is not None:
+        arguments["speculative_config"] = {
+            "method": options["speculation"]["method"],
+            "model": options["speculation"]["checkpoint"],
+            "num_speculative_tokens": options["speculation"]["tokens"],
+        }
+    if setup["rank"]:
+        fitting = [rank for rank in ranks if rank >= setup["rank"]]
+        arguments["enable_lora"] = True
+        arguments["max_lora_rank"] = min(fitting, default=setup["rank"])
+    return arguments
+
+
+def sampling_arguments(request: Json) -> Json:
+    """Arguments of `vllm.SamplingParams`."""
+    return {
+        "temperature": 0.0,
+        "max_tokens": request["max_new_tokens"],
+        "stop_token_ids": list(request["stop_ids"]),
+        "ignore_eos": True,
+        "logprobs": request["top_logprobs"],
+        "detokenize": False,
+    }
+
+
+def generation(output: Any, *, top: bool) -> Json:
+    """A `Generation` from a `vllm.CompletionOutput`."""
+    tokens = list(output.token_ids)
+    return {
+        "token_ids": tokens,
+        "finish_reason": output.finish_reason,
+        "logprobs": [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)],
+        "top": [{token: found.logprob for token, found in at.items()} for at in output.logprobs]
+        if top
+        else [],
+    }
+
+
+def agreed(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """`GenerateResult.effective` from what each rank says of itself."""
+    effective = {}
+    for key in ("attention", "dtype", "tensor_parallel", "pipeline_parallel", "speculation"):
+        values = {value for rank in ranks for value in rank[key]}
+        effective[key] = ", ".join(sorted(values)) or "none"
+    modules = {module for rank in ranks for module in rank["adapter"]}
+    return {**effective, "adapter": ", ".join(sorted(modules)) or "none"}
+
+
+# ------------------------------------------------------------------------------------ in the engine's process
+
+
+def _load() -> None:
+    """Import in the worker what its forks use."""
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        importlib.import_module("vllm.v1.worker.cpu_worker")
+
+
+class _LlmEngine:
+    """Implements `conformance.worker.engine_process.Engine` with `vllm.LLM`."""
+
+    def __init__(self, setup: Json) -> None:
+        from vllm import LLM  # type: ignore[import-not-found]
+        from vllm.config.lora import MaxLoRARanks  # type: ignore[import-not-found]
+
+        self._llm = LLM(**llm_arguments(setup, typing.get_args(MaxLoRARanks)))
+        self._adapters: dict[str, int] = {}
+        _forget_shared_memory()
+
+    def answer(self, request: Json) -> Json:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+        lora, number = None, 0
+        if request["adapter"] is not None:
+            name = json.dumps([request["adapter"], _signature(Path(request["adapter"]))])
+            number = self._adapters.setdefault(name, len(self._adapters) + 1)
+            lora = LoRARequest(f"adapter-{number}", number, request["adapter"])
+        self._llm.reset_prefix_cache()
+        outputs = self._llm.generate(
+            _prompts(request),
+            SamplingParams(**sampling_arguments(request)),
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        top = request["top_logprobs"] > 0
+        return {
+            "generations": [generation(output.outputs[0], top=top) for output in outputs],
+            "effective": agreed(self._llm.collective_rpc(read_back, args=(number,))),
+        }
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _forget_shared_memory() -> None:
+    """Delete the names of the shared memory that ranks talk through, which vLLM leaves behind.
+
+    All ranks have it by now. It is named after the file in which they met, which is in the folder for
+    temporary files of this engine alone.
+    """
+    for file in Path(tempfile.gettempdir()).glob("vllm_dist_*"):
+        for shared in Path("/dev/shm").glob(f"{file.name}*"):  # noqa: S108
+            shared.unlink()
+
+
+def _prompts(request: Json) -> list[Json]:
+    prompts: list[Json] = [{"prompt_token_ids": list(ids)} for ids in request["prompts"]]
+    for prompt, files in zip(prompts, request["images"], strict=False):
+        if files:
+            from PIL import Image
+
+            prompt["multi_modal_data"] = {"image": [Image.open(file).convert("RGB") for file in files]}
+    return prompts
+
+
+def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
+    """What one rank runs with; called in its process.
+
+    Args:
+        worker: vLLM's worker.
+        adapter: Number of the LoRA adapter of the last request, 0 for none.
+    """
+    from vllm.distributed import parallel_state  # type: ignore[import-not-found]
+
+    runner = worker.model_runner
+    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+    drafter = getattr(runner, "drafter", None)
+    parameters = [parameter for parameter in runner.get_model().parameters() if parameter.is_floating_point()]
+    backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    return {
+        "attention": sorted(backends),
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
+        "tensor_parallel": [str(parallel_state.get_tp_group().world_size)],
+        "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
+        "speculation": [drafter.method] if drafter is not None else [],
+        "adapter": _adapted(runner, adapter) if adapter else [],
+    }
+
+
+def _adapted(runner: Any, adapter: int) -> list[str]:
+    """Modules in whose buffers an adapter stands and is not zero."""
+    manager = runner.lora_manager._adapter_manager
+    if adapter not in manager.lora_index_to_id:
+        return []
+    slot = manager.lora_index_to_id.index(adapter)
+    return [
+        name
+        for name, module in manager.modules.items()
+        if all(
+            any(bool(part[slot].any()) for part in parts)
+            for parts in (module.lora_a_stacked, module.lora_b_stacked)
+        )
+    ]
