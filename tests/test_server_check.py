@@ -176,6 +176,17 @@ def test_the_script_is_asserted_of_the_scripted_model_alone() -> None:
     assert rules(outcome) == {"expected"}
 
 
+@pytest.mark.parametrize("name", ["thinking::open-thought", "limits::second-call-breaks-off"])
+def test_a_contested_answer_may_not_lose_its_text(name: str) -> None:
+    with LyingServer() as server:
+        assert judge(server, name).verdict == "pass"
+    with LyingServer("everything-lost") as server:
+        outcome = judge(server, name)
+    lost = [p.message for p in outcome.problems if p.rule == "nothing-lost" and "in no field" in p.message]
+    assert len(lost) == 2
+    assert all(server_case(CASES[name]).keep[-1] in message for message in lost)
+
+
 def test_a_target_that_does_not_serve_is_skipped() -> None:
     loaded = CASES["text::plain"]
     outcome = checks.judge(loaded.case, loaded.suite.suite, ReferenceTarget())

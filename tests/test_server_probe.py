@@ -65,8 +65,10 @@ def test_an_honest_server_passes_in_every_area(run_conformance: Run, tmp_path: P
     run = runfile.read(tmp_path / summary["run_file"])
     spec = f"openai@{server.url}#{MODEL}"
     assert set(run.header.targets) == {spec}
+    assert [row.model_dump() for row in run.header.preflight] == rows
     index = (tmp_path / str(summary["site"])).read_text(encoding="utf-8")
     assert all(area in index for area in AREAS)
+    assert all(row["name"] in index for row in rows)
     assert_no_key(tmp_path)
 
 
@@ -134,4 +136,4 @@ def test_a_server_can_be_run_beside_other_targets(run_conformance: Run) -> None:
         done = run_conformance(*arguments, env={"OPENAI_API_KEY": KEY})
     assert done.returncode == 0, done
     counts = {row["target"]: row["counts"] for row in json.loads(done.stdout)["areas"]}
-    assert counts == {spec: {"pass": 2}, "reference": {"skip": 2}}
+    assert counts == {spec: {"pass": 3}, "reference": {"skip": 3}}

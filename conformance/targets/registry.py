@@ -7,7 +7,7 @@ To add a target: an entry in `_ENGINES`, an adapter in `conformance/worker/adapt
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,8 +16,9 @@ from packaging.version import Version
 
 import conformance
 from conformance.errors import ConformanceError, TargetError
-from conformance.targets import endpoint, environments
-from conformance.targets.environments import Check, State
+from conformance.targets import endpoint, environments, installed, replay
+from conformance.targets.environments import Check, EnvironmentStatus, State
+from conformance.targets.lockfile import Lock
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
 from conformance.targets.protocol import Target, TargetInfo
 from conformance.targets.reference import ReferenceTarget
@@ -33,6 +34,17 @@ class Engine:
     description: str
 
 
+@dataclass(frozen=True)
+class EngineServer:
+    """A server that an engine brings, in that engine's environment."""
+
+    engine: str
+    """Its registry name; versions are those of the engine that have the part."""
+    part: str
+    """Of the environment, which must be installed."""
+    description: str
+
+
 _ENGINES: dict[str, Engine] = {
     "transformers": Engine(
         "transformers", "Hugging Face transformers: response parser of its server, chat template, text model"
@@ -42,6 +54,19 @@ _ENGINES: dict[str, Engine] = {
         "sglang_parsers", "SGLang: reasoning and tool-call parsers of its OpenAI server"
     ),
 }
+_SERVERS: dict[str, EngineServer] = {
+    "vllm-server": EngineServer(
+        "vllm", "engine", "vLLM: its real OpenAI server, which serves the scripted checkpoint"
+    ),
+}
+FORMS = {
+    "openai@URL#MODEL": "a live server with OpenAI's chat completions",
+    "replay@PATH": "answers that were recorded, here or elsewhere",
+    "vllm@installed": "vLLM of the harness's own interpreter",
+    "package.module:function": "a Python function that makes a target",
+}
+"""Targets that are named with what they need."""
+
 _NEEDED = ("spec", "describe", "close")
 """What every target has, whatever its capabilities."""
 _REFERENCE = "the bundled implementation"
@@ -62,6 +87,8 @@ class TargetSummary:
     seconds: int
     """Time to install it, as measured or expected."""
     default: bool
+    parts: str = ""
+    """Which parts its environment has, and how to install the others; empty where it can have none."""
 
 
 def default_targets() -> tuple[str, ...]:
@@ -71,7 +98,9 @@ def default_targets() -> tuple[str, ...]:
 
 def known_targets() -> tuple[str, ...]:
     """Canonical specs of all targets and versions."""
-    return ("reference", *(f"{name}@{version}" for name in _ENGINES for version in _versions(name)))
+    names = (*_ENGINES, *_SERVERS)
+    beside = (f"{name}@{installed.VERSION}" for name in installed.DISTRIBUTIONS if installed.version_of(name))
+    return ("reference", *(f"{name}@{version}" for name in names for version in _versions(name)), *beside)
 
 
 def releases(name: str) -> tuple[str, ...]:
@@ -98,16 +127,41 @@ def summary(spec: str) -> TargetSummary:
     """
     canonical = resolve(spec)
     default = canonical in default_targets()
+    if installed.is_installed(canonical):
+        name = canonical.partition("@")[0]
+        description = f"{_ENGINES[name].description}, as installed beside the harness"
+        lacking = installed.reason(name)
+        return TargetSummary(
+            canonical, description, "missing" if lacking else "ready", lacking, 0, 0, default
+        )
     if not _has_environment(canonical):
         description = _REFERENCE if canonical == "reference" else f"made by {canonical}"
         if endpoint.is_endpoint(canonical):
             description = "a live server with OpenAI's chat completions"
+        if replay.is_replay(canonical):
+            return TargetSummary(canonical, "recorded answers", *_recording_state(canonical), 0, 0, default)
         return TargetSummary(canonical, description, "ready", "", 0, 0, default)
-    found = environments.status(canonical)
-    engine = _ENGINES[found.lock.target]
+    found = environments.status(environment_of(canonical))
+    name = canonical.partition("@")[0]
+    if (server := _SERVERS.get(name)) is not None:
+        state, reason = _server_state(server, found)
+        return TargetSummary(
+            canonical, server.description, state, reason, found.megabytes, found.seconds, default
+        )
     return TargetSummary(
-        canonical, engine.description, found.state, found.reason, found.megabytes, found.seconds, default
+        canonical,
+        _ENGINES[name].description,
+        found.state,
+        found.reason,
+        found.megabytes,
+        found.seconds,
+        default,
+        _parts(found) if found.state == "ready" else "",
     )
+
+
+def _parts(found: EnvironmentStatus) -> str:
+    return "; ".join([*(f"with part `{part}`" for part in found.parts), *found.lacking.values()])
 
 
 def resolve(spec: str) -> str:
@@ -122,15 +176,21 @@ def resolve(spec: str) -> str:
         return spec
     if endpoint.is_endpoint(spec):
         return endpoint.endpoint(spec).spec
+    if replay.is_replay(spec):
+        return f"{replay.NAME}@{replay.path_of(spec)}"
+    if installed.is_installed(spec):
+        return spec
     name, at, version = spec.partition("@")
     if name == "reference":
         if at:
             raise TargetError(f"{spec}: the bundled implementation has no versions; say `reference`")
         return name
-    if name not in _ENGINES:
+    if name not in _ENGINES and name not in _SERVERS:
+        known = ", ".join(["reference", *_ENGINES, *_SERVERS])
         raise TargetError(
-            f"there is no target {name!r}; targets are {', '.join(['reference', *_ENGINES])}, "
-            "a server `openai@URL#MODEL`, or a Python factory `package.module:function`"
+            f"there is no target {name!r}; targets are {known}, "
+            "a server `openai@URL#MODEL`, a recording `replay@PATH`, "
+            "or a Python factory `package.module:function`"
         )
     versions = _versions(name)
     if not versions:
@@ -147,7 +207,34 @@ def is_factory(spec: str) -> bool:
 
 
 def _has_environment(canonical: str) -> bool:
-    return not (is_factory(canonical) or endpoint.is_endpoint(canonical) or canonical == "reference")
+    return not (
+        is_factory(canonical)
+        or endpoint.is_endpoint(canonical)
+        or replay.is_replay(canonical)
+        or installed.is_installed(canonical)
+        or canonical == "reference"
+    )
+
+
+def _recording_state(canonical: str) -> tuple[State, str]:
+    try:
+        replay.open_replay(canonical).close()
+    except TargetError as error:
+        return "broken", str(error)
+    return "ready", ""
+
+
+def environment_of(canonical: str) -> str:
+    """The environment that a target with one runs in: its own, or that of the engine whose server it is."""
+    name, _, version = canonical.partition("@")
+    return f"{_SERVERS[name].engine}@{version}" if name in _SERVERS else canonical
+
+
+def _server_state(server: EngineServer, found: EnvironmentStatus) -> tuple[State, str]:
+    if found.state != "ready":
+        return found.state, found.reason
+    lacking = found.lacking.get(server.part, "")
+    return ("missing" if lacking else "ready"), lacking
 
 
 def unavailable(spec: str) -> str:
@@ -163,7 +250,8 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
     """Open a target; engines start at their first request.
 
     Args:
-        spec: `reference`, `name`, `name@version`, `openai@URL#MODEL`, or `package.module:function`.
+        spec: `reference`, `name`, `name@version`, `vllm@installed`, `openai@URL#MODEL`, `replay@PATH`,
+            or `package.module:function`.
         timeout: Seconds for one request.
 
     Raises:
@@ -180,16 +268,53 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
 
         # A server has none of the methods that its description does not name.
         return cast(Target, open_endpoint(canonical, timeout=timeout))
-    found = environments.status(canonical)
-    if found.state != "ready":
-        raise TargetError(f"{canonical} cannot be used: {found.reason}")
-    return WorkerTarget(
+    if replay.is_replay(canonical):
+        # As with a server: what the recording's header names is all that it has.
+        return cast(Target, replay.open_replay(canonical))
+    if reason := unavailable(canonical):
+        raise TargetError(f"{canonical} cannot be used: {reason}")
+    if installed.is_installed(canonical):
+        adapter = _ENGINES[canonical.partition("@")[0]].adapter
+        return _worker(canonical, installed.python(), adapter, timeout=timeout)
+    found = environments.status(environment_of(canonical))
+    if canonical.partition("@")[0] in _SERVERS:
+        from conformance.targets.vllm_server import VllmServer
+
+        server = VllmServer(
+            canonical,
+            python=found.python,
+            checkpoint=_scripted_checkpoint(),
+            timeout=timeout,
+            import_paths=found.import_paths,
+        )
+        return cast(Target, server)
+    return _worker(
         canonical,
-        python=found.python,
-        adapter=found.lock.adapter or _ENGINES[found.lock.target].adapter,
+        found.python,
+        found.lock.adapter or _ENGINES[found.lock.target].adapter,
         timeout=timeout,
         import_paths=found.import_paths,
+        without_engine=found.lacking.get("engine", ""),
+    )
+
+
+def _worker(
+    canonical: str,
+    python: Path,
+    adapter: str,
+    *,
+    timeout: float,
+    import_paths: Sequence[Path] = (),
+    without_engine: str = "",
+) -> Target:
+    return WorkerTarget(
+        canonical,
+        python=python,
+        adapter=adapter,
+        timeout=timeout,
+        import_paths=import_paths,
         environment={
+            "CONFORMANCE_WITHOUT_ENGINE": without_engine,
             "CONFORMANCE_TOKENIZER": str(tokenizer_files()),
             "CONFORMANCE_CHAT_TEMPLATE": str(_chat_template()),
         },
@@ -224,7 +349,7 @@ def doctor(spec: str) -> tuple[Check, ...]:
     canonical = resolve(spec)
     checks: tuple[Check, ...] = ()
     if _has_environment(canonical):
-        checks = environments.doctor(canonical)
+        checks = environments.doctor(environment_of(canonical))
         if not all(check.ok for check in checks):
             return checks
     return (*checks, _answers(canonical))
@@ -283,10 +408,19 @@ def _name(target: Target) -> str:
 
 
 def _versions(name: str, *, overlays: bool = True) -> tuple[str, ...]:
-    """Versions with a lock file, oldest first."""
-    found = (lock for lock in environments.locks() if lock.target == name)
+    """Versions with a lock file, oldest first; of a server those whose lock file has the part."""
+    server = _SERVERS.get(name)
+    found: Iterable[Lock] = environments.locks()
+    if server is not None:
+        found = (lock for lock in found if any(part.name == server.part for part in lock.parts))
+    name = name if server is None else server.engine
+    found = (lock for lock in found if lock.target == name)
     return tuple(sorted((lock.version for lock in found if overlays or not lock.overlay_of), key=Version))
 
 
 def _chat_template() -> Path:
     return Path(conformance.__file__).parents[1] / "model_impl" / "chat" / "chat_template.jinja"
+
+
+def _scripted_checkpoint() -> Path:
+    return Path(conformance.__file__).parents[1] / "model_impl" / "nano" / "checkpoints" / "scripted"
