@@ -1,5 +1,6 @@
 # make run   set up everything in .venv, run the default suites, write reports/site/index.html
 # make test  the same set-up with the development tools, then all tests and suites
+# make vllm  vLLM's engine and its real server besides: their tests and suites
 # make lint  ruff and mypy
 #
 # A second call installs nothing again: stamp files in .venv remember what was installed, and
@@ -15,7 +16,7 @@ WORKERS ?= 4
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint schemas clean
+.PHONY: run test vllm lint schemas clean
 
 run: $(VENV)/.installed
 	$(BIN)/conformance targets install --default || echo 'going on with the targets that are there'
@@ -24,6 +25,12 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install --default
 	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS)
+
+# What `make test` skips for want of an engine. Each of the two targets has one process, as engines are large.
+vllm: $(VENV)/.installed-dev
+	$(BIN)/conformance targets install vllm@0.32.0
+	$(BIN)/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py suites/generation suites/server \
+	  --target vllm@0.32.0 --target vllm-server@0.32.0 -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from conformance.commands.listing import list_command
 from conformance.commands.new_case import new_case_command
 from conformance.commands.probe import probe_command
 from conformance.commands.report import report_command
+from conformance.commands.requests import requests_command
 from conformance.commands.run import run_command
 from conformance.commands.schema import schema_command
 from conformance.commands.show import show_command
@@ -40,6 +41,7 @@ for command in (
     show_command,
     report_command,
     targets_group,
+    requests_command,
     schema_command,
     new_case_command,
     faults_group,

@@ -41,5 +41,14 @@ class TargetTimeoutError(ConformanceError):
         self.stderr_tail = stderr_tail
 
 
+class NotRecordedError(ConformanceError):
+    """A recording holds no answer to what a case asks; the case says nothing then."""
+
+    def __init__(self, message: str, *, asked: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.asked = asked
+        """What was asked: `conformance.targets.replay.Asked`."""
+
+
 class RunFileError(ConformanceError):
     """A run file cannot be read, or does not belong to what is being resumed."""

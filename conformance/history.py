@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from conformance import runfile
-from conformance.errors import ConformanceError
+from conformance.errors import ConformanceError, UsageError
 from conformance.expectations import Expectations
 from conformance.loading import LoadedCase
 from conformance.results import Result, Verdict
@@ -54,6 +54,8 @@ class Cell(Row):
     reason: str = ""
     known: bool = False
     """An expectation for this release covers it; the verdict is the check's own all the same."""
+    whole: bool | None = None
+    """Whether the whole answer broke no rule, so that only streams did; None if that is unknown."""
 
 
 class LadderRow(Row):
@@ -67,8 +69,8 @@ class LadderRow(Row):
 
     @property
     def changes(self) -> bool:
-        """Whether releases differ."""
-        return len({cell.verdict for cell in self.cells.values()}) > 1
+        """Whether releases differ in their verdict, or in whether the whole answer is right."""
+        return len({(cell.verdict, cell.whole) for cell in self.cells.values()}) > 1
 
 
 class Ladder(Row):
@@ -82,11 +84,27 @@ class Ladder(Row):
     rows: tuple[LadderRow, ...]
 
 
+def read(path: Path) -> Ladder:
+    """Read what `conformance ladder` wrote.
+
+    Raises:
+        UsageError: there is no such file, or it is something else.
+    """
+    try:
+        return Ladder.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not what `conformance ladder` writes; write it again") from error
+
+
 class Seen(Row):
     """What one release was found to do with a case."""
 
     spec: str
     verdict: Verdict
+    good: bool
+    """Whether it passes, or keeps the rule that was asked about."""
     rules: tuple[str, ...] = ()
     stored: bool
     """Whether it was known from an earlier run."""
@@ -97,6 +115,8 @@ class Bisection(Row):
 
     case: str
     target: str
+    rule: str | None
+    """The rule that was asked about; None for all."""
     before: str | None
     """The last release before the change; None if there is none."""
     after: str | None
@@ -136,10 +156,13 @@ class Releases:
         """Close all targets."""
         self.pool.close()
 
-    def unusable(self, spec: str) -> str:
-        """Why a release cannot be asked, and what to do about it; empty if it can."""
+    def unusable(self, spec: str, cases: Sequence[LoadedCase] = ()) -> str:
+        """Why a release cannot be asked, and what to do about it; empty if it can.
+
+        It is not started for cases that are all known already.
+        """
         reason = registry.unavailable(spec)
-        if reason:
+        if reason or (cases and all(self.stored(loaded, spec) is not None for loaded in cases)):
             return reason
         try:
             self.pool.get(spec)
@@ -216,7 +239,7 @@ def climb(
     cells: dict[str, dict[str, Cell]] = {loaded.address: {} for loaded in cases}
     for spec in registry.releases(target) if specs is None else specs:
         version = spec.partition("@")[2]
-        reason = releases.unusable(spec)
+        reason = releases.unusable(spec, cases)
         rungs.append(Rung(spec=spec, version=version, reason=reason))
         if reason:
             progress(f"{spec}: no verdicts: {reason}")
@@ -243,6 +266,7 @@ def bisect(
     target: str,
     loaded: LoadedCase,
     releases: Releases,
+    rule: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Bisection:
     """The release at which the verdict on a case changes, found by halving.
@@ -250,6 +274,13 @@ def bisect(
     The oldest and the newest usable release are asked first. Where they agree, nothing more is run, but
     what is known from earlier runs still counts. A release that gives neither a good nor a bad verdict (it
     skips the case) is passed over.
+
+    Args:
+        target: Name of a target with versions.
+        loaded: The case.
+        releases: Asks them.
+        rule: A rule of the case's check, to find where it was broken or kept; None for the verdict.
+        progress: Called with one line for each release that is asked.
 
     Raises:
         TargetError: no such target.
@@ -262,19 +293,20 @@ def bisect(
         """Whether the release is good; None if it cannot be asked."""
         if spec not in seen and spec not in unusable:
             _look(spec)
-        return seen[spec].verdict in GOOD if spec in seen else None
+        return seen[spec].good if spec in seen else None
 
     def _look(spec: str) -> None:
-        reason = releases.unusable(spec)
+        reason = releases.unusable(spec, [loaded])
         if reason:
             unusable[spec] = reason
             return
         asked = releases.ask(loaded, spec)
         verdict = asked.result.verdict
-        if verdict not in (*GOOD, *BAD):
+        found = _is_good(asked.result, rule)
+        if found is None:
             unusable[spec] = f"its verdict is {verdict}: {asked.result.reason}"
             return
-        seen[spec] = _seen(asked)
+        seen[spec] = _seen(asked, good=found)
         progress(f"{spec}: {verdict}{' (known from an earlier run)' if asked.stored else ''}")
 
     def first_usable(indices: Sequence[int]) -> int | None:
@@ -294,23 +326,19 @@ def bisect(
                 high = probe
     for spec in specs:  # what was known already may contradict what was asked
         stored = releases.stored(loaded, spec) if spec not in seen and spec not in unusable else None
-        if stored is not None and stored.verdict in (*GOOD, *BAD):
-            seen[spec] = _seen(Asked(stored, stored=True))
-    return _bisection(target, loaded, specs, seen, unusable)
-
-
-def _bisection(
-    target: str, loaded: LoadedCase, specs: Sequence[str], seen: dict[str, Seen], unusable: dict[str, str]
-) -> Bisection:
+        found = _is_good(stored, rule) if stored is not None else None
+        if stored is not None and found is not None:
+            seen[spec] = _seen(Asked(stored, stored=True), good=found)
     ordered = [seen[spec] for spec in specs if spec in seen]
-    flips = [(a, b) for a, b in itertools.pairwise(ordered) if (a.verdict in GOOD) != (b.verdict in GOOD)]
+    flips = [(a, b) for a, b in itertools.pairwise(ordered) if a.good != b.good]
     before, after = flips[-1] if flips else (None, None)
     kind = "none"
     if after is not None:
-        kind = "mended" if after.verdict in GOOD else "broke"
+        kind = "mended" if after.good else "broke"
     return Bisection(
         case=loaded.address,
         target=target,
+        rule=rule,
         before=before.spec if before is not None else None,
         after=after.spec if after is not None else None,
         kind=kind,
@@ -328,15 +356,26 @@ def _rules(result: Result) -> tuple[str, ...]:
     return tuple(dict.fromkeys(problem.rule for problem in result.problems))
 
 
+def _is_good(result: Result, rule: str | None) -> bool | None:
+    """Whether a result is good, or keeps a rule; None if it says nothing about that."""
+    if rule is not None:
+        return rule not in _rules(result) if result.verdict in ("pass", "fail") else None
+    return result.verdict in GOOD if result.verdict in (*GOOD, *BAD) else None
+
+
 def _cell(result: Result, *, known: bool) -> Cell:
+    judged = result.verdict in ("pass", "fail")
     return Cell(
         verdict=result.verdict,
         rules=_rules(result),
         reason=result.reason,
         known=known and result.verdict in BAD,
+        whole=all(problem.chunking is not None for problem in result.problems) if judged else None,
     )
 
 
-def _seen(asked: Asked) -> Seen:
+def _seen(asked: Asked, *, good: bool) -> Seen:
     result = asked.result
-    return Seen(spec=result.target, verdict=result.verdict, rules=_rules(result), stored=asked.stored)
+    return Seen(
+        spec=result.target, verdict=result.verdict, good=good, rules=_rules(result), stored=asked.stored
+    )

@@ -55,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="go on with a run file: reuse its results where nothing has changed, append the others",
     )
     group.addoption(
+        "--conformance-record",
+        dest="conformance_record",
+        metavar="FILE",
+        help="write the answers of the target to a new file, which `--target replay@FILE` judges again",
+    )
+    group.addoption(
         "--conformance-timeout",
         dest="conformance_timeout",
         metavar="SECONDS",
@@ -76,9 +82,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     # Workers see the options as they are now, from a working directory of their own.
-    for name in ("conformance_run", "conformance_resume"):
+    for name in ("conformance_run", "conformance_resume", "conformance_record"):
         if config.getoption(name):
             setattr(config.option, name, str(Path(config.getoption(name)).absolute()))
+    if config.getoption("conformance_record") and config.getoption("numprocesses", None):
+        raise pytest.exit.Exception("answers are recorded by one process: leave out -n", returncode=2)
     try:
         recorder = Recorder(config)
     except ConformanceError as error:
@@ -219,7 +227,7 @@ class Recorder:
         self.broken_suites: list[str] = []
         self._ordinary = False
         self._recording: Recording | None = None
-        options = ("conformance_targets", "conformance_run", "conformance_resume")
+        options = ("conformance_targets", "conformance_run", "conformance_resume", "conformance_record")
         self._asked = any(config.getoption(name) for name in options)
         if self._asked:  # a wrong target or run file ends the session before anything is collected
             _ = self.recording
@@ -365,6 +373,7 @@ def _suite_session(config: pytest.Config) -> SuiteSession:
             targets=config.getoption("conformance_targets"),
             timeout=config.getoption("conformance_timeout"),
             resume=config.getoption("conformance_resume"),
+            record=config.getoption("conformance_record"),
             expect_failures=not config.option.runxfail,
         )
         config.stash[_SESSION] = session

@@ -6,8 +6,10 @@ shown only after it is safe in the run file.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console, Group, RenderableType
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from conformance.explain import explain, headline, visible
 from conformance.plugin import RECORDER
-from conformance.results import Result, Verdict
+from conformance.results import Preflight, Result, Verdict
 
 _WORDS: dict[Verdict, tuple[str, str, str]] = {
     "pass": ("passed", "passed", "green"),
@@ -33,8 +35,22 @@ _WORDS: dict[Verdict, tuple[str, str, str]] = {
 
 BAD: frozenset[Verdict] = frozenset({"fail", "xpass", "error", "timeout"})
 _HEARTBEAT = 10.0
+_TARGETS = logging.getLogger("conformance.targets")
+"""What targets write for people goes to this logger and those below it."""
 _EXPLAINED = 5
 """Failures of one target that are explained in full; more would bury the summary."""
+
+
+class _Notices(logging.Handler):
+    """Shows what targets have to say, such as that a server is starting."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one line."""
+        self._show(visible(record.getMessage()))
 
 
 class ProgressPlugin:
@@ -44,12 +60,21 @@ class ProgressPlugin:
         console: Where to.
         verbose: Show every result, and explain every failure, known or not.
         explain_known: Explain known failures as new ones are.
+        preflight: What was asked before, for the run file.
     """
 
-    def __init__(self, console: Console, *, verbose: bool, explain_known: bool = False) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        verbose: bool,
+        explain_known: bool = False,
+        preflight: tuple[Preflight, ...] = (),
+    ) -> None:
         self._console = console
         self._verbose = verbose
         self._explain_known = explain_known or verbose
+        self._preflight = preflight
         self._counts: dict[str, Counter[Verdict]] = {}
         self._failures: Counter[str] = Counter()
         self._live: Live | None = None
@@ -66,6 +91,7 @@ class ProgressPlugin:
         self._done = 0
         self._planned = 0
         self._last_line = time.monotonic()
+        self._notices = _Notices(self._line)
         self.errors: list[str] = []
         """Broken suites and crashes of the harness itself, for the caller to print."""
         self.interrupted = False
@@ -75,13 +101,19 @@ class ProgressPlugin:
         """Listen to the recording, and take over the screen."""
         if hasattr(config, "workerinput"):
             return
-        config.stash[RECORDER].recording.listeners.append(self._show)
+        recording = config.stash[RECORDER].recording
+        recording.listeners.append(self._show)
+        recording.preflight = self._preflight
+        _TARGETS.addHandler(self._notices)
+        _TARGETS.setLevel(logging.INFO)
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
             self._live.start()
 
     def pytest_unconfigure(self) -> None:
         """Give the screen back."""
+        _TARGETS.removeHandler(self._notices)
+        _TARGETS.setLevel(logging.NOTSET)
         if self._live is not None:
             self._current = Text("")
             self._live.stop()

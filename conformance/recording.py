@@ -22,7 +22,7 @@ import conformance
 from conformance import fingerprint, resources, results, runfile, runner
 from conformance.discovery import looks_like_suite
 from conformance.loading import LoadedCase, LoadedSuite, load_suite
-from conformance.results import Footer, Header, PlannedCase, Result, Run, Verdict
+from conformance.results import Footer, Header, PlannedCase, Preflight, Result, Run, Verdict
 from conformance.targets.protocol import TargetInfo
 
 NODE_ID = re.compile(r"^(?P<path>.+\.yaml)::(?P<case>[a-z0-9-]+)\[(?P<target>.+)\]$", re.DOTALL)
@@ -60,6 +60,8 @@ class Recording:
     resume: bool = False
     listeners: list[Callable[[Result], None]] = field(default_factory=list)
     """Called after a result is safe on disk."""
+    preflight: tuple[Preflight, ...] = ()
+    """For the header; set before anything is planned."""
 
     def __post_init__(self) -> None:
         self.planned: dict[str, Planned] = {}
@@ -99,6 +101,7 @@ class Recording:
             suites={name: suite.digest for name, suite in suites.items()},
             paths={name: p for name, suite in suites.items() if (p := self._path_of(suite))},
             manifest=tuple(p.entry for p in self.planned.values()),
+            preflight=self.preflight,
             resumed_from=self._run_id if self.resume else None,
         )
         self._writer.write(self._header)
@@ -119,7 +122,13 @@ class Recording:
         if self._writer is not None and self._header is not None:
             if info is not None and self._targets.get(result.target) != info:
                 self._targets[result.target] = info
-                nothing: dict[str, Any] = {"manifest": (), "suites": {}, "paths": {}, "unavailable": {}}
+                nothing: dict[str, Any] = {
+                    "manifest": (),
+                    "preflight": (),
+                    "suites": {},
+                    "paths": {},
+                    "unavailable": {},
+                }
                 added = nothing | {"targets": {result.target: info}}
                 self._writer.write(self._header.model_copy(update=added))
             if not stored:

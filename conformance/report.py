@@ -14,8 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from conformance import __version__, resources
+from conformance.backtests import Findings
 from conformance.errors import ConformanceError
+from conformance.history import Ladder
 from conformance.loading import LoadedSuite
+from conformance.reporting.backtests import BacktestsView
+from conformance.reporting.ladders import views
 from conformance.reporting.pages import Pages
 from conformance.reporting.view import Site
 from conformance.results import Run
@@ -28,7 +32,14 @@ class ReportError(ConformanceError):
     """The dashboard cannot be written."""
 
 
-def write_site(run: Run, out: Path, suites: Iterable[LoadedSuite] = ()) -> Path:
+def write_site(
+    run: Run,
+    out: Path,
+    suites: Iterable[LoadedSuite] = (),
+    *,
+    ladders: Iterable[Ladder] = (),
+    backtests: Findings | None = None,
+) -> Path:
     """Write the dashboard of a run.
 
     The pages are made in a folder beside `out` that takes its place once it is complete, so readers
@@ -39,6 +50,8 @@ def write_site(run: Run, out: Path, suites: Iterable[LoadedSuite] = ()) -> Path:
         out: Folder of the site. It is made, or replaced if it holds an older site.
         suites: Suites as loaded now, for their descriptions, negative controls and accepted answers.
             Facts of a case are used only if the case is still the one that ran.
+        ladders: Release ladders that get a page beside the run; the last one of a target counts.
+        backtests: Backtests that get a page beside the run.
 
     Returns:
         The folder.
@@ -52,7 +65,9 @@ def write_site(run: Run, out: Path, suites: Iterable[LoadedSuite] = ()) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
         try:
-            _write_pages(run, suites, new)
+            site = Site(run, suites)
+            shown = BacktestsView(backtests, site) if backtests is not None else None
+            _write_pages(Pages(site, views(ladders, site), shown), run, new)
             _check_replaceable(out)
             _put_in_place(new, out)
         finally:
@@ -77,8 +92,8 @@ def check_site(out: Path) -> None:
         raise ReportError(f"{out}: {parent} cannot be written; name another folder for the dashboard")
 
 
-def _write_pages(run: Run, suites: Iterable[LoadedSuite], folder: Path) -> None:
-    for path, html in Pages(Site(run, suites)):
+def _write_pages(pages: Pages, run: Run, folder: Path) -> None:
+    for path, html in pages:
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(html, encoding="utf-8")

@@ -169,6 +169,14 @@ class PlannedCase(Record):
     digest: str
 
 
+class Preflight(Record):
+    """One cheap question to a server before its suites run."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
 class Header(Record):
     """First line of a run file: who ran what, where."""
 
@@ -195,6 +203,8 @@ class Header(Record):
     paths: dict[str, str] = Field(default_factory=dict)
     """Suite id to its file, from the run file's folder; bundled suites are left out."""
     manifest: tuple[PlannedCase, ...] = ()
+    preflight: tuple[Preflight, ...] = ()
+    """What a probe asked first."""
     resumed_from: str | None = None
 
 

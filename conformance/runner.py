@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 from conformance import checks, resources
 from conformance.checks import CheckOutcome, Search
 from conformance.errors import (
     ConformanceError,
     EngineError,
+    NotRecordedError,
     TargetError,
     TargetTimeoutError,
     WorkerDiedError,
@@ -34,6 +36,8 @@ from conformance.results import PlannedCase, Result
 from conformance.shortening import shortened_result
 from conformance.targets import registry
 from conformance.targets.protocol import Target, TargetInfo
+from conformance.targets.recorder import Recorder, RecordingTarget
+from conformance.targets.replay import PerCase, is_replay
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds that one request to a target may take; a case makes several."""
@@ -44,6 +48,7 @@ _START_LIMIT = 300.0
 _MAX_OPEN = 2
 _FORWARD_LIMIT = 300.0
 """Seconds that a case may take beyond its requests where engines are imported and models run."""
+_KINDS_OF_MODELS = ("parity", "generation", "server")
 _MAX_REQUESTS = 20
 _REQUESTS_IN_PROCESS = 6
 _STDERR_TAIL = 4000
@@ -62,10 +67,17 @@ class OpenTarget:
 
 
 class TargetPool:
-    """Targets in use, opened when first asked for; the least recently used one makes room."""
+    """Targets in use, opened when first asked for; the least recently used one makes room.
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+    Args:
+        timeout: Seconds for one request.
+        record: The target whose answers are recorded, and the new file for them.
+    """
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT, record: tuple[str, Path] | None = None) -> None:
         self.timeout = timeout
+        self._recorded = record[0] if record is not None else None
+        self._recorder = Recorder(record[1]) if record is not None else None
         self.oracles = Oracles(lambda spec: self.get(spec).target)
         self._open: OrderedDict[str, OpenTarget] = OrderedDict()
         self._failed: dict[str, ConformanceError] = {}
@@ -83,7 +95,8 @@ class TargetPool:
                 self._open.popitem(last=False)[1].target.close()
             try:
                 with _deadline(_START_LIMIT):
-                    self._open[spec] = _open(spec, self.timeout)
+                    recorder = self._recorder if spec == self._recorded else None
+                    self._open[spec] = _open(spec, self.timeout, recorder)
             except ConformanceError as error:
                 self._failed[spec] = error
                 raise
@@ -103,11 +116,15 @@ class TargetPool:
         self.oracles.close()
         while self._open:
             self._open.popitem()[1].target.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
 
-def _open(spec: str, timeout: float) -> OpenTarget:
+def _open(spec: str, timeout: float, recorder: Recorder | None) -> OpenTarget:
     target = registry.open_target(spec, timeout=timeout)
     try:
+        if recorder is not None:
+            target = cast(Target, RecordingTarget(target, recorder))
         return OpenTarget(target, registry.describe(target))
     except BaseException:
         target.close()
@@ -132,7 +149,11 @@ def run_case(
     stderr = ""
     try:
         opened = pool.get(spec)
-        expectation = expectations.find(loaded.address, target_name(spec), opened.info.version)
+        expectation = expectations.find(
+            loaded.address, _expected_name(spec, opened.info), opened.info.version
+        )
+        if isinstance(opened.target, PerCase):
+            opened.target.begin_case()
         with _deadline(limit):
             outcome = checks.judge(
                 loaded.case, loaded.suite.suite, opened.target, search=search, oracles=pool.oracles
@@ -143,6 +164,8 @@ def run_case(
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.stderr_tail
     except EngineError as error:
         outcome, stderr = CheckOutcome("error", reason=str(error)), error.traceback
+    except NotRecordedError as error:
+        outcome = CheckOutcome("inconclusive", reason=str(error))
     except _DeadlineExceeded:
         pool.discard(spec)
         outcome = CheckOutcome("timeout", reason=f"no verdict within {limit:g} s")
@@ -159,7 +182,7 @@ def rejudge(loaded: LoadedCase, stored: Result, info: TargetInfo, expectations: 
     if stored.own_verdict is not None:
         verdict, reason = stored.own_verdict, stored.own_reason
     outcome = CheckOutcome(verdict, stored.problems, stored.evidence, reason)
-    expectation = expectations.find(loaded.address, target_name(stored.target), info.version)
+    expectation = expectations.find(loaded.address, _expected_name(stored.target, info), info.version)
     result = _result(loaded, stored.target, outcome, expectation, stored.stderr, stored.duration)
     return result.model_copy(update={"shortened": stored.shortened})
 
@@ -244,6 +267,11 @@ def target_name(spec: str) -> str:
     return spec.partition("@")[0]
 
 
+def _expected_name(spec: str, info: TargetInfo) -> str:
+    """Whose known failures count: those of the target that was recorded, where answers are replayed."""
+    return info.name if is_replay(spec) else target_name(spec)
+
+
 def in_process(spec: str) -> bool:
     """Whether a target runs in this process: the bundled one, and factories named by import path."""
     return target_name(spec) == "reference" or registry.is_factory(spec)
@@ -252,7 +280,7 @@ def in_process(spec: str) -> bool:
 def _case_limit(loaded: LoadedCase, spec: str, timeout: float) -> float:
     """Seconds for one case. Targets in other processes keep their own limit for each request."""
     limit = timeout * (_REQUESTS_IN_PROCESS if in_process(spec) else _MAX_REQUESTS)
-    return limit + (_FORWARD_LIMIT if loaded.suite.suite.kind == "parity" else 0)
+    return limit + (_FORWARD_LIMIT if loaded.suite.suite.kind in _KINDS_OF_MODELS else 0)
 
 
 def _result(

@@ -89,7 +89,11 @@ class SuiteSession:
         targets: Specs as the user gave them; None for the defaults.
         timeout: Seconds for one request; None for the default.
         resume: Run file whose results are reused.
+        record: New file for the answers of the target.
         expect_failures: False to report known failures as failures.
+
+    Raises:
+        UsageError: answers of several targets cannot be recorded, nor those of a run that is resumed.
     """
 
     def __init__(
@@ -98,12 +102,16 @@ class SuiteSession:
         timeout: float | None,
         resume: str | None,
         *,
+        record: str | None = None,
         expect_failures: bool = True,
     ) -> None:
         selection = select_targets(targets)
         self.specs = selection.specs
         self.unavailable = selection.unavailable
-        self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT)
+        if record and (resume or len(self.specs) != 1):
+            raise UsageError("the answers of one target are recorded, in a run of its own: name one target")
+        recorded = (self.specs[0], Path(record)) if record else None
+        self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT, recorded)
         self._stored = runfile.read_stored(Path(resume)) if resume else {}
         self._environment = fingerprint.environment() if resume else {}
         self._expect_failures = expect_failures

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conformance import backtests
-from conformance.backtests import Backtest, BacktestResult, Cuts, Fix, Wrong
+from conformance.backtests import Backtest, BacktestResult, Cuts, Source, Table, Wrong
 from conformance.errors import SuiteError, TargetTimeoutError, UsageError
 from conformance.history import Releases
 from conformance.loading import LoadedSuites, load_suites
@@ -75,7 +76,7 @@ class Pool(TargetPool):
         return OpenTarget(toy, toy.describe())  # type: ignore[arg-type]
 
 
-def entry(wrong: Wrong, line: str = LINE) -> Backtest:
+def entry(wrong: Wrong, line: str = LINE, **more: Any) -> Backtest:
     return Backtest(
         id="T99",
         title="The last word is lost.",
@@ -84,7 +85,8 @@ def entry(wrong: Wrong, line: str = LINE) -> Backtest:
         last_bad="0.9",
         first_good="1.0",
         wrong=wrong,
-        fix=Fix(file="toy_engine.py", line=line),
+        fix=Source(file="toy_engine.py", line=line),
+        **more,
     )
 
 
@@ -102,8 +104,8 @@ WRONG = {
 }
 
 
-def run(how: str, wrong: Wrong, suites: LoadedSuites, line: str = LINE) -> BacktestResult:
-    return backtests.run(entry(wrong, line), suites, Releases(Pool(how)))
+def run(how: str, wrong: Wrong, suites: LoadedSuites, line: str = LINE, **more: Any) -> BacktestResult:
+    return backtests.run(entry(wrong, line, **more), suites, Releases(Pool(how)))
 
 
 @pytest.mark.parametrize("how", WRONG)
@@ -111,7 +113,8 @@ def test_a_fault_is_detected(both: LoadedSuites, how: str) -> None:
     found = run(how, WRONG[how], both)
     assert found.state == "detected", found.proof
     assert found.proof[0] == f"{BAD}: toy_engine.py lacks the line `{LINE}`"
-    assert found.proof[-1] == f'{GOOD} answers {{"content":"hello","tool_calls":[]}}'
+    assert f'{GOOD} answers {{"content":"hello","tool_calls":[]}}' in found.proof
+    assert found.proof[-1] == f"{GOOD}: verdict pass over all sampled streams"
 
 
 @pytest.mark.parametrize(
@@ -135,9 +138,63 @@ def test_what_is_no_detection(both: LoadedSuites, how: str, wrong: Wrong, line: 
     assert re.search(lacking, found.proof[-1]), found.proof
 
 
-def test_a_case_that_does_not_fail_is_no_detection(both: LoadedSuites) -> None:
+def test_an_answer_that_breaks_no_rule_is_no_detection(both: LoadedSuites) -> None:
     found = run("", Wrong(content="hello"), both)
-    assert (found.state, found.proof[-1]) == ("missed", f"{BAD} does not fail the case")
+    assert (found.state, found.proof[-1]) == ("missed", f"{BAD} breaks no rule of the case on it")
+
+
+def test_the_faults_own_line_is_looked_for_the_other_way_round(both: LoadedSuites) -> None:
+    fault = Source(file="toy_engine.py", line="VERSION = '1.1'")
+    found = run("whole", WRONG["whole"], both, fault=fault)
+    assert found.state == "detected", found.proof
+    assert found.proof[2:4] == (
+        f"{GOOD}: toy_engine.py lacks the line `VERSION = '1.1'`",
+        f"{BAD}: toy_engine.py has the line `VERSION = '1.1'`",
+    )
+    found = run("whole", WRONG["whole"], both, fault=Source(file="toy_engine.py", line=LINE))
+    assert found.state == "missed"
+    assert found.proof[-1] == f"{GOOD}: toy_engine.py has the line `{LINE}`, the fault"
+
+
+class StillWrong(Toy):
+    """Its good release loses the last word too, where the output is streamed in several chunks."""
+
+    def parse_stream(self, request: StreamRequest) -> list[StreamResult]:
+        if self.how:
+            return super().parse_stream(request)
+        texts = ["lost" if chunking.cuts else request.request.output for chunking in request.chunkings]
+        return [StreamResult(deltas=(Delta(content=text),)) for text in texts]
+
+
+class StillWrongPool(Pool):
+    def get(self, spec: str) -> OpenTarget:
+        toy = StillWrong(spec, self.how)
+        return OpenTarget(toy, toy.describe())  # type: ignore[arg-type]
+
+
+def test_a_good_release_that_fails_in_other_streams(overlaid: Place, suites: Suites) -> None:
+    environments.install(BAD)
+    loaded = load_suites([suites.write("hello-there-you")])
+    one = entry(WRONG["streamed"]).model_copy(update={"case": loaded.cases[0].address})
+    found = backtests.run(one, loaded, Releases(StillWrongPool("streamed")))
+    assert found.state == "missed"
+    assert found.proof[-1] == (
+        f"{GOOD} fails the case in other streams, and the table does not say by which other fault"
+    )
+    known = one.model_copy(update={"besides": ("T98",)})
+    found = backtests.run(known, loaded, Releases(StillWrongPool("streamed")))
+    assert found.state == "detected"
+    assert "verdict fail over all sampled streams (rules broken: stream-equals-whole)" in found.proof[-2]
+    assert found.proof[-1] == f"{GOOD} still has T98, which other backtests prove"
+    partly = one.model_copy(update={"remains": "Streams of several chunks."})
+    found = backtests.run(partly, loaded, Releases(StillWrongPool("streamed")))
+    assert (found.state, found.proof[-1]) == (
+        "detected",
+        f"in {GOOD} this is left of it: Streams of several chunks.",
+    )
+    cut = one.model_copy(update={"wrong": Wrong(streamed=Cuts(cuts=(1,)), content="lost")})
+    found = backtests.run(cut, loaded, Releases(StillWrongPool("streamed")))
+    assert (found.state, found.proof[-1]) == ("missed", f"{GOOD} does not answer as the case expects")
 
 
 def test_an_absent_release_is_not_reachable(overlaid: Place, suites: Suites) -> None:
@@ -203,6 +260,31 @@ def test_a_broken_table(tmp_path: Path, text: str, message: str) -> None:
         backtests.load(path)
 
 
+def test_other_faults_must_be_proved_and_still_there() -> None:
+    first = entry(WRONG["whole"], besides=("T98",)).model_dump()
+    later = entry(WRONG["whole"]).model_dump() | {"id": "T98", "last_bad": "1.0", "first_good": "2.0"}
+    assert Table.model_validate({"backtests": (first, later)})
+    for wrong, message in (
+        ((first,), "names T98, which is no other backtest of toy"),
+        ((first, later | {"target": "other"}), "names T98, which is no other backtest of toy"),
+        ((first, later | {"last_bad": "0.8"}), r"names T98, which is mended in 1\.0 already"),
+        ((first | {"besides": ("T99",)}, later), "names T99, which is no other backtest of toy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Table.model_validate({"backtests": wrong})
+
+
+def test_a_fault_that_was_mended_in_steps_has_several_entries() -> None:
+    first = entry(WRONG["whole"]).model_dump()
+    later = first | {"last_bad": "1.1", "first_good": "1.2"}
+    table = Table.model_validate({"backtests": (first | {"besides": ("T99",)}, later)})
+    assert backtests.choose(table, ["T99"]) == table.backtests
+    unreached = {"ids": ("T99",), "reason": "It needs a server and a model."}
+    for wrong in ({"backtests": (first, first)}, {"backtests": (first,), "not_reachable": (unreached,)}):
+        with pytest.raises(ValueError, match="named twice: T99"):
+            Table.model_validate(wrong)
+
+
 def test_wrong_answers_that_contradict_themselves() -> None:
     for bad in ({"content": "x", "hangs": True}, {"raises": "E", "hangs": True}):
         with pytest.raises(ValueError, match="not several of them"):
@@ -236,15 +318,23 @@ def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- real releases
 
+IN_TESTS = {entry.id: entry for entry in TABLE.backtests if entry.id in ("R05", "R25", "T09", "T13")}
+"""Few, on one pair of releases, since each release takes seconds to start; all: `conformance backtest`."""
+
 
 @pytest.fixture(scope="module")
-def real() -> Iterator[Releases]:
-    releases = Releases()
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Releases]:
+    releases = Releases(folder=tmp_path_factory.mktemp("ladder"))
     yield releases
     releases.close()
 
 
-@pytest.mark.parametrize("each", TABLE.backtests, ids=lambda each: each.id)
+def test_few_releases_are_started_here() -> None:
+    assert len(IN_TESTS) == 4
+    assert len({(each.target, each.last_bad, each.first_good) for each in IN_TESTS.values()}) == 1
+
+
+@pytest.mark.parametrize("each", IN_TESTS.values(), ids=IN_TESTS)
 def test_the_fault_is_found_in_its_release(each: Backtest, real: Releases) -> None:
     found = backtests.run(each, load_suites(), real)
     if found.state == "not reachable" and "is not installed" in " ".join(found.proof):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conformance import history, runfile
+from conformance.commands import ladder as ladder_command
 from conformance.errors import TargetError
-from conformance.history import Releases, bisect, climb
+from conformance.history import Cell, Ladder, LadderRow, Releases, Rung, bisect, climb
 from conformance.loading import LoadedCase, load_suites
+from conformance.results import Problem, Result, Verdict
 from conformance.runner import OpenTarget, TargetPool
 from conformance.targets import environments, registry
-from conformance.targets.protocol import ParseRequest, ParseResult, TargetInfo
+from conformance.targets.protocol import Chunking, ParseRequest, ParseResult, TargetInfo
 from tests.conftest import Run, Suites
 
 VERSIONS = tuple(f"{k}.0" for k in range(1, 10))
@@ -115,12 +118,31 @@ def test_a_ladder(releases_of_toy: set[str], suites: Suites) -> None:
     assert "toy@1.0: 4 cases, 4 of them run now; 2 fail" in lines
 
 
+@pytest.mark.parametrize(
+    ("verdict", "chunkings", "whole"),
+    [
+        ("pass", [], True),
+        ("fail", [Chunking(name="one chunk")], True),
+        ("fail", [None, Chunking(name="one chunk")], False),
+        ("timeout", [], None),
+        ("skip", [], None),
+    ],
+)
+def test_failures_in_streams_only_are_told_apart(
+    verdict: Verdict, chunkings: list[Chunking | None], whole: bool | None
+) -> None:
+    problems = tuple(Problem(rule="marker-leak", message="leak", chunking=chunking) for chunking in chunkings)
+    result = Result.model_construct(verdict=verdict, problems=problems, reason="")
+    assert history._cell(result, known=False).whole is whole
+
+
 def test_nothing_is_asked_twice(releases_of_toy: set[str], suites: Suites) -> None:
     cases = cases_of(suites, "always", "mended")
     first, second = Pool(good), Pool(good)
     ladder = climb("toy", cases, Releases(first))
     assert len(first.log) == 2 * len(VERSIONS)
-    assert climb("toy", cases, Releases(second)) == ladder
+    second.broken = {f"toy@{version}" for version in VERSIONS}
+    assert climb("toy", cases, Releases(second)) == ladder, "no release is even started"
     assert second.log == []
 
 
@@ -188,6 +210,29 @@ def test_bisect_passes_over_what_cannot_be_asked(releases_of_toy: set[str], suit
     assert "does not start" in reasons["toy@4.0"]
 
 
+def test_bisect_of_one_rule(releases_of_toy: set[str], suites: Suites) -> None:
+    """A case that fails on every release, by rules that come and go."""
+
+    def rules(output: str, major: int) -> bool:
+        return major >= 4
+
+    (case,) = cases_of(suites, "any")
+    found = bisect("toy", case, Releases(Pool(rules)), "expected")
+    assert (found.rule, found.kind, found.before, found.after) == ("expected", "mended", "toy@3.0", "toy@4.0")
+    assert [(seen.spec, seen.good) for seen in found.seen] == sorted(
+        (seen.spec, seen.spec >= "toy@4.0") for seen in found.seen
+    )
+    other = bisect("toy", case, Releases(Pool(rules)), "marker-leak")
+    assert other.kind == "none", "no release breaks it"
+    assert all(seen.good for seen in other.seen)
+
+
+def test_a_timeout_says_nothing_about_a_rule() -> None:
+    result = Result.model_construct(verdict="timeout", problems=())
+    assert history._is_good(result, None) is False
+    assert history._is_good(result, "expected") is None
+
+
 def test_bisect_of_a_case_that_does_not_change(releases_of_toy: set[str], suites: Suites) -> None:
     pool = Pool(good)
     (case,) = cases_of(suites, "always")
@@ -224,6 +269,36 @@ def test_a_skip_is_neither_good_nor_bad() -> None:
 
 
 # ------------------------------------------------------------------------------------------ command line
+
+
+def test_the_terminal_names_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts: dict[str, list[tuple[Verdict, bool | None, bool]]] = {
+        "parser/demo::mended": [("fail", False, False), ("fail", True, True), ("pass", True, False)],
+        "parser/demo::steady": [("fail", False, False)] * 3,
+    }
+    rungs = tuple(Rung(spec=f"toy@{k}.0", version=f"{k}.0") for k in (1, 2, 3))
+    ladder = Ladder(
+        target="toy",
+        sources="",
+        releases=rungs,
+        rows=tuple(
+            LadderRow(
+                case=case,
+                source=(),
+                cells={
+                    rung.spec: Cell(verdict=verdict, whole=whole, known=known)
+                    for rung, (verdict, whole, known) in zip(rungs, row, strict=True)
+                },
+            )
+            for case, row in verdicts.items()
+        ),
+    )
+    ladder_command._print(ladder, Path("ladder.json"))
+    shown = capsys.readouterr().out
+    assert re.search(r"parser/demo::mended +│ Fs\. +│ mended in 3\.0", shown)
+    assert "releases: 1.0 2.0 3.0" in shown
+    assert "parser/demo::steady" not in shown
+    assert "1 cases change; 1 do not, 0 of which pass on every release" in shown
 
 
 def test_ladder_without_any_release(run_conformance: Run, tmp_path: Path) -> None:

@@ -3,10 +3,15 @@
 `table.yaml` names, for each catalogue id, a case, the last release with the fault and the first without,
 what exactly the former answers, and a line of the latter's source that is the fix. A fault is
 
-* `detected` if the last bad release gives exactly that wrong answer and fails the case, the first good one
-  gives the answer that the case expects to the same input, cut in the same way, and the line stands in the
-  installed source of the first good release and not of the last bad. (The good one may fail the case all the
-  same, by another fault that shows in other chunkings; its verdict is part of the proof);
+* `detected` if
+  1. the fix stands in the installed source of the first good release and not of the last bad one (and what
+     is recorded of the fault, the other way round);
+  2. the last bad release gives exactly the recorded wrong answer, and breaks a rule of the case on it;
+  3. the first good release, with the same output cut in the same way, gives the answer that the case
+     expects and breaks no rule of the case, on the whole output and on that stream;
+  4. over all sampled streams the last bad release fails the case, and the first good one passes it. Where
+     it does not, the table must say which other catalogued faults are still in it, and these must have
+     backtests that prove it (`besides`), or what is left of this one (`remains`);
 * `not reachable` if one of the two is not installed, or its engine does not start: that shows nothing;
 * `missed` in every other case.
 """
@@ -16,126 +21,35 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, get_args
 
-from packaging.version import InvalidVersion, Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from conformance import yamlfile
-from conformance.checks.parser import build_request
+from conformance.backtests.table import (
+    TABLE,
+    Backtest,
+    Call,
+    Cuts,
+    Source,
+    Table,
+    Unreached,
+    Wrong,
+    choose,
+    load,
+)
+from conformance.checks.parser import build_request, judge_cut
 from conformance.checks.streams import assemble
 from conformance.compare import json_equal, load_json, same_text
 from conformance.errors import ConformanceError, EngineError, TargetTimeoutError, UsageError
-from conformance.history import BAD, Releases
+from conformance.history import BAD, GOOD, Releases
 from conformance.loading import LoadedCase, LoadedSuites
-from conformance.suites import ExpectedParse, ParserCase, ParserSuite, Strict
+from conformance.results import Problem
+from conformance.suites import ExpectedParse, ParserCase, ParserSuite
 from conformance.targets import environments
-from conformance.targets.protocol import Chunking, ParseResult, PieceUnit, StreamRequest
+from conformance.targets.protocol import Chunking, ParseResult, StreamRequest
 
-TABLE = Path(__file__).with_name("table.yaml")
 State = Literal["detected", "missed", "not reachable"]
-CatalogueId = Annotated[str, Field(pattern=r"^[A-Z][0-9]{2}$")]
-
-
-def _version(text: str) -> str:
-    try:
-        Version(text)
-    except InvalidVersion:
-        raise ValueError("expected the version of a release, such as 0.19.1") from None
-    return text
-
-
-Release = Annotated[str, AfterValidator(_version)]
-
-
-class Cuts(Strict):
-    """How the output was cut when the fault shows in a stream only; see `protocol.Chunking`."""
-
-    unit: PieceUnit = "tokens"
-    cuts: tuple[int, ...] = ()
-    lag: int = 0
-
-
-class Call(Strict):
-    """A call as the client gets it."""
-
-    name: str
-    arguments: str
-    """Verbatim, whether or not it is JSON."""
-
-
-class Wrong(Strict):
-    """What the last bad release answers, and nothing else will do."""
-
-    streamed: Cuts | None = None
-    """Absent: the output is parsed whole."""
-    reasoning: str | None = None
-    content: str | None = None
-    tool_calls: tuple[Call, ...] = ()
-    raises: str | None = None
-    """Name of the exception, where the parser raises."""
-    hangs: bool = False
-    """Whether no answer comes at all."""
-
-    @model_validator(mode="after")
-    def _one_ending(self) -> Self:
-        answered = self.reasoning or self.content or self.tool_calls
-        if ((self.raises or self.hangs) and answered) or (self.raises and self.hangs):
-            raise ValueError("give an answer, `raises` or `hangs`, not several of them")
-        return self
-
-
-class Fix(Strict):
-    """A line by which the fix is known."""
-
-    file: str = Field(pattern=r"^[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*\.py$")
-    """Path in the folder that packages are installed in."""
-    line: str = Field(min_length=8)
-    """The whole line, less the space around it."""
-    times: int = Field(default=1, ge=1)
-    """How often it stands there at least, where fewer times is not the fix."""
-
-
-class Backtest(Strict):
-    """One catalogued fault and where it was."""
-
-    id: CatalogueId
-    title: str = Field(min_length=8)
-    case: str = Field(pattern=r"^[^:]+::[^:]+$")
-    """`suite-id::case-id`, of kind `parser`."""
-    target: str
-    last_bad: Release
-    first_good: Release
-    wrong: Wrong
-    fix: Fix
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if Version(self.last_bad) >= Version(self.first_good):
-            raise ValueError("`last_bad` is no release before `first_good`")
-        return self
-
-
-class Unreached(Strict):
-    """Catalogued faults of a target that no release on the index can show, and why."""
-
-    ids: tuple[CatalogueId, ...] = Field(min_length=1)
-    reason: str = Field(min_length=20)
-
-
-class Table(Strict):
-    """The file."""
-
-    backtests: tuple[Backtest, ...]
-    not_reachable: tuple[Unreached, ...] = ()
-
-    @model_validator(mode="after")
-    def _named_once(self) -> Self:
-        ids = [*(entry.id for entry in self.backtests), *(i for u in self.not_reachable for i in u.ids)]
-        twice = sorted({i for i in ids if ids.count(i) > 1})
-        if twice:
-            raise ValueError(f"named twice: {', '.join(twice)}")
-        return self
+STATES: tuple[State, ...] = get_args(State)
 
 
 class BacktestResult(BaseModel):
@@ -145,6 +59,8 @@ class BacktestResult(BaseModel):
 
     id: str
     title: str
+    elsewhere: str
+    """The engines that the catalogue names, where the target is none of them and had the same fault."""
     case: str
     last_bad: str
     """Spec."""
@@ -154,29 +70,30 @@ class BacktestResult(BaseModel):
     """What was seen; for anything but `detected`, the last says what is lacking."""
 
 
-def load(path: Path = TABLE) -> Table:
-    """Read the table.
+class Findings(BaseModel):
+    """What became of several backtests: the file that `conformance backtest` writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backtests: tuple[BacktestResult, ...]
+    not_reachable: dict[str, str]
+    """Catalogue ids without a backtest, and why."""
+
+
+def read_findings(path: Path) -> Findings:
+    """Read what `conformance backtest` wrote.
 
     Raises:
-        SuiteError: it is broken; names file, line and field.
+        UsageError: there is no such file, or it is something else.
     """
-    return yamlfile.read(path).validate(Table)
-
-
-def choose(table: Table, ids: Sequence[str]) -> tuple[Backtest, ...]:
-    """Those with these ids; all without any.
-
-    Raises:
-        UsageError: an id has no backtest; with the reason, if one is known.
-    """
-    known = {entry.id: entry for entry in table.backtests}
-    reasons = {i: unreached.reason for unreached in table.not_reachable for i in unreached.ids}
-    for wanted in ids:
-        if wanted in reasons:
-            raise UsageError(f"{wanted} has no backtest: {reasons[wanted]}")
-        if wanted not in known:
-            raise UsageError(f"{wanted!r} has no backtest; these have: {', '.join(known)}")
-    return tuple(known[i] for i in dict.fromkeys(ids)) if ids else table.backtests
+    try:
+        return Findings.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: is not what `conformance backtest --out FILE` writes; write it again"
+        ) from error
 
 
 def run(entry: Backtest, suites: LoadedSuites, releases: Releases) -> BacktestResult:
@@ -195,6 +112,7 @@ def run(entry: Backtest, suites: LoadedSuites, releases: Releases) -> BacktestRe
     return BacktestResult(
         id=entry.id,
         title=entry.title,
+        elsewhere=entry.elsewhere,
         case=entry.case,
         last_bad=bad,
         first_good=good,
@@ -209,17 +127,15 @@ def answer(loaded: LoadedCase, spec: str, cuts: Cuts | None, releases: Releases)
     Raises:
         ConformanceError: the engine's process died.
     """
-    case, suite = loaded.case, loaded.suite.suite
-    if not isinstance(case, ParserCase) or not isinstance(suite, ParserSuite):
-        raise UsageError(f"{loaded.address}: backtests are cases of kind `parser`")
+    case, suite = _parser_case(loaded)
     target = releases.pool.get(spec).target
     request = build_request(case, suite)
     try:
         if cuts is None:
             result = target.parse(request)
         else:
-            chunking = Chunking(name="backtest", **cuts.model_dump())
-            streamed = assemble(target.parse_stream(StreamRequest(request=request, chunkings=(chunking,)))[0])
+            asked = StreamRequest(request=request, chunkings=(_chunking(cuts),))
+            streamed = assemble(target.parse_stream(asked)[0])
             if streamed.error is not None:
                 return Wrong(streamed=cuts, raises=streamed.error.partition(":")[0])
             result = streamed.result
@@ -244,29 +160,88 @@ def _evidence(
 ) -> tuple[list[str], str]:
     """What was seen, and what is lacking; the latter is empty if nothing is."""
     proof: list[str] = []
-    for spec, expected in ((bad, False), (good, True)):
-        try:
-            found = source_lines(spec, entry.fix.file)[entry.fix.line]
-        except ConformanceError as error:
-            return proof, str(error)
-        there = f"has {found} times" if entry.fix.times > 1 else "has" if found else "lacks"
-        seen = f"{spec}: {entry.fix.file} {there} the line `{entry.fix.line}`"
-        if (found >= entry.fix.times) != expected:
-            return proof, f"{seen}, the fix"
-        proof.append(seen)
-    given = answer(loaded, bad, entry.wrong.streamed, releases)
+    looked_for = [(entry.fix, "fix", good, bad)]
+    if entry.fault is not None:
+        looked_for.append((entry.fault, "fault", bad, good))
+    for source, name, holder, other in looked_for:
+        for spec, there in ((other, False), (holder, True)):
+            try:
+                seen, found = _looked_for(source, spec)
+            except ConformanceError as error:
+                return proof, str(error)
+            if found != there:
+                return proof, f"{seen}, the {name}"
+            proof.append(seen)
+    cuts = entry.wrong.streamed
+    given = answer(loaded, bad, cuts, releases)
     if given != entry.wrong:
         return proof, f"{bad} answers {_shown(given)}, and not {_shown(entry.wrong)}"
-    proof.append(f"{bad} answers {_shown(given)}")
+    broken = _problems(loaded, bad, cuts, releases)
+    proof.append(f"{bad} answers {_shown(given)}{_breaking(broken)}")
+    if not broken and not given.hangs:
+        return proof, f"{bad} breaks no rule of the case on it"
+    right = answer(loaded, good, cuts, releases)
+    broken = () if right.hangs else _problems(loaded, good, cuts, releases)
+    proof.append(f"{good} answers {_shown(right)}{_breaking(broken)}")
+    if not is_expected(right, loaded) or broken:
+        return proof, f"{good} does not answer as the case expects"
+    return proof, _verdicts(entry, loaded, bad, good, releases, proof)
+
+
+def _looked_for(source: Source, spec: str) -> tuple[str, bool]:
+    """A line looked for in a release: in words, and whether it is there often enough."""
+    found = source_lines(spec, source.file)[source.line]
+    there = f"has {found} times" if source.times > 1 else "has" if found else "lacks"
+    return f"{spec}: {source.file} {there} the line `{source.line}`", found >= source.times
+
+
+def _verdicts(
+    entry: Backtest, loaded: LoadedCase, bad: str, good: str, releases: Releases, proof: list[str]
+) -> str:
+    """Add the verdicts over all sampled streams to the proof; return what is lacking."""
     verdicts = {spec: releases.ask(loaded, spec).result for spec in (bad, good)}
     for spec, result in verdicts.items():
-        rules = ", ".join(dict.fromkeys(problem.rule for problem in result.problems))
-        proof.append(f"{spec}: verdict {result.verdict}{f' ({rules})' if rules else ''}")
+        proof.append(f"{spec}: verdict {result.verdict} over all sampled streams{_breaking(result.problems)}")
     if verdicts[bad].verdict not in BAD:
-        return proof, f"{bad} does not fail the case"
-    right = answer(loaded, good, entry.wrong.streamed, releases)
-    proof.append(f"{good} answers {_shown(right)}")
-    return proof, "" if is_expected(right, loaded) else f"{good} does not answer as the case expects"
+        return f"{bad} does not fail the case"
+    if verdicts[good].verdict in GOOD:
+        return ""
+    if entry.besides:
+        proof.append(f"{good} still has {', '.join(entry.besides)}, which other backtests prove")
+    if entry.remains:
+        proof.append(f"in {good} this is left of it: {entry.remains}")
+    if entry.besides or entry.remains:
+        return ""
+    return f"{good} fails the case in other streams, and the table does not say by which other fault"
+
+
+def _problems(loaded: LoadedCase, spec: str, cuts: Cuts | None, releases: Releases) -> tuple[Problem, ...]:
+    """The rules of a case that a release breaks on the whole output and, if it is cut, on that stream.
+
+    None where no answer comes at all.
+    """
+    case, suite = _parser_case(loaded)
+    target = releases.pool.get(spec).target
+    try:
+        return judge_cut(case, suite, target, _chunking(cuts) if cuts is not None else None)
+    except TargetTimeoutError:
+        return ()
+
+
+def _breaking(problems: Sequence[Problem]) -> str:
+    rules = ", ".join(dict.fromkeys(problem.rule for problem in problems))
+    return f" (rules broken: {rules})" if rules else ""
+
+
+def _parser_case(loaded: LoadedCase) -> tuple[ParserCase, ParserSuite]:
+    case, suite = loaded.case, loaded.suite.suite
+    if not isinstance(case, ParserCase) or not isinstance(suite, ParserSuite):
+        raise UsageError(f"{loaded.address}: backtests are cases of kind `parser`")
+    return case, suite
+
+
+def _chunking(cuts: Cuts) -> Chunking:
+    return Chunking(name="backtest", **cuts.model_dump())
 
 
 def is_expected(given: Wrong, loaded: LoadedCase) -> bool:
@@ -301,7 +276,7 @@ def source_lines(spec: str, file: str) -> Counter[str]:
         TargetError: there is no such release.
     """
     found = environments.status(spec)
-    folders = found.import_paths or tuple(found.path.glob("lib/python*/site-packages"))
+    folders = (*found.import_paths, *found.path.glob("lib/python*/site-packages"))
     lines: Counter[str] = Counter()
     for folder in folders:
         path = folder / file
@@ -323,3 +298,24 @@ def _shown(given: Wrong) -> str:
     if given.raises:
         return f"with {given.raises}"
     return given.model_dump_json(include={"reasoning", "content", "tool_calls"}, exclude_none=True)
+
+
+__all__ = [
+    "STATES",
+    "TABLE",
+    "Backtest",
+    "BacktestResult",
+    "Cuts",
+    "Findings",
+    "Source",
+    "Table",
+    "Unreached",
+    "Wrong",
+    "answer",
+    "choose",
+    "is_expected",
+    "load",
+    "read_findings",
+    "run",
+    "source_lines",
+]

@@ -20,13 +20,20 @@ from functools import cache
 from typing import Any
 
 from conformance.checks.base import CheckOutcome, Search
-from conformance.checks.streams import Streamed, explore
+from conformance.checks.streams import Streamed, assemble, explore
 from conformance.compare import complete_json, json_equal, load_json, same_text
-from conformance.errors import EngineError
+from conformance.errors import EngineError, NotRecordedError
 from conformance.loading import resolve_prompt, resolve_tools
 from conformance.results import Evidence, Problem
 from conformance.suites import ExpectedCall, ExpectedParse, ParserCase, ParserSuite
-from conformance.targets.protocol import ParseRequest, ParseResult, Target, ToolCall
+from conformance.targets.protocol import (
+    Chunking,
+    ParseRequest,
+    ParseResult,
+    StreamRequest,
+    Target,
+    ToolCall,
+)
 from conformance.tokenization import encode, load_tokenizer, pieces
 
 MAX_UNSTREAMED = 20
@@ -66,14 +73,19 @@ def judge(case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, se
         problem = Problem(rule="raised", message=f"the parser raised on the whole output: {error}")
         return CheckOutcome.from_problems([problem], evidence)
     problems, policy = rules.judge_whole(whole)
-    streamed = explore(
-        request,
-        target,
-        info,
-        seed=seed,
-        search=search,
-        judge=lambda s: rules.judge_streamed(s, whole),
-    )
+    try:
+        streamed = explore(
+            request,
+            target,
+            info,
+            seed=seed,
+            search=search,
+            judge=lambda s: rules.judge_streamed(s, whole),
+        )
+    except NotRecordedError:
+        if not problems:
+            raise
+        return CheckOutcome.from_problems(problems, evidence.model_copy(update={"got": _shown(whole)}))
     evidence = evidence.model_copy(
         update={
             "got": _shown(whole),
@@ -83,6 +95,27 @@ def judge(case: ParserCase, suite: ParserSuite, target: Target, *, seed: int, se
         }
     )
     return CheckOutcome.from_problems([*problems, *streamed.problems], evidence)
+
+
+def judge_cut(
+    case: ParserCase, suite: ParserSuite, target: Target, chunking: Chunking | None
+) -> tuple[Problem, ...]:
+    """The rules that an answer breaks when the output comes whole and, unless None, cut in one way.
+
+    Raises:
+        ConformanceError: the target does not answer.
+    """
+    request = build_request(case, suite)
+    rules = _Rules(case, request)
+    try:
+        whole = target.parse(request)
+    except EngineError as error:
+        return (Problem(rule="raised", message=f"the parser raised on the whole output: {error}"),)
+    problems = rules.judge_whole(whole)[0]
+    if chunking is not None:
+        stream = target.parse_stream(StreamRequest(request=request, chunkings=(chunking,)))[0]
+        problems += rules.judge_streamed(assemble(stream), whole)
+    return tuple(problems)
 
 
 def build_request(case: ParserCase, suite: ParserSuite) -> ParseRequest:

@@ -37,10 +37,11 @@ from conformance.checks.server_rules import (
     constructs,
     difference,
     exact_problem,
+    lost,
     reply_problems,
 )
 from conformance.compare import same_text
-from conformance.errors import EngineError, TargetTimeoutError
+from conformance.errors import EngineError, NotRecordedError, TargetTimeoutError
 from conformance.loading import resolve_tools
 from conformance.replies import MalformedReplyError, Reply, read_stream, read_whole
 from conformance.results import Evidence, Problem
@@ -90,6 +91,9 @@ def judge(case: ServerCase, suite: ServerSuite, target: Target) -> CheckOutcome:
         judgement.problems.append(broken.problem)
     except _InconclusiveError as unsure:
         reason = str(unsure)
+    except NotRecordedError:
+        if not judgement.problems:
+            raise
     evidence = judgement.evidence()
     problems = [problem.model_copy(update=_printable_problem(problem)) for problem in judgement.problems]
     if problems or not reason:
@@ -322,10 +326,13 @@ class _Judgement:
 
     def _exact(self, whole: Reply, streamed: Reply) -> None:
         exact = self._case.exact
-        if exact is None or not self._scripted:
+        if not self._scripted:
             return
         for way, reply in (("whole", whole), ("streamed", streamed)):
-            if wrong := exact_problem(reply, exact):
+            if missing := lost(reply, self._case.keep):
+                message = f"{way}: in no field: {', '.join(map(repr, missing))}"
+                self.problems.append(Problem(rule="nothing-lost", message=message, got=reply.shown()))
+            if exact is not None and (wrong := exact_problem(reply, exact)):
                 self.problems.append(
                     Problem(
                         rule="expected",

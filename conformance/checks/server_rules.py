@@ -231,10 +231,18 @@ def exact_problem(reply: Reply, exact: ExactAnswer) -> str:
     return _end_difference(reply, wanted)
 
 
+def lost(reply: Reply, keep: Sequence[str]) -> list[str]:
+    """Those of some texts that are in no field of an answer."""
+    fields = [*reply.texts(), *_argument_strings(reply)]
+    return [text for text in keep if not any(text in field for field in fields)]
+
+
 def constructs(replies: Sequence[Reply]) -> set[Construct]:
     """What appears in at least one of some answers."""
     found: set[Construct] = set()
     for reply in replies:
+        if reply.texts():
+            found.add("answer")
         if reply.content.strip():
             found.add("content")
         if reply.reasoning.strip():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from conformance.checks.base import Search
 from conformance.chunking import chunk_texts, lagging, sampled, shrink
-from conformance.errors import EngineError
+from conformance.errors import EngineError, NotRecordedError
 from conformance.results import Problem, StreamEvidence
 from conformance.targets.protocol import (
     Certificate,
@@ -95,6 +95,14 @@ def explore(
     elif evidence.unit == "tokens":
         explorer.sample_chunkings(sampled(characters(request.output), "characters", seed=seed))
     return Exploration(evidence, tuple(explorer.problems.values()))
+
+
+def sampled_chunkings(request: ParseRequest, info: TargetInfo, *, seed: int = 0) -> list[Chunking]:
+    """The chunkings in which an output is streamed that is not certified."""
+    chunkings = sampled(request.pieces, "tokens", seed=seed)
+    if info.stream_unit == "characters":
+        return chunkings + sampled(characters(request.output), "characters", seed=seed)
+    return chunkings + lagging(request.pieces, seed=seed)
 
 
 class _Explorer:
@@ -195,11 +203,7 @@ class _Explorer:
 
     def sample(self, evidence: StreamEvidence) -> StreamEvidence:
         """Stream the sampled chunkings; return the evidence with their number."""
-        chunkings = sampled(self._request.pieces, "tokens", seed=self._seed)
-        if self._info.stream_unit == "characters":
-            chunkings += sampled(characters(self._request.output), "characters", seed=self._seed)
-        else:
-            chunkings += lagging(self._request.pieces, seed=self._seed)
+        chunkings = sampled_chunkings(self._request, self._info, seed=self._seed)
         self.sample_chunkings(chunkings)
         return evidence.model_copy(update={"chunkings": str(len(chunkings))})
 
@@ -215,7 +219,10 @@ class _Explorer:
         for rule, chunking in failures.items():
             if rule in self.problems:
                 continue
-            smallest = shrink(chunking, lambda cs, rule=rule: self._fails(cs, rule))  # type: ignore[misc]
+            try:
+                smallest = shrink(chunking, lambda cs, rule=rule: self._fails(cs, rule))  # type: ignore[misc]
+            except NotRecordedError:  # it fails all the same
+                smallest = chunking
             self._report(smallest, self._stream([smallest])[0], only=rule)
         return answers
 
@@ -323,4 +330,4 @@ def _of_outcome(outcome: Outcome) -> Streamed:
     )
 
 
-__all__ = ["Exploration", "Streamed", "assemble", "explore"]
+__all__ = ["Exploration", "Streamed", "assemble", "explore", "sampled_chunkings"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from conformance.checks.base import CheckOutcome
-from conformance.errors import EngineError
+from conformance.errors import EngineError, NotRecordedError
 from conformance.loading import resolve_tools
 from conformance.results import Evidence, Problem
 from conformance.suites import ExpectedPrompt, TemplateCase, TemplateSuite
@@ -43,22 +43,28 @@ def judge(case: TemplateCase, suite: TemplateSuite, target: Target) -> CheckOutc
     problems: list[Problem] = []
     expected: dict[str, Any] = {}
     got: dict[str, Any] = {}
+    missing: NotRecordedError | None = None
     for family in case.families:
         rules = case.expect_e if family == "e" and case.expect_e is not None else case.expect
         expected[family] = rules.model_dump(mode="json", exclude_unset=True)
-        request = _request(case, suite, family)
+        request = build_request(case, suite, family)
         answer: RenderResult | EngineError
         try:
             answer = target.render(request)
         except EngineError as error:
             answer = error
             got[family] = {"error": str(error)}
+        except NotRecordedError as error:
+            missing = error
+            continue
         else:
             got[family] = answer.model_dump(mode="json", exclude_none=True)
         found = _judge_answer(answer, rules, _conversation_text(request))
         problems += [
             problem.model_copy(update={"message": f"{family}: {problem.message}"}) for problem in found
         ]
+    if missing is not None and not problems:
+        raise missing
     evidence = Evidence(
         input=json.dumps(case.messages, ensure_ascii=False, indent=2),
         prompt=_prompts(got),
@@ -68,7 +74,8 @@ def judge(case: TemplateCase, suite: TemplateSuite, target: Target) -> CheckOutc
     return CheckOutcome.from_problems(problems, evidence)
 
 
-def _request(case: TemplateCase, suite: TemplateSuite, family: Family) -> RenderRequest:
+def build_request(case: TemplateCase, suite: TemplateSuite, family: Family) -> RenderRequest:
+    """The request that a case makes for a family."""
     return RenderRequest(
         messages=case.messages,
         tools=resolve_tools(case, suite),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from pathlib import Path
 
 import click
+from packaging.version import Version
 
-from conformance import backtests
-from conformance.backtests import BacktestResult
+from conformance import backtests, runfile
+from conformance.backtests import Backtest, BacktestResult, Findings
 from conformance.commands import output
 from conformance.commands.output import BacktestOutput, json_option
 from conformance.history import Releases
@@ -17,9 +19,12 @@ from conformance.loading import load_suites
 
 @click.command("backtest")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="JSON file for `conformance report --backtests`."
+)
 @json_option
 @click.pass_context
-def backtest_command(context: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
+def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Look for catalogued faults (default: all with a backtest) in the last release that had them.
 
     Exits with 1 if one is missed; else with 3 if one is not reachable, because a release is not installed or
@@ -27,15 +32,23 @@ def backtest_command(context: click.Context, ids: tuple[str, ...], as_json: bool
     """
     table = backtests.load()
     chosen = backtests.choose(table, ids)
+    if out is not None:
+        runfile.check_parent(out)
     suites = load_suites()
-    found: list[BacktestResult] = []
+    results: dict[Backtest, BacktestResult] = {}
     with contextlib.closing(Releases()) as releases:
-        for entry in chosen:
-            found.append(backtests.run(entry, suites, releases))
-            click.echo(f"{entry.id}: {found[-1].state}", err=True)
+        # Those of one pair of releases follow each other, since a release takes seconds to start.
+        for entry in sorted(chosen, key=lambda e: (e.target, Version(e.last_bad), Version(e.first_good))):
+            results[entry] = backtests.run(entry, suites, releases)
+            click.echo(f"{entry.id}: {results[entry].state}", err=True)
+    found = [results[entry] for entry in chosen]
     reasons = {i: unreached.reason for unreached in table.not_reachable for i in unreached.ids}
+    findings = Findings(backtests=tuple(found), not_reachable=reasons)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(findings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if as_json:
-        output.emit_json(BacktestOutput(backtests=tuple(found), not_reachable=reasons))
+        output.emit_json(BacktestOutput(**dict(findings)))
     else:
         _print(found, {} if ids else reasons)
     states = {result.state for result in found}
@@ -47,9 +60,13 @@ def _print(found: list[BacktestResult], reasons: dict[str, str]) -> None:
     for result in found:
         screen.print(f"{result.id} {result.state}: {result.title}", markup=False, soft_wrap=True)
         screen.print(f"    case {result.case}", markup=False, soft_wrap=True)
+        if result.elsewhere:
+            screen.print(f"    the catalogue has it of {result.elsewhere}", markup=False, soft_wrap=True)
         for line in result.proof:
             screen.print(f"    {line}", markup=False, soft_wrap=True)
     for catalogue_id, reason in reasons.items():
         screen.print(f"{catalogue_id} has no backtest: {reason}", markup=False, soft_wrap=True)
     counts = Counter(result.state for result in found)
-    screen.print(", ".join(f"{counts[state]} {state}" for state in ("detected", "missed", "not reachable")))
+    detected = {result.id for result in found if result.state == "detected"}
+    numbers = ", ".join(f"{counts[state]} {state}" for state in backtests.STATES)
+    screen.print(f"{numbers}; catalogue ids detected: {len(detected)}")

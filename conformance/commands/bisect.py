@@ -20,15 +20,19 @@ _NOT_MONOTONIC = (
 @click.command("bisect")
 @click.argument("case")
 @click.option("--target", "-t", required=True, metavar="NAME", help="Target with versions, such as vllm.")
+@click.option("--rule", metavar="NAME", help="Ask where this rule of the case was broken or kept.")
 @json_option
-def bisect_command(case: str, target: str, as_json: bool) -> None:
+def bisect_command(case: str, target: str, rule: str | None, as_json: bool) -> None:
     """Name the last release before CASE (suite-id::case-id) changed its verdict, and the first after it.
+
+    A case that fails in some streams on every release may still change in a rule: `--rule expected` asks
+    about the answer to the whole output.
 
     Halves the range between the oldest and the newest installed release; results of earlier runs count.
     """
     loaded = select_one(case)
     with contextlib.closing(Releases()) as releases:
-        found = find_change(target, loaded, releases, progress=lambda line: click.echo(line, err=True))
+        found = find_change(target, loaded, releases, rule, progress=lambda line: click.echo(line, err=True))
     if as_json:
         output.emit_json(BisectOutput(bisection=found))
         return
@@ -52,4 +56,5 @@ def _sentence(found: Bisection) -> str:
         return f"last bad: {found.before}; first good: {found.after}"
     if not found.seen:
         return f"no release of {found.target} could be asked"
-    return f"no change: the {len(found.seen)} releases seen agree"
+    about = f" on the rule {found.rule}" if found.rule else ""
+    return f"no change: the {len(found.seen)} releases seen agree{about}"

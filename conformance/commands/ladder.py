@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ from conformance.commands import output
 from conformance.commands.output import LadderOutput, json_option
 from conformance.commands.selection import select
 from conformance.errors import TargetError, UsageError
-from conformance.history import Cell, Ladder, Releases, climb
+from conformance.history import BAD, GOOD, Cell, Ladder, LadderRow, Releases, Rung, climb
 from conformance.loading import LoadedCase, load_suites
 from conformance.results import Verdict
 from conformance.targets import environments, registry
@@ -20,13 +22,15 @@ from conformance.targets import environments, registry
 DEFAULT_SUITES = ("parser/*",)
 _SIGNS: dict[Verdict, str] = {
     "pass": ".",
-    "fail": "F",
     "error": "E",
     "timeout": "T",
     "skip": "-",
     "inconclusive": "?",
 }
-_LEGEND = ". pass   F fail   f fail that is expected   T timeout   E error   - skip   ? inconclusive"
+_LEGEND = (
+    ". pass   F fail   S fail, but only in streams   (lower case: expected)   T timeout   E error   - skip   "
+    "? inconclusive"
+)
 
 
 @click.command("ladder")
@@ -47,7 +51,8 @@ def ladder_command(
     """Run SUITE (paths, suite ids, cases or patterns; default: the parser suites) on every release.
 
     Releases that are not installed are left out, and named with the reason. Verdicts are the check's own:
-    an expectation changes the sign of a failure, and nothing else. Results are kept, so a second ladder asks
+    an expectation changes the sign of a failure, and nothing else. Failures of the whole answer are told
+    from those that show in streams only. Results are kept, so a second ladder asks
     only what has changed.
     """
     specs = _specs(target, versions)
@@ -96,12 +101,13 @@ def _print(ladder: Ladder, path: Path) -> None:
     ran = [rung for rung in ladder.releases if not rung.reason]
     changing = [row for row in ladder.rows if row.changes]
     rows = [
-        (row.case, *(_sign(row.cells.get(rung.spec)) for rung in ran), ", ".join(row.source))
+        (row.case, "".join(_sign(row.cells.get(rung.spec)) for rung in ran), _turns(row, ran))
         for row in changing
     ]
     screen = output.console()
-    title = f"{ladder.target}: cases whose verdict changes"
-    screen.print(output.table(title, ("case", *(rung.version for rung in ran), "source"), rows))
+    title = f"{ladder.target}: cases on which releases differ"
+    screen.print(output.table(title, ("case", "releases", "changes"), rows))
+    screen.print(f"releases: {' '.join(rung.version for rung in ran)}", markup=False, soft_wrap=True)
     steady = [row for row in ladder.rows if not row.changes]
     always = sum(all(cell.verdict == "pass" for cell in row.cells.values()) for row in steady)
     screen.print(_LEGEND, markup=False)
@@ -118,4 +124,18 @@ def _print(ladder: Ladder, path: Path) -> None:
 def _sign(cell: Cell | None) -> str:
     if cell is None:
         return " "
-    return "f" if cell.known and cell.verdict == "fail" else _SIGNS.get(cell.verdict, cell.verdict)
+    if cell.verdict == "fail":
+        sign = "S" if cell.whole else "F"
+        return sign.lower() if cell.known else sign
+    return _SIGNS.get(cell.verdict, cell.verdict)
+
+
+def _turns(row: LadderRow, ran: Sequence[Rung]) -> str:
+    """Where the verdict changes, oldest first."""
+    cells = [(rung.version, row.cells[rung.spec]) for rung in ran if rung.spec in row.cells]
+    judged = [(version, cell.verdict in GOOD) for version, cell in cells if cell.verdict in (*GOOD, *BAD)]
+    return ", ".join(
+        f"{'mended' if good else 'broke'} in {version}"
+        for (_, before), (version, good) in itertools.pairwise(judged)
+        if good != before
+    )

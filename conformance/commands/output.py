@@ -15,7 +15,7 @@ from rich.table import Table
 from conformance.backtests import BacktestResult
 from conformance.explain import visible
 from conformance.history import Bisection, Ladder
-from conformance.results import Result, Verdict
+from conformance.results import Preflight, Result, Verdict
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -67,6 +67,8 @@ class TargetRow(Output):
     """Size of its environment, as measured or expected."""
     reason: str
     """Why it cannot be used, and what to do."""
+    parts: str
+    """Which parts its environment has, and how to install the others; empty where it can have none."""
 
 
 class SourceRow(Output):
@@ -153,14 +155,6 @@ class RunOutput(Output):
     """Targets that could not be used, and why."""
 
 
-class PreflightRow(Output):
-    """One cheap question to a server before the suites."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
 class AreaVerdict(Output):
     """What the cases of one area come to."""
 
@@ -175,7 +169,7 @@ class ProbeOutput(Output):
 
     url: str
     model: str
-    preflight: tuple[PreflightRow, ...]
+    preflight: tuple[Preflight, ...]
     areas: tuple[AreaVerdict, ...]
     exit_code: int
     run: RunOutput | None
@@ -194,6 +188,8 @@ class TargetsOutput(Output):
     """Output of `conformance targets` and its subcommands, except `doctor`."""
 
     targets: tuple[TargetRow, ...]
+    forms: dict[str, str]
+    """Targets that are named with what they need, such as `replay@PATH`, and what each is."""
 
 
 class DoctorRow(Output):

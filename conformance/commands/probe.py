@@ -15,7 +15,6 @@ from conformance import runfile
 from conformance.commands import output
 from conformance.commands.output import (
     AreaVerdict,
-    PreflightRow,
     ProbeOutput,
     RunOutput,
     json_option,
@@ -27,6 +26,7 @@ from conformance.errors import UsageError
 from conformance.loading import load_suites
 from conformance.progress import BAD, verdict_counts
 from conformance.recording import new_run_id
+from conformance.results import Preflight
 from conformance.targets.endpoint import KEY_SETTING, KEY_VARIABLE, Endpoint, checked_endpoint, key_of
 from conformance.targets.protocol import ServeAnswer, ServeRequest
 
@@ -94,7 +94,7 @@ def probe_command(
         if as_json:
             output.emit_json(answer)
         context.exit(answer.exit_code)
-    code = execute(selected, [where.spec], path, timeout=timeout, verbose=verbose)
+    code = execute(selected, [where.spec], path, timeout=timeout, verbose=verbose, preflight=rows)
     if not path.exists():
         context.exit(code)
     run = runfile.read(path)
@@ -148,7 +148,7 @@ def _server_cases(arguments: tuple[str, ...]) -> Selected:
 # ---------------------------------------------------------------------------- preflight
 
 
-def _preflight(where: Endpoint, timeout: float) -> Iterator[PreflightRow]:
+def _preflight(where: Endpoint, timeout: float) -> Iterator[Preflight]:
     """Ask three cheap questions, as far as it makes sense to go on.
 
     Raises:
@@ -170,27 +170,27 @@ def _preflight(where: Endpoint, timeout: float) -> Iterator[PreflightRow]:
         target.close()
 
 
-def _model_row(answer: ServeAnswer, where: Endpoint) -> PreflightRow:
+def _model_row(answer: ServeAnswer, where: Endpoint) -> Preflight:
     name = "the model is listed"
     if answer.failure == "connection" or (answer.failure == "timeout" and answer.status is None):
         raise UsageError(f"{where.url} cannot be reached: {answer.detail}")
     _check_key(answer, where)
     if answer.failure or answer.status != 200:
-        return PreflightRow(name=name, ok=False, detail=answer.detail or f"HTTP {answer.status} at /models")
+        return Preflight(name=name, ok=False, detail=answer.detail or f"HTTP {answer.status} at /models")
     data = answer.body.get("data") if isinstance(answer.body, dict) else None
     entries = data if isinstance(data, list) else []
     ids = [str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry]
     if where.model not in ids:
         known = ", ".join(ids[:20]) or "no model at all"
         raise UsageError(f"{where.url} does not list the model {where.model!r}; it lists {known}")
-    return PreflightRow(name=name, ok=True, detail=f"with {len(ids) - 1} others" if ids[1:] else "alone")
+    return Preflight(name=name, ok=True, detail=f"with {len(ids) - 1} others" if ids[1:] else "alone")
 
 
-def _chat_row(name: str, answer: ServeAnswer, where: Endpoint) -> PreflightRow:
+def _chat_row(name: str, answer: ServeAnswer, where: Endpoint) -> Preflight:
     _check_key(answer, where)
     good = not answer.failure and answer.status == 200 and isinstance(answer.body, dict)
     detail = "HTTP 200" if good else answer.detail or f"HTTP {answer.status}: {_excerpt(answer.body)}"
-    return PreflightRow(name=name, ok=good, detail=detail)
+    return Preflight(name=name, ok=good, detail=detail)
 
 
 def _check_key(answer: ServeAnswer, where: Endpoint) -> None:
@@ -220,7 +220,7 @@ def _area_verdicts(summary: RunOutput) -> Iterator[AreaVerdict]:
             yield AreaVerdict(area=row.area, verdict="pass" if passed else "not run", counts=row.counts)
 
 
-def _print_preflight(rows: tuple[PreflightRow, ...]) -> None:
+def _print_preflight(rows: tuple[Preflight, ...]) -> None:
     cells = [(row.name, "yes" if row.ok else "NO", row.detail) for row in rows]
     output.console().print(output.table("preflight", ("question", "answer", "detail"), cells))
 

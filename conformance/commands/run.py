@@ -26,7 +26,7 @@ from conformance.errors import UsageError
 from conformance.loading import LoadedSuites, load_suite, load_suites
 from conformance.progress import BAD, ProgressPlugin, counted, verdict_counts
 from conformance.recording import new_run_id
-from conformance.results import Result, Run
+from conformance.results import Preflight, Result, Run
 from conformance.runner import DEFAULT_TIMEOUT
 from conformance.session import select_targets
 from conformance.targets import registry
@@ -65,6 +65,11 @@ def seconds(_context: click.Context, _option: click.Parameter, value: float) -> 
 )
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run file to write.  [default: runs/<id>.jsonl]")
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Write the target's answers to this new file, for --target replay@FILE.",
+)
 @click.option("--report/--no-report", default=True, help="Write the dashboard.  [default: --report]")
 @click.option("--site", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True)
 @click.option(
@@ -85,6 +90,7 @@ def run_command(
     workers: str,
     resume: Path | None,
     out: Path | None,
+    record: Path | None,
     report: bool,
     site: Path,
     timeout: float,
@@ -102,6 +108,8 @@ def run_command(
     """
     if resume is not None and out is not None:
         raise UsageError("--resume appends to the run it names; leave out --out")
+    if record is not None:
+        _check_record(record, targets, workers, resume)
     path = resume or out or Path("runs") / f"{new_run_id()}.jsonl"
     if resume is None:
         runfile.check_new(path)
@@ -121,6 +129,7 @@ def run_command(
     options = [
         *(("-n", workers) if workers != "0" else ()),
         *(("-x",) if exitfirst else ()),
+        *(("--conformance-record", str(record)) if record is not None else ()),
     ]
     code = execute(
         selected, targets, path, timeout=timeout, resume=resume is not None, options=options, verbose=verbose
@@ -143,6 +152,23 @@ def run_command(
     context.exit(code)
 
 
+def _check_record(record: Path, targets: Sequence[str], workers: str, resume: Path | None) -> None:
+    """Refuse what cannot be recorded.
+
+    Raises:
+        UsageError: not one target, several processes, a run that goes on, or a file that exists.
+    """
+    if len(set(targets)) != 1:
+        raise UsageError("--record writes the answers of one target; name it with --target")
+    if workers != "0":
+        raise UsageError("--record works in one process; leave out -n")
+    if resume is not None:
+        raise UsageError("--record wants all answers, and --resume asks for few; leave out one of them")
+    if record.exists():
+        raise UsageError(f"{record} exists; name a new file for the recording")
+    runfile.check_parent(record)
+
+
 def execute(
     selected: Selected,
     targets: Sequence[str],
@@ -152,6 +178,7 @@ def execute(
     resume: bool = False,
     options: Sequence[str] = (),
     verbose: bool = False,
+    preflight: tuple[Preflight, ...] = (),
 ) -> int:
     """Run cases through pytest, write the run file, and return the exit code."""
     arguments = [
@@ -163,7 +190,8 @@ def execute(
         *options,
         *selected.pytest_arguments(),
     ]
-    return _run_pytest(arguments, path, verbose=verbose, explain_known=len(selected.cases) == 1)
+    known = len(selected.cases) == 1
+    return _run_pytest(arguments, path, verbose=verbose, explain_known=known, preflight=preflight)
 
 
 def summarise(run: Run, path: Path, exit_code: int) -> RunOutput:

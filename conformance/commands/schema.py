@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from conformance import expectations, loading, runfile
+from conformance.commands import requests
 from conformance.commands.output import OUTPUTS, Output
+from conformance.targets import recordings
 
 
 def _output_schema(model: type[Output]) -> dict[str, Any]:
@@ -22,6 +24,8 @@ def schemas() -> dict[str, Callable[[], dict[str, Any]]]:
         "suite": loading.json_schema,
         "expectations": expectations.json_schema,
         "run-file": runfile.json_schema,
+        "replay": recordings.json_schema,
+        "requests": requests.json_schema,
     }
     outputs = {name: (lambda model=model: _output_schema(model)) for name, model in OUTPUTS.items()}
     return files | outputs
@@ -35,7 +39,7 @@ def schema_text(name: str) -> str:
 @click.command("schema")
 @click.argument("name", type=click.Choice(sorted(schemas())), required=False)
 def schema_command(name: str | None) -> None:
-    """Print the JSON Schema of a suite, an expectations file, a line of a run file, or an output.
+    """Print the JSON Schema of a suite, an expectations file, a line of some file, or an output.
 
     Without NAME, print the names.
     """

@@ -23,6 +23,7 @@ def target_rows() -> tuple[TargetRow, ...]:
             usable=not found.reason,
             megabytes=found.megabytes,
             reason=found.reason,
+            parts=found.parts,
         )
         for found in registry.summaries()
     )
@@ -37,11 +38,14 @@ def target_table(rows: Iterable[TargetRow]) -> Table:
             row.description,
             "yes" if row.default else "",
             str(row.megabytes or ""),
-            "yes" if row.usable else f"no: {row.reason}",
+            ("yes" if row.usable else f"no: {row.reason}") + (f"; {row.parts}" if row.parts else ""),
         )
         for row in rows
     ]
-    return output.table("targets", columns, cells)
+    table = output.table("targets", columns, cells)
+    table.caption = "\n".join(f"also {form}: {what}" for form, what in registry.FORMS.items())
+    table.caption_justify = "left"
+    return table
 
 
 @click.group("targets", invoke_without_command=True)
@@ -68,12 +72,14 @@ def list_targets(as_json: bool) -> None:
 def install_targets(context: click.Context, specs: tuple[str, ...], defaults: bool, as_json: bool) -> None:
     """Install the environments of SPECS, such as vllm@0.32.0; complete ones are left alone.
 
-    One that fails does not keep the others from being installed; the exit code is then 1.
+    By name, an environment is installed with all its parts; by --default, without those that are not there
+    yet. One that fails does not keep the others from being installed; the exit code is then 1.
     """
+    named = set(_chosen(specs, defaults=False)) if specs else set()
     failed = False
     for spec in _chosen(specs, defaults=defaults):
         try:
-            environments.install(spec, progress=lambda line: click.echo(line, err=True))
+            environments.install(spec, progress=lambda line: click.echo(line, err=True), parts=spec in named)
         except TargetError as error:
             click.echo(f"{spec}: {error}", err=True)
             failed = True
@@ -124,11 +130,11 @@ def doctor_command(context: click.Context, specs: tuple[str, ...], as_json: bool
 
 
 def _chosen(specs: Sequence[str], *, defaults: bool) -> list[str]:
-    """Resolved specs that have an environment of their own."""
+    """The environments of targets, by their specs."""
     with_environment = {found.spec for found in environments.environments()}
     chosen = [spec for spec in registry.default_targets() if spec in with_environment] if defaults else []
     for spec in specs:
-        resolved = registry.resolve(spec)
+        resolved = registry.environment_of(registry.resolve(spec))
         if resolved not in with_environment:
             names = ", ".join(sorted(with_environment))
             raise UsageError(f"{spec!r} has no environment of its own; these have: {names}")
@@ -141,6 +147,6 @@ def _chosen(specs: Sequence[str], *, defaults: bool) -> list[str]:
 def _print(as_json: bool) -> None:
     rows = target_rows()
     if as_json:
-        output.emit_json(TargetsOutput(targets=rows))
+        output.emit_json(TargetsOutput(targets=rows, forms=registry.FORMS))
     else:
         output.console().print(target_table(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from conformance import resources
 from conformance.reporting import evidence, values
+from conformance.reporting.backtests import BacktestsView
+from conformance.reporting.ladders import LadderView
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
 from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
@@ -115,18 +117,31 @@ def environment() -> Environment:
 
 
 class Pages:
-    """Renders every page of a site."""
+    """Renders every page of a site.
 
-    def __init__(self, site: Site) -> None:
+    Args:
+        site: The run.
+        ladders: Release ladders to show beside it.
+        backtests: Backtests to show beside it.
+    """
+
+    def __init__(
+        self, site: Site, ladders: Sequence[LadderView] = (), backtests: BacktestsView | None = None
+    ) -> None:
         self._site = site
+        self._ladders = ladders
+        self._backtests = backtests
         self._env = environment()
-        self._env.globals["site"] = site
-        self._env.globals["run"] = site.run
+        self._env.globals.update(site=site, run=site.run, ladders=ladders, backtests=backtests)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Path below the site's root, and HTML, of each page."""
         yield "index.html", self._render("index.html", 0)
         yield "policies.html", self._render("policies.html", 0)
+        for ladder in self._ladders:
+            yield ladder.page, self._render("ladder.html", 1, ladder=ladder)
+        if self._backtests is not None:
+            yield "backtests.html", self._render("backtests.html", 0)
         for status in self._site.counts:
             yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])
         for target in self._site.targets:

@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 
 from conformance.errors import TargetError
 from conformance.targets import environments, registry
-from conformance.targets.environments import Lock
+from conformance.targets.lockfile import Lock, overlay_bearing
 from conformance.targets.packages import Progress
 
 _TEXT = """\
@@ -73,7 +73,7 @@ def _overlay(spec: str, extra: Sequence[str], adapter: str) -> Lock:
     base = environments.find_lock(registry.resolve(name))
     # The first pin of a lock file is the engine's own package.
     pins = [(base.pins[0][0], version), *((pin.partition("==")[0], pin.partition("==")[2]) for pin in extra)]
-    bearing = environments.overlay_bearing(base.spec, pins)
+    bearing = overlay_bearing(base.spec, pins)
     return Lock(
         target=name,
         version=version,
