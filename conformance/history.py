@@ -2,7 +2,8 @@
 
 1. Verdicts here are the check's own: expectations are not applied.
 2. Streams are sampled on every release, by the same seed, so that one yardstick measures them all.
-3. A result is kept under its release, the digest of its suite and case, and that of the harness's sources.
+3. A result is kept under its release and what is installed of it, the digest of its suite and case, and that
+   of the harness's sources.
    What did not come to a verdict (`error`, `timeout`) is not kept.
 4. A release that is not installed, or whose engine does not start, has a reason and no verdicts.
 """
@@ -25,6 +26,8 @@ from conformance.results import Result, Verdict
 from conformance.runner import TargetPool, run_case
 from conformance.targets import environments, registry
 
+_OF_NO_VERDICT = ("conformance/targets/locks/", "conformance/backtests/")
+"""Files whose change makes no kept verdict doubtful: a release's own lock counts by itself."""
 GOOD: tuple[Verdict, ...] = ("pass",)
 BAD: tuple[Verdict, ...] = ("fail", "error", "timeout")
 """Verdicts of a release that started; the others say nothing about it."""
@@ -189,7 +192,7 @@ class Releases:
         return Asked(result, stored=False)
 
     def _path(self, loaded: LoadedCase, spec: str) -> Path:
-        key = (_release_digest(spec), loaded.suite.digest, runfile.harness_digest())
+        key = (_release_digest(spec), loaded.suite.digest, runfile.harness_digest(_OF_NO_VERDICT))
         name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:32]
         return self._folder / spec / f"{name}.jsonl"
 
@@ -210,7 +213,8 @@ class Releases:
 def _release_digest(spec: str) -> str:
     lock = environments.find_lock(spec)
     base = environments.find_lock(lock.overlay_of).digest if lock.overlay_of else ""
-    return lock.digest + base
+    # What can be asked of a release depends on which parts of its environment are there.
+    return lock.digest + base + " ".join(sorted(environments.status(spec).parts))
 
 
 def climb(
@@ -253,7 +257,7 @@ def climb(
         progress(f"{spec}: {len(cases)} cases, {fresh} of them run now; {failed} fail")
     return Ladder(
         target=target,
-        sources=runfile.harness_digest(),
+        sources=runfile.harness_digest(_OF_NO_VERDICT),
         releases=tuple(rungs),
         rows=tuple(
             LadderRow(case=loaded.address, source=loaded.case.source, cells=cells[loaded.address])

@@ -219,6 +219,7 @@ def test_the_digest_of_the_sources_changes_with_them(tmp_path: Path, monkeypatch
     assert digest() == before
     (tmp_path / "model_impl" / "chat.py").write_text("one = 1\n")
     added = digest()
+    assert digest(("model_impl/chat",)) == before
     (tmp_path / "model_impl" / "chat.py").write_text("one = 2\n")
     assert len({before, added, digest()}) == 3
 
