@@ -1,7 +1,7 @@
 """Runs under the interpreter of a transformers environment: whole models on prompts with media.
 
-Reads a folder: `request.json`, `input.safetensors`, and for each model a checkpoint folder; writes
-`output.safetensors` there. Prefill as `generate` does it, because a direct forward pass refuses videos.
+Reads a folder: `request.json`, which names checkpoint folders, and `input.safetensors`; writes `answer.json`
+and `output.safetensors` there. Prefill as `generate` does it, because a direct forward pass refuses videos.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def main() -> None:
     given = load_file(folder / "input.safetensors")
     answers: dict[str, Any] = {}
     made = {}
-    for name, rows in request.items():
+    for name, asked in request.items():
         model, report = AutoModelForMultimodalLM.from_pretrained(
-            folder / name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            asked["checkpoint"], dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
         answers[name] = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys")}
-        for row in rows:
+        for row in asked["rows"]:
             made[row["key"]] = prefill(model.eval(), given, row).contiguous()
     save_file(made, folder / "output.safetensors")
     (folder / "answer.json").write_text(json.dumps(answers), encoding="utf-8")

@@ -19,9 +19,8 @@ from model_impl.layers.projector import Projector
 from model_impl.media_config import AudioConfig, FrameConfig, MultimodalConfig
 from model_impl.preprocess.audio import AudioBatch, prepare_audio, prepare_waves, soft_token_count
 from model_impl.unified_audio import StretchEmbedder
-from tests.audio_oracle import ask, noise, tone
+from tests.media_oracle import ask, assert_parity, noise, tone
 from tests.model_configs import DENSE
-from tests.vision_oracle import assert_parity
 
 torch.set_num_threads(1)
 
@@ -179,7 +178,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         tensors |= weights(f"{name}.tower", tower(name))
         tensors |= weights(f"{name}.projector", projector(raw["output_proj_dims"]))
     tensors |= weights("unified.projector", projector(640))
-    return ask(tmp_path_factory.mktemp("oracle"), request, tensors)[1]
+    return ask(tmp_path_factory, "audio", "sound towers", request, tensors=tensors)[1]
 
 
 def weights(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conformance.targets import environments, registry
 from model_impl.errors import CheckpointError, ConfigError, MediaError
 from model_impl.media_config import FrameConfig, MultimodalConfig, PatchConfig
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media, load_multimodal_model
@@ -25,14 +23,12 @@ from model_impl.preprocess.video import VideoBatch, prepare_videos, video_from_f
 from model_impl.runtime.cache import KVCache
 from model_impl.vision import VisionTower
 from tests import test_audio, test_vision
-from tests.audio_oracle import noise as sound
+from tests.media_oracle import ask, assert_parity
+from tests.media_oracle import noise as sound
 from tests.model_configs import DENSE, E2B, FULL, SLIDING, WINDOW, distance, tensors
-from tests.vision_oracle import assert_parity
 
 torch.set_num_threads(1)
 
-TRANSFORMERS = "transformers@5.19.0"
-SCRIPT = Path(__file__).with_name("multimodal_in_transformers.py")
 IDS = {
     "image_token_id": 90,
     "video_token_id": 91,
@@ -204,32 +200,21 @@ def alone(name: str, row: Row, model: Gemma4ForConditionalGeneration | None = No
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Hidden states of all rows of all models."""
-    if reason := registry.unavailable(TRANSFORMERS):
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("multimodal")
     request: dict[str, Any] = {}
     given: dict[str, Tensor] = {}
     for model_name, raw in CONFIGS.items():
-        write_checkpoint(model_name, raw, folder / model_name)
-        request[model_name] = []
+        folder = tmp_path_factory.mktemp("checkpoint") / model_name
+        write_checkpoint(model_name, raw, folder)
+        rows = request[model_name] = {"checkpoint": str(folder), "rows": []}
         for row_name, row in rows_of(model_name).items():
             key = f"{model_name}/{row_name}"
             inputs = inputs_of(model_name, row)
-            given |= {f"{key}/{part}": tensor.contiguous() for part, tensor in inputs.items()}
-            request[model_name].append({"key": key, "tensors": {part: f"{key}/{part}" for part in inputs}})
-    save_file(given, folder / "input.safetensors")
-    (folder / "request.json").write_text(json.dumps(request))
-    done = subprocess.run(
-        [environments.status(TRANSFORMERS).python, SCRIPT, folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = json.loads((folder / "answer.json").read_text())
+            given |= {f"{key}/{part}": tensor for part, tensor in inputs.items()}
+            rows["rows"].append({"key": key, "tensors": {part: f"{key}/{part}" for part in inputs}})
+    answers, made = ask(tmp_path_factory, "multimodal", "whole models", request, tensors=given)
     for report in answers.values():
         assert report == {"missing_keys": [], "unexpected_keys": []}
-    return load_file(folder / "output.safetensors")
+    return made
 
 
 def write_checkpoint(model_name: str, raw: dict[str, Any], folder: Path) -> None:

@@ -29,7 +29,7 @@ from model_impl.preprocess.audio import (
     prepare_waves,
     soft_token_count,
 )
-from tests.audio_oracle import ask, noise, tone
+from tests.media_oracle import ask, noise, tone
 
 torch.set_num_threads(1)
 
@@ -72,7 +72,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Answer:
         "features": BATCHES,
         "waves": {f"waves of {name}": clips for name, clips in BATCHES.items()},
     }
-    return ask(tmp_path_factory.mktemp("oracle"), request, CLIPS)
+    return ask(tmp_path_factory, "audio", "sounds", request, tensors=CLIPS)
 
 
 # ------------------------------------------------------------------------------------------- counts

@@ -25,7 +25,7 @@ from model_impl.preprocess.images import (
     prepare_images,
     target_size,
 )
-from tests.vision_oracle import ask
+from tests.media_oracle import ask
 
 torch.set_num_threads(1)
 
@@ -146,7 +146,8 @@ Said = tuple[dict[str, Any], dict[str, Tensor]]
 def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """What transformers makes of all that."""
     files = {name: file(name) for name in FILES}
-    return ask(tmp_path_factory, "images", {"sizes": SIZES, "images": ORACLE}, files=files, processors=True)
+    asked = {"sizes": SIZES, "images": ORACLE}
+    return ask(tmp_path_factory, "vision", "images", asked, files=files, processors=True)
 
 
 def prepare(*names: str, budget: int = 70, **options: Any) -> ImageBatch:

@@ -23,7 +23,7 @@ from model_impl.preprocess.video import (
     sample_indices,
     video_from_frames,
 )
-from tests.vision_oracle import ask
+from tests.media_oracle import ask
 
 torch.set_num_threads(1)
 
@@ -85,7 +85,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     ]
     asked.append({"key": SHORT, "name": "three, not sampled", "fps": 1.0, "sample": True, "unified": False})
     frames = {name: frames for name, (frames, _, _) in CLIPS.items()}
-    answers, tensors = ask(tmp_path_factory, "videos", {"videos": asked}, tensors=frames, processors=True)
+    request = {"videos": asked}
+    answers, tensors = ask(tmp_path_factory, "vision", "videos", request, tensors=frames, processors=True)
     return {run["key"]: answer for run, answer in zip(asked, answers["videos"], strict=True)}, tensors
 
 

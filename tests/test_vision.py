@@ -22,7 +22,7 @@ from model_impl.preprocess.images import ImageBatch, prepare_images
 from model_impl.preprocess.video import prepare_videos, video_from_frames
 from model_impl.unified import TileEmbedder
 from model_impl.vision import VisionTower, pool
-from tests.vision_oracle import ask, assert_parity
+from tests.media_oracle import ask, assert_parity
 
 torch.set_num_threads(1)
 
@@ -199,7 +199,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     given |= named("unified.projector.", projector(TILES))
     given |= {"unified.pixels": tiles.pixels, "unified.positions": tiles.positions}
     asked = {"towers": runs, "unified": {"config": TILES, "text_width": TEXT_WIDTH}}
-    return ask(tmp_path_factory, "towers", asked, tensors=given, processors=False)[1]
+    return ask(tmp_path_factory, "vision", "towers", asked, tensors=given)[1]
 
 
 def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:

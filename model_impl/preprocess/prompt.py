@@ -30,8 +30,8 @@ def expand(
         sounds: Soft tokens of each sound.
 
     Returns:
-        An image or a sound is its soft tokens between two markers; a video is its frames, each behind the time
-        at which it is shown, with blanks between.
+        An image or a sound is its soft tokens between two markers; a video is its frames, each behind the
+        time at which it is shown, with blanks between.
 
     Raises:
         MediaError: there are more or fewer placeholders of a kind than pieces.
@@ -45,8 +45,8 @@ def expand(
         found = prompt.count(placeholder)
         if found != len(own):
             raise MediaError(
-                f"the prompt has {found} placeholders {placeholder}, and {len(own)} pieces were given for them; "
-                "put one placeholder for each piece, and none into text"
+                f"the prompt has {found} placeholders {placeholder}, and {len(own)} pieces were given for "
+                "them; put one placeholder for each piece, and none into text"
             )
     return _PLACEHOLDER.sub(_in_turn({kind: iter(own) for kind, own in pieces.items()}), prompt)
 

@@ -18,22 +18,24 @@ from torch import Tensor
 from conformance.targets import environments, registry
 
 TRANSFORMERS = "transformers@5.19.0"
-SCRIPT = Path(__file__).with_name("vision_in_transformers.py")
+_SCRIPTS = Path(__file__).parent
 
 
 def ask(
     factory: pytest.TempPathFactory,
+    script: str,
     name: str,
     request: Mapping[str, Any],
     *,
     tensors: Mapping[str, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
-    processors: bool,
+    processors: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run the tasks of a request in one process, once for all workers of a test session.
 
     Args:
         factory: pytest's.
+        script: Beginning of the name of the module beside this one that runs there: `vision`, `audio`, ...
         name: Of the request, unique in the session.
         request: Task to its arguments.
         tensors: What the tasks read.
@@ -58,15 +60,15 @@ def ask(
             (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
             given = {key: tensor.contiguous() for key, tensor in (tensors or {}).items()}
             save_file(given, folder / "input.safetensors")
-            _run(folder, status)
+            _run(script, folder, status)
     answers = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return answers, load_file(folder / "output.safetensors")
 
 
-def _run(folder: Path, status: environments.EnvironmentStatus) -> None:
+def _run(script: str, folder: Path, status: environments.EnvironmentStatus) -> None:
     path = [*map(str, status.import_paths), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [status.python, SCRIPT, folder],
+        [status.python, _SCRIPTS / f"{script}_in_transformers.py", folder],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -83,3 +85,15 @@ def assert_parity(got: Tensor, expected: Tensor) -> None:
     difference, scale = (got - expected).double(), expected.double()
     assert difference.norm() <= 1e-5 * scale.norm()
     assert difference.abs().max() <= 1e-4 * scale.abs().max()
+
+
+def noise(samples: int, seed: int = 0, level: float = 0.3) -> Tensor:
+    """Noise that swells and fades, so that no two stretches of it are alike."""
+    generator = torch.Generator().manual_seed(1000 * seed + samples)
+    swell = torch.linspace(0, 9, samples).sin()
+    return level * swell * torch.randn(samples, generator=generator)
+
+
+def tone(samples: int, hertz: float, level: float = 0.9) -> Tensor:
+    """A sine."""
+    return level * torch.sin(2 * torch.pi * hertz / 16_000 * torch.arange(samples))
