@@ -95,6 +95,12 @@ class SoftTokens:
     blocks: Tensor
     """int [B, T]: the same number for tokens that see each other both ways; `NO_BLOCK` for all others."""
 
+    def columns(self, start: int, stop: int) -> SoftTokens:
+        """Those of some columns."""
+        column = self.where.nonzero(as_tuple=True)[1]
+        inside = (column >= start) & (column < stop)
+        return SoftTokens(self.where[:, start:stop], self.features[inside], self.blocks[:, start:stop])
+
 
 class TextModel(nn.Module):
     """Token ids to hidden states and logits.

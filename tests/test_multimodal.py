@@ -21,6 +21,8 @@ from model_impl.preprocess.audio import AudioBatch, prepare_audio, prepare_waves
 from model_impl.preprocess.images import ImageBatch, prepare_images
 from model_impl.preprocess.video import VideoBatch, prepare_videos, video_from_frames
 from model_impl.runtime.cache import KVCache
+from model_impl.runtime.generate import generate
+from model_impl.runtime.sampling import GenerationError, Sampling
 from model_impl.vision import VisionTower
 from tests import test_audio, test_vision
 from tests.media_oracle import ask, assert_parity
@@ -38,6 +40,8 @@ IDS = {
     "boa_token_id": 95,
     "eoa_token_id": 89,
 }
+MARKERS = tuple(sorted(IDS.values()))
+"""Never generated, as published settings suppress them."""
 TEXT_IDS = 80
 """Ids below are text."""
 
@@ -274,6 +278,44 @@ def test_prefill_with_a_cache_and_decoding_are_one_pass(name: str) -> None:
         pieces = [MODELS[name](ids[:, :cut], Writer(name).media([row]), cache=cache)]
         pieces += [MODELS[name](ids[:, at : at + 1], cache=cache) for at in range(cut, len(row.ids))]
         assert distance(torch.cat(pieces, dim=1)[0], alone(name, row)) < 2e-5
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 1000])
+def test_generation_is_the_argmax_of_one_pass_however_prompts_are_cut(name: str, chunk: int | None) -> None:
+    rows = list(rows_of(name).values())
+    ids, _ = padded(rows)
+    model = MODELS[name].language_model
+    soft = MODELS[name].soft_tokens(ids, Writer(name).media(rows))
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        made = generate(
+            model,
+            [row.ids for row in rows],
+            max_new_tokens=4,
+            prefill_chunk=chunk,
+            soft=soft,
+            sampling=Sampling.greedy(MARKERS),
+        )
+        passes = [call.args[0].shape[1] for call in forward.call_args_list]
+    for row, found in zip(rows, made, strict=True):
+        whole = replace(row, ids=[*row.ids, *found.ids[:-1]])
+        logits = model.logits(alone(name, whole)[len(row.ids) - 1 :])
+        logits[:, MARKERS] = float("-inf")
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 1e-3, "a near tie; choose other prompts"
+        assert found.ids == tuple(logits.argmax(dim=-1).tolist())
+    prefill = passes[: len(passes) - 3]
+    assert sum(prefill) == ids.shape[1]
+    # Some row has an image at most columns, and a pass cannot end there.
+    assert (len(prefill) > 1) == (chunk in (1, 5))
+    assert max(prefill) > 5
+
+
+def test_soft_tokens_of_another_batch_are_refused() -> None:
+    rows = list(rows_of("large").values())
+    ids, _ = padded(rows)
+    soft = MODELS["large"].soft_tokens(ids, Writer("large").media(rows))
+    with pytest.raises(GenerationError, match="soft tokens for"):
+        generate(MODELS["large"].language_model, [rows[0].ids], max_new_tokens=1, soft=soft)
 
 
 def test_all_images_of_a_batch_go_through_the_tower_in_one_call() -> None:

@@ -6,6 +6,7 @@ A row's tokens depend on its own prompt and seed only, never on the rows beside 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import operator
 import random
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from model_impl.runtime.cache import KVCache
+from model_impl.runtime.masks import NO_BLOCK
 from model_impl.runtime.sampling import GenerationError, Sampling
-from model_impl.text import TextModel
+from model_impl.text import SoftTokens, TextModel
 
 FinishReason = Literal["stop", "length"]
 
@@ -123,6 +125,7 @@ def generate(
     logprobs: bool = False,
     top_logprobs: int = 0,
     prefill_chunk: int | None = None,
+    soft: SoftTokens | None = None,
 ) -> list[Generated]:
     """Generate for all rows, until each has met a stop token or the limit.
 
@@ -136,7 +139,8 @@ def generate(
         logprobs: Compute log-probabilities of the chosen tokens.
         top_logprobs: How many of the likeliest tokens to give with theirs at each position.
         prefill_chunk: Most prompt tokens in one pass, to bound memory; the result is the same up to
-            rounding. All at once unless given.
+            rounding. All at once unless given. A pass ends later where it would tear an image.
+        soft: What stands in the place of tokens of the prompts, padded on the right to the longest.
 
     Returns:
         One entry for each prompt, in their order.
@@ -158,6 +162,7 @@ def generate(
         logprobs=logprobs,
         top_logprobs=top_logprobs,
         prefill_chunk=prefill_chunk,
+        soft=soft,
     ):
         ids[token.row].append(token.id)
         if token.logprob is not None:
@@ -182,6 +187,7 @@ def stream(
     logprobs: bool = False,
     top_logprobs: int = 0,
     prefill_chunk: int | None = None,
+    soft: SoftTokens | None = None,
 ) -> Iterator[Token]:
     """As `generate`, token by token: in each step one for every unfinished row, by row.
 
@@ -200,7 +206,13 @@ def stream(
         raise GenerationError(f"there are {len(seeds)} seeds for {len(rows)} rows; give one for each row")
     if not rows or max_new_tokens == 0:
         return iter(())
-    batch = _Batch(model, rows, sampling, seeds, logprobs, top_logprobs)
+    longest = max(map(len, rows))
+    if soft is not None and soft.where.shape != (len(rows), longest):
+        raise GenerationError(
+            f"soft tokens for {list(soft.where.shape)} rows and columns do not fit {len(rows)} prompts of up "
+            f"to {longest} tokens"
+        )
+    batch = _Batch(model, rows, sampling, seeds, logprobs, top_logprobs, soft)
     return _tokens(batch, max_new_tokens, frozenset(stop_ids), prefill_chunk)
 
 
@@ -246,6 +258,7 @@ class _Batch:
         seeds: Sequence[int],
         logprobs: bool,
         top_logprobs: int,
+        soft: SoftTokens | None,
     ) -> None:
         self.prompts = prompts
         self._model = model
@@ -253,24 +266,41 @@ class _Batch:
         self._random = [random.Random(seed) for seed in seeds]  # noqa: S311 - sampling, not a secret
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
+        self._soft = soft
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._cache = KVCache(model.config, len(prompts), weight.dtype, weight.device)
 
     def prefill(self, chunk: int | None) -> Tensor:
         """Feed the prompts; hidden states of their last tokens, [B, H]."""
-        longest = max(map(len, self.prompts))
-        size = chunk or longest
-        last = self.feed([row[:size] for row in self.prompts])
-        for start in range(size, longest, size):
-            pieces = [row[start : start + size] for row in self.prompts]
-            fed = self.feed(pieces)
+        cuts = self._cuts(chunk)
+        last = self.feed([row[: cuts[1]] for row in self.prompts], self._columns(0, cuts[1]))
+        for start, stop in itertools.pairwise(cuts[1:]):
+            pieces = [row[start:stop] for row in self.prompts]
+            fed = self.feed(pieces, self._columns(start, stop))
             goes_on = torch.tensor([bool(piece) for piece in pieces], device=self._device)
             last = torch.where(goes_on[:, None], fed, last)
         return last
 
+    def _cuts(self, chunk: int | None) -> list[int]:
+        """Columns at which the passes of a prefill begin, and where the last one ends."""
+        longest = max(map(len, self.prompts))
+        whole = [True] * (longest + 1)
+        if self._soft is not None:
+            blocks = self._soft.blocks
+            torn = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] != NO_BLOCK)
+            whole[1:longest] = (~torn.any(dim=0)).tolist()
+        cuts = [0]
+        while cuts[-1] < longest:
+            cut = min(cuts[-1] + (chunk or longest), longest)
+            cuts.append(next(at for at in range(cut, longest + 1) if whole[at]))
+        return cuts
+
+    def _columns(self, start: int, stop: int) -> SoftTokens | None:
+        return None if self._soft is None else self._soft.columns(start, stop)
+
     @torch.inference_mode()
-    def feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
+    def feed(self, pieces: Sequence[Sequence[int]], soft: SoftTokens | None = None) -> Tensor:
         """Feed new tokens to the rows; hidden states of the last ones, [B, H].
 
         What stands in a row that got none means nothing.
@@ -280,7 +310,7 @@ class _Batch:
         ids = [[*piece, *[padding] * (width - len(piece))] for piece in pieces]
         counts = [len(piece) for piece in pieces]
         hidden: Tensor = self._model(
-            torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts
+            torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts, soft=soft
         )
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self._device)
         return hidden[torch.arange(len(pieces), device=self._device), last]
