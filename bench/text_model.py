@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.peers import Peer
 from conformance.targets import environments, registry
 from model_impl.random_weights import write_checkpoint
 
@@ -103,31 +103,6 @@ class Row:
         return what["transformers"] / what["reference"]
 
 
-class Peer:
-    """A process that holds one implementation of one checkpoint."""
-
-    def __init__(self, name: str, python: Path | str, folder: Path) -> None:
-        command = [str(python), str(PEER), name, str(folder), str(THREADS)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.name = name
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """One exchange; the first waits for the model."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait()
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -200,7 +175,7 @@ def measure(
 
 @contextmanager
 def _open(name: str, python: Path | str, folder: Path) -> Iterator[Peer]:
-    peer = Peer(name, python, folder)
+    peer = Peer(name, [python, PEER, name, folder, str(THREADS)])
     try:
         yield peer
     finally:

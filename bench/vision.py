@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from bench.peers import Peer
 from conformance.targets import environments, registry
 from model_impl.media_config import MultimodalConfig, VisionConfig
 from model_impl.vision import VisionTower
@@ -93,36 +92,6 @@ class Row:
     def ratio(self, what: dict[str, float], mode: str) -> float:
         """How many times faster the batch is than another mode."""
         return what[mode] / what["batched"]
-
-
-class Peer:
-    """A process that holds one implementation of the tower."""
-
-    def __init__(self, name: str, python: Path | str, folder: Path, budget: int, paths: str) -> None:
-        self._process = subprocess.Popen(
-            [str(python), str(PEER), name, str(folder), str(THREADS), str(budget)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-        self.name = name
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """One exchange; the first waits for the model."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait()
 
 
 def main() -> None:
@@ -201,14 +170,10 @@ def opened(folder: Path, budget: int) -> Iterator[list[Peer]]:
     oracle = environments.status(spec)
     if reason := oracle.reason or "; ".join(oracle.lacking.values()):
         raise SystemExit(f"{spec}: {reason}")
-    inherited = os.environ.get("PYTHONPATH", "")
-    paths: Mapping[str, str] = {
-        "reference": inherited,
-        "transformers": os.pathsep.join(filter(None, [*map(str, oracle.import_paths), inherited])),
-    }
+    rest = (folder, str(THREADS), str(budget))
     peers = [
-        Peer("reference", sys.executable, folder, budget, paths["reference"]),
-        Peer("transformers", oracle.python, folder, budget, paths["transformers"]),
+        Peer("reference", [sys.executable, PEER, "reference", *rest]),
+        Peer("transformers", [oracle.python, PEER, "transformers", *rest], oracle.import_paths),
     ]
     try:
         yield peers

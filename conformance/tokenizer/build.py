@@ -20,6 +20,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from model_impl.nano.vocabulary import tokenizer_config
+
 FOLDER = Path(__file__).parent
 TRAINED_TOKENS = 2600
 """Characters and merged tokens of the BPE."""
@@ -154,40 +156,6 @@ def tokenizer_json() -> dict[str, Any]:
             "vocab": _number(tokens),
             "merges": [list(pair) for pair in merges],
         },
-    }
-
-
-def tokenizer_config() -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, with the names that Gemma 4's file gives its markers."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 131072,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-        "image_token": "<|image|>",
-        "boi_token": "<|image>",
-        "eoi_token": "<image|>",
-        "audio_token": "<|audio|>",
-        "boa_token": "<|audio>",
-        "eoa_token": "<audio|>",
-        "sot_token": "<|turn>",
-        "eot_token": "<turn|>",
-        "soc_token": "<|channel>",
-        "eoc_token": "<channel|>",
-        "think_token": "<|think|>",
-        "escape_token": '<|"|>',
-        "std_token": "<|tool>",
-        "etd_token": "<tool|>",
-        "stc_token": "<|tool_call>",
-        "etc_token": "<tool_call|>",
-        "str_token": "<|tool_response>",
-        "etr_token": "<tool_response|>",
-        "extra_special_tokens": ["<|video|>"],
     }
 
 
