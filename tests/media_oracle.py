@@ -51,9 +51,9 @@ def ask(
     if processors and status.lacking:
         pytest.skip("; ".join(status.lacking.values()))
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"transformers-{name}"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"transformers-{script}-{name}"
     with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / "answer.json").exists():
+        if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             for file, data in (files or {}).items():
                 (folder / file).write_bytes(data)
@@ -61,6 +61,7 @@ def ask(
             given = {key: tensor.contiguous() for key, tensor in (tensors or {}).items()}
             save_file(given, folder / "input.safetensors")
             _run(script, folder, status)
+            (folder / "done").touch()
     answers = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return answers, load_file(folder / "output.safetensors")
 

@@ -176,6 +176,8 @@ def backwards(result: GenerateResult) -> GenerateResult:
         (with_row(2, logprobs=lambda row: row.logprobs[1:]), {}, {"logprobs"}),
         (with_row(0, top=shifted_top), {}, {"logprobs"}),
         (with_row(0, top=()), {}, {"logprobs"}),
+        (with_row(0, top=lambda row: tuple({} for _ in row.top)), {}, {"logprobs"}),
+        (with_row(0, top=lambda row: ({}, *row.top[1:])), {}, {"logprobs"}),
         (lambda result: result.model_copy(update={"generations": result.generations[1:]}), {}, {"answers"}),
         (backwards, {}, {"tokens", "logprobs"}),
         (effective(dtype="bfloat16"), {}, {"wrong-dtype"}),

@@ -169,11 +169,14 @@ def _number_problems(
     """The worst log-probability of the chosen tokens, and of the alternatives."""
     for dialogue, made in pairs:
         count = len(made.token_ids)
-        if len(made.logprobs) != count or (case.top_logprobs and len(made.top) != count):
+        lists = count if case.top_logprobs else len(made.top)
+        fewest = min(map(len, made.top), default=case.top_logprobs)
+        if len(made.logprobs) != count or len(made.top) != lists or fewest < case.top_logprobs:
             yield Problem(
                 rule="logprobs",
                 message=f"the answer to {dialogue.line!r} has {count} tokens, {len(made.logprobs)} "
-                f"log-probabilities and {len(made.top)} lists of alternatives",
+                f"log-probabilities, and {len(made.top)} lists of {fewest} alternatives or more; "
+                f"{case.top_logprobs} were asked for",
             )
             return
     pairs = [(dialogue, made) for dialogue, made in pairs if made.token_ids]
