@@ -2,8 +2,8 @@
 
 1. Verdicts here are the check's own: expectations are not applied.
 2. Streams are sampled on every release, by the same seed, so that one yardstick measures them all.
-3. A result is kept under its release and what is installed of it, the digest of its suite and case, and that
-   of the harness's sources.
+3. A result is kept under its release, what drives it and what is installed of it, the digest of its suite and
+   case, and that of the harness's sources.
    What did not come to a verdict (`error`, `timeout`) is not kept.
 4. A release that is not installed, or whose engine does not start, has a reason and no verdicts.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from conformance.targets import environments, registry
 _OF_NO_VERDICT = ("conformance/targets/locks/", "conformance/backtests/")
 """Files whose change makes no kept verdict doubtful: a release's own lock counts by itself."""
 GOOD: tuple[Verdict, ...] = ("pass",)
-BAD: tuple[Verdict, ...] = ("fail", "error", "timeout")
-"""Verdicts of a release that started; the others say nothing about it."""
+BAD: tuple[Verdict, ...] = ("fail", "timeout")
+"""What a release itself did; the others, and `error` with them, say nothing about it."""
 
 
 class Row(BaseModel):
@@ -211,10 +212,12 @@ class Releases:
 
 
 def _release_digest(spec: str) -> str:
-    lock = environments.find_lock(spec)
+    """What answers for a release: its locks, its adapter and the parts that are there."""
+    found = environments.status(spec)
+    lock = found.lock
     base = environments.find_lock(lock.overlay_of).digest if lock.overlay_of else ""
-    # What can be asked of a release depends on which parts of its environment are there.
-    return lock.digest + base + " ".join(sorted(environments.status(spec).parts))
+    parts = sorted(f"{part.name}={part.digest}" for part in lock.parts if part.name in found.parts)
+    return " ".join((lock.digest, f"base={base}", f"adapter={lock.adapter}", *parts))
 
 
 def climb(
@@ -253,8 +256,10 @@ def climb(
             asked = releases.ask(loaded, spec)
             fresh += not asked.stored
             cells[loaded.address][spec] = _cell(asked.result, known=known(loaded, version))
-        failed = sum(cell[spec].verdict in BAD for cell in cells.values())
-        progress(f"{spec}: {len(cases)} cases, {fresh} of them run now; {failed} fail")
+        verdicts = Counter(cell[spec].verdict for cell in cells.values())
+        failed = sum(verdicts[verdict] for verdict in BAD)
+        errors = f", {verdicts['error']} come to no verdict (error)" if verdicts["error"] else ""
+        progress(f"{spec}: {len(cases)} cases, {fresh} of them run now; {failed} fail{errors}")
     return Ladder(
         target=target,
         sources=runfile.harness_digest(_OF_NO_VERDICT),
@@ -361,7 +366,7 @@ def _rules(result: Result) -> tuple[str, ...]:
 
 
 def _is_good(result: Result, rule: str | None) -> bool | None:
-    """Whether a result is good, or keeps a rule; None if it says nothing about that."""
+    """Whether a result is good, or keeps a rule; None if it says nothing about that, as an `error` does."""
     if rule is not None:
         return rule not in _rules(result) if result.verdict in ("pass", "fail") else None
     return result.verdict in GOOD if result.verdict in (*GOOD, *BAD) else None

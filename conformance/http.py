@@ -42,12 +42,21 @@ class Limits:
 
 
 class HttpError(Exception):
-    """Why there is no whole answer."""
+    """Why there is no whole answer.
 
-    def __init__(self, failure: Failure, message: str, status: int | None = None) -> None:
+    Args:
+        failure: What kind of failure.
+        message: What happened, without any text of the server's.
+        status: Of the answer, if it had got so far.
+        said: The server's text that is to blame, all of it. It may hold the key: shorten and show it only
+            after it was searched.
+    """
+
+    def __init__(self, failure: Failure, message: str, status: int | None = None, said: str = "") -> None:
         super().__init__(message)
         self.failure: Failure = failure
         self.status = status
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -139,11 +148,11 @@ class Client:
         except httpx2.TimeoutException:
             return HttpError("timeout", f"no byte for {self._limits.idle:g} s")
         except httpx2.DecodingError as error:
-            return HttpError("malformed", f"the answer cannot be decoded: {error}")
+            return HttpError("malformed", "the answer cannot be decoded", said=str(error))
         except httpx2.SSEError as error:
-            return HttpError("malformed", str(error))
+            return HttpError("malformed", "the stream is none of events", said=str(error))
         except httpx2.RemoteProtocolError as error:
-            return HttpError("connection", f"the server broke the connection or the protocol: {error}")
+            return HttpError("connection", "the server broke the connection or the protocol", said=str(error))
         except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError) as error:
             return HttpError("connection", f"{type(error).__name__}: {error}")
         finally:
@@ -158,7 +167,7 @@ class Client:
             status = response.status_code
             if response.is_redirect or 300 <= status < 400:
                 where = response.headers.get("location", "nowhere")
-                raise HttpError("redirect", f"HTTP {status} to {where}; it was not followed", status)
+                raise HttpError("redirect", f"HTTP {status} elsewhere was not followed", status, where)
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise HttpError("malformed", "the answer is compressed, which was not asked for", status)
             assert isinstance(response.stream, httpx2.SyncByteStream)
@@ -169,7 +178,7 @@ class Client:
                     return Answer(status, events=events, done=done)
                 return Answer(status, body=_json(b"".join(response.iter_bytes()), status))
             except HttpError as error:
-                raise HttpError(error.failure, str(error), status) from None
+                raise HttpError(error.failure, str(error), status, error.said) from None
 
     def _events(self, response: httpx2.Response) -> tuple[tuple[dict[str, Any], ...], bool]:
         events: list[dict[str, Any]] = []
@@ -178,13 +187,13 @@ class Client:
             if not event.data:
                 continue
             if done:
-                raise HttpError("malformed", f"an event comes after [DONE]: {event.data[:200]!r}")
+                raise HttpError("malformed", "an event comes after [DONE]", said=event.data)
             if event.data.strip() == "[DONE]":
                 done = True
                 continue
             value = _json(event.data.encode("utf-8", "surrogatepass"), None)
             if not isinstance(value, dict):
-                raise HttpError("malformed", f"an event is no JSON object: {event.data[:200]!r}")
+                raise HttpError("malformed", "an event is no JSON object", said=event.data)
             events.append(value)
             if len(events) > self._limits.max_events:
                 raise HttpError("too-large", f"the stream has more than {self._limits.max_events} events")
@@ -220,8 +229,8 @@ def _json(content: bytes, status: int | None) -> Any:
     except (ValueError, RecursionError) as error:
         if status is not None and status >= 400:
             return None
-        shown = content[:200].decode("utf-8", "replace")
-        raise HttpError("malformed", f"not JSON ({type(error).__name__}): {shown!r}") from None
+        said = content.decode("utf-8", "replace")
+        raise HttpError("malformed", f"not JSON ({type(error).__name__})", said=said) from None
 
 
 @cache

@@ -126,6 +126,8 @@ def _handler(server: LyingServer) -> type[BaseHTTPRequestHandler]:
                     self._spoil(json.dumps(event))
             if exchange.done:
                 self._event("[DONE]")
+            if exchange.trailer is not None:
+                self._event(exchange.trailer)
 
         def _spoil(self, event: str) -> None:
             while "endless-stream" in server.lies and not server.stopping.is_set():

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from model_impl.chat.parser import MessageBuilder, Parser
+import jsonschema
+
+from model_impl.chat.parser import MessageBuilder, Parser, parse
 from model_impl.nano.script import load_script
 
 MODEL = "scripted"
@@ -32,6 +34,8 @@ class Exchange:
     content_type: str | None = None
     raw: str | None = None
     """Sent instead of the answer."""
+    trailer: str | None = None
+    """Sent as an event after the last one."""
     beside: Exchange | None = None
     """Another request that is answered at the same time."""
 
@@ -87,10 +91,23 @@ def chunk(exchange: Exchange, delta: dict[str, Any], finish: str | None = None) 
     }
 
 
-def _output(messages: list[dict[str, Any]]) -> str:
+def _output(body: dict[str, Any]) -> str:
+    """What the model says by heart, or is made to say: calls without arguments, JSON of enums."""
     script = load_script()
-    keys = _KEY.findall(str(messages[-1].get("content")))
-    return script.line(keys[-1]).output if keys else script.default.output
+    keys = _KEY.findall(str(body["messages"][-1].get("content")))
+    output = script.line(keys[-1]).output if keys else script.default.output
+    choice = body.get("tool_choice")
+    named = choice["function"]["name"] if isinstance(choice, dict) else None
+    if (named or choice == "required") and f"<|tool_call>call:{named or ''}" not in output:
+        return f"<|tool_call>call:{named or body['tools'][0]['function']['name']}{{}}<tool_call|>"
+    wanted = body.get("response_format", {})
+    if wanted.get("type") == "json_schema":
+        schema = wanted["json_schema"]["schema"]
+        try:
+            jsonschema.validate(json.loads(parse(output).content), schema)
+        except (ValueError, jsonschema.ValidationError):
+            return json.dumps({name: value["enum"][0] for name, value in schema["properties"].items()})
+    return output
 
 
 def _bad_request(body: Any) -> tuple[int, str] | None:
@@ -122,7 +139,7 @@ def answer(exchange: Exchange, number: int) -> None:
         exchange.status = bad[0]
         exchange.whole = {"error": {"message": bad[1], "type": "invalid_request_error", "code": bad[0]}}
         return
-    pieces = [piece[0] for piece in _PIECE.finditer(_output(body["messages"]))]
+    pieces = [piece[0] for piece in _PIECE.finditer(_output(body))]
     text = "".join(pieces)
     for stop in body.get("stop", []):
         if stop in text:

@@ -126,6 +126,11 @@ def requests_interleaved(e: Exchange) -> None:
 
 
 @lie
+def same_for_everybody(e: Exchange) -> None:
+    _replace(e, e.body | {"messages": [{"role": "user", "content": "#plain"}]})
+
+
+@lie
 def usage_missing(e: Exchange) -> None:
     e.whole.pop("usage")
     e.chunks.pop()
@@ -176,6 +181,32 @@ def logprobs_missing(e: Exchange) -> None:
 
 
 @lie
+def logprobs_of_other_tokens(e: Exchange) -> None:
+    _each_logprob(e, lambda entry: entry.update(token="z", bytes=[122]))
+
+
+@lie
+def logprobs_without_bytes_of_other_tokens(e: Exchange) -> None:
+    _each_logprob(e, lambda entry: entry.update(token="\ufffd", bytes=None))
+
+
+@lie
+def logprobs_with_broken_bytes(e: Exchange) -> None:
+    _each_logprob(e, lambda entry: entry.update(bytes=[300]))
+
+
+@lie
+def logprobs_streamed_otherwise(e: Exchange) -> None:
+    for entry in e.chunks[0]["choices"][0]["logprobs"]["content"]:
+        entry["logprob"] += 0.01
+
+
+@lie
+def tokens_streamed_otherwise(e: Exchange) -> None:
+    e.chunks[0]["choices"][0]["logprobs"]["content"].pop()
+
+
+@lie
 def bad_request_500(e: Exchange) -> None:
     e.status = 500 if e.status >= 400 else e.status
 
@@ -183,6 +214,12 @@ def bad_request_500(e: Exchange) -> None:
 @lie
 def bad_request_accepted(e: Exchange) -> None:
     e.status = 200
+
+
+@lie
+def tools_refused(e: Exchange) -> None:
+    if e.body.get("tools"):
+        e.status, e.whole = 400, {"error": {"message": "no tools here"}}
 
 
 @lie
@@ -264,6 +301,13 @@ def other_schema(e: Exchange) -> None:
 
 
 @lie
+def json_scalar(e: Exchange) -> None:
+    e.message["content"] = "42"
+    e.chunks = [e.chunks[0], *e.chunks[-2:]]
+    e.say("42", whole=False)
+
+
+@lie
 def call_without_leave(e: Exchange) -> None:
     call = {"id": "call-9", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     e.message["tool_calls"] = [call]
@@ -281,7 +325,17 @@ def another_function(e: Exchange) -> None:
 @lie
 def never_calls(e: Exchange) -> None:
     if e.message["tool_calls"]:
-        _replace(e, e.body | {"messages": [{"role": "user", "content": "#plain"}]})
+        _replace(e, e.body | {"messages": [{"role": "user", "content": "#plain"}], "tool_choice": "auto"})
+
+
+@lie
+def choice_ignored(e: Exchange) -> None:
+    _replace(e, {key: value for key, value in e.body.items() if key != "tool_choice"})
+
+
+@lie
+def format_ignored(e: Exchange) -> None:
+    _replace(e, {key: value for key, value in e.body.items() if key != "response_format"})
 
 
 def _replace(e: Exchange, body: dict[str, Any]) -> None:
@@ -354,6 +408,33 @@ def key_echoed(e: Exchange) -> None:
 def key_echoed_in_parts(e: Exchange) -> None:
     for char in e.authorization:
         e.say(char, whole=False)
+
+
+@lie
+def key_echoed_in_a_broken_stream(e: Exchange) -> None:
+    for char in e.authorization:
+        e.say(char, whole=False)
+    e.chunks.append({"choices": "none"})
+
+
+@lie
+def key_echoed_beyond_an_excerpt(e: Exchange) -> None:
+    e.raw = "x" * (200 - len(e.authorization) // 2) + e.authorization
+
+
+@lie
+def key_echoed_in_broken_json(e: Exchange) -> None:
+    e.raw = json.dumps({"said": e.authorization})[:-1]
+
+
+@lie
+def key_echoed_in_escapes(e: Exchange) -> None:
+    e.raw = '{"said": ' + "".join(f"\\u{ord(char):04x}" for char in e.authorization)
+
+
+@lie
+def key_echoed_after_the_end(e: Exchange) -> None:
+    e.trailer = "x" * (200 - len(e.authorization) // 2) + e.authorization
 
 
 @lie

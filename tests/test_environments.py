@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.errors import TargetError
+from conformance.errors import TargetError, UsageError
 from conformance.targets import environments
 from conformance.targets.lockfile import Lock
 
@@ -302,6 +303,24 @@ def test_remove(installed: Place) -> None:
     assert not environments.remove(SPEC)
 
 
+def test_remove_takes_what_a_killed_installer_left(place: Place) -> None:
+    assert not environments.remove(SPEC), "there is not even a folder"
+    folder = place.home / "environments"
+    (folder / ".toy-1.0.77.partial" / "bin").mkdir(parents=True)
+    (folder / ".toy-1.0.77-old.partial").mkdir()
+    assert not environments.remove(SPEC)
+    assert place.left_behind() == []
+
+
+def test_what_another_version_is_being_made_in_stays(installed: Place) -> None:
+    others = [".toy-1.0.1.77.partial", ".toy-1.0.post1.77-old.partial"]
+    for name in others:
+        (installed.home / "environments" / name).mkdir()
+    environments.install(SPEC)
+    assert environments.remove(SPEC)
+    assert installed.left_behind() == others
+
+
 # ------------------------------------------------------------------------------------------------- parts
 
 PARTS = f"{LOCK}\n# part: engine\n# size: 2 MB\n# time: 3 s\n\ntoy-part==1.0\n"
@@ -387,6 +406,52 @@ def test_an_environment_that_is_made_anew_keeps_its_part(installed: Place, parts
     assert environments.status(SPEC).state == "stale"
     assert environments.install(SPEC, parts=parts).parts == ("engine",)
     assert (_versions()["engine"], _part_version()) == ("1.1", "1.0")
+
+
+def test_an_environment_that_is_made_anew_never_lacks_its_part(installed: Place) -> None:
+    """Its part is not made anew, so an interruption cannot come between the two."""
+    installed.write(PARTS)
+    part = environments.install(SPEC).path / "parts" / "engine"
+    before = part.stat().st_ino
+    installed.write(PARTS.replace("toy-engine==1.0", "toy-engine==1.1"))
+    lines: list[str] = []
+    environments.install(SPEC, lines.append, parts=False)
+    assert not [line for line in lines if line.startswith("adding part")]
+    assert (part.stat().st_ino, _versions()["engine"], _part_version()) == (before, "1.1", "1.0")
+
+
+def test_a_part_of_another_python_is_made_anew(installed: Place) -> None:
+    installed.write(PARTS)
+    stamp = environments.install(SPEC).path / "conformance-environment.json"
+    made = json.loads(stamp.read_text())
+    minor = ".".join(platform.python_version_tuple()[:2])
+    assert made["python"].startswith(f"{minor}.")
+    stamp.write_text(json.dumps(made | {"python": f"{minor}0.1"}))
+    installed.write(PARTS.replace("toy-engine==1.0", "toy-engine==1.1"))
+    lines: list[str] = []
+    assert environments.install(SPEC, lines.append, parts=False).parts == ("engine",)
+    assert [line for line in lines if line.startswith("adding part 'engine'")]
+
+
+def test_an_interrupted_deletion_of_the_old_leaves_the_new(
+    installed: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, **_: object) -> None:
+        if path.name.endswith("-old.partial"):
+            raise KeyboardInterrupt
+
+    installed.write(PARTS)
+    environments.install(SPEC)
+    installed.write(PARTS.replace("toy-engine==1.0", "toy-engine==1.1"))
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            environments.install(SPEC, parts=False)
+    found = environments.status(SPEC)
+    assert (found.state, found.parts, _versions()["engine"]) == ("ready", ("engine",), "1.1")
+    assert len(installed.left_behind()) == 2
+    environments.install(SPEC)
+    assert installed.left_behind() == ["toy-1.0"]
 
 
 def test_a_killed_addition_leaves_a_ready_environment(installed: Place) -> None:
@@ -489,6 +554,24 @@ def test_default_installs_no_parts_and_a_name_does(installed: Place, monkeypatch
         result = CliRunner().invoke(commands.install_targets, arguments)
         assert result.exit_code == 0, result.output
     assert asked == [(SPEC, False), (SPEC, True), (SPEC, True)]
+
+
+def test_a_server_is_not_removed_with_its_engine_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from conformance.commands import targets as commands
+
+    removed: list[str] = []
+    monkeypatch.setattr(environments, "remove", lambda spec: bool(removed.append(spec)) or True)
+    monkeypatch.setattr(commands, "_print", lambda as_json: None)
+    result = CliRunner().invoke(commands.remove_targets, ["transformers@5.18.0", "vllm-server@0.32.0"])
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception) == (
+        "vllm-server@0.32.0 runs in the environment of vllm@0.32.0; to remove both, name vllm@0.32.0"
+    )
+    assert removed == [], "nothing is removed where one of the names is no good"
+    assert CliRunner().invoke(commands.remove_targets, ["vllm@0.32.0"]).exit_code == 0
+    assert removed == ["vllm@0.32.0"]
 
 
 # ---------------------------------------------------------------------------------------------- lock files

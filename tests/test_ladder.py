@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +163,24 @@ def test_what_changed_is_asked_again(
     assert asked(changed) == 0
     (environments.LOCKS / "toy-5.0.txt").write_text("toy==5.0\nhelper==1\n")
     assert asked(changed) == 2, "one release is another"
+    (environments.LOCKS / "toy-10.0.txt").write_text("toy==10.0\n")
+    assert asked(changed) == 2, "one release is new"
+    overlay = "# overlay-of: toy@4.0\n# adapter: {}\n\ntoy==6.0\n"
+    for adapter in ("one", "other"):
+        (environments.LOCKS / "toy-6.0.txt").write_text(overlay.format(adapter))
+        assert asked(changed) == 2, "one release is driven by another adapter"
+    for pin in ("1", "2"):
+        (environments.LOCKS / "toy-7.0.txt").write_text(f"toy==7.0\n\n# part: extra\nextra=={pin}\n")
+        (part,) = environments.find_lock("toy@7.0").parts
+        folder = environments.status("toy@7.0").path / "parts" / part.name
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = {"digest": part.digest, "megabytes": 1, "seconds": 1}
+        (folder / "conformance-environment.json").write_text(json.dumps(stamp))
+        assert environments.status("toy@7.0").parts == ("extra",)
+        assert asked(changed) == 2, "one release has a part of another version"
+    assert asked(changed) == 0
     monkeypatch.setattr(runfile, "harness_digest", lambda without: "other")
-    assert asked(changed) == 2 * len(VERSIONS), "the harness is another"
+    assert asked(changed) == 2 * (len(VERSIONS) + 1), "the harness is another"
 
 
 def test_errors_and_torn_lines_are_not_kept(releases_of_toy: set[str], suites: Suites) -> None:
@@ -227,6 +244,28 @@ def test_bisect_of_one_rule(releases_of_toy: set[str], suites: Suites) -> None:
     assert all(seen.good for seen in other.seen)
 
 
+def test_an_error_is_neither_good_nor_bad() -> None:
+    result = Result.model_construct(verdict="error", problems=())
+    assert history._is_good(result, None) is None
+    assert history._is_good(result, "expected") is None
+
+
+def test_bisect_passes_over_an_error(releases_of_toy: set[str], suites: Suites) -> None:
+    def rules(output: str, major: int) -> bool:
+        if major == 9:
+            raise RuntimeError("out of memory")
+        return major < 5
+
+    (case,) = cases_of(suites, "any")
+    found = bisect("toy", case, Releases(Pool(rules)))
+    assert (found.before, found.after, found.kind) == ("toy@4.0", "toy@5.0", "broke")
+    (left_out,) = found.unusable
+    assert (left_out.spec, "its verdict is error" in left_out.reason) == ("toy@9.0", True)
+    lines: list[str] = []
+    climb("toy", [case], Releases(Pool(rules)), specs=["toy@9.0"], progress=lines.append)
+    assert lines == ["toy@9.0: 1 cases, 1 of them run now; 0 fail, 1 come to no verdict (error)"]
+
+
 def test_a_timeout_says_nothing_about_a_rule() -> None:
     result = Result.model_construct(verdict="timeout", problems=())
     assert history._is_good(result, None) is False
@@ -265,7 +304,7 @@ def test_bisect_without_any_release(releases_of_toy: set[str], suites: Suites) -
 
 
 def test_a_skip_is_neither_good_nor_bad() -> None:
-    assert not {"skip", "inconclusive", "xpass", "xfail"} & {*history.GOOD, *history.BAD}
+    assert not {"skip", "inconclusive", "error", "xpass", "xfail"} & {*history.GOOD, *history.BAD}
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -194,4 +193,3 @@ def test_a_release_that_cannot_be_added(
 def test_the_lock_of_the_base_is_untouched(overlaid: Place) -> None:
     overlays.add("toy@1.1")
     assert (overlaid.locks / "toy-1.0.txt").read_text() == LOCK
-    assert isinstance(overlaid.locks, Path)

@@ -349,6 +349,39 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     assert second.parse(REQUEST) == ParseResult(content="another")
 
 
+def test_a_file_that_changes_behind_an_open_target_answers_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    for changed in (
+        lambda: [HEADER, parse_line(OTHER, result={"content": "two"})],
+        lambda: [HEADER, parse_line(result={"content": "longer than it was"})],
+        lambda: [parse_line(result={"content": "one"}), HEADER],
+        lambda: [HEADER],
+    ):
+        write(path, HEADER, parse_line(result={"content": "one"}))
+        with open_replay(f"replay@{path}") as target:
+            write(path, *changed())
+            with pytest.raises(TargetError, match=r"r\.jsonl was changed while it was read; run again$"):
+                target.parse(REQUEST)
+
+
+def test_a_line_that_loses_a_chunking_behind_an_open_target_answers_nothing(tmp_path: Path) -> None:
+    chunkings = [Chunking(name="a", cuts=(1,)), Chunking(name="b", cuts=())]
+    request = StreamRequest(request=REQUEST, chunkings=tuple(chunkings))
+    line = {
+        "type": "parse_stream",
+        "key": request_key("parse_stream", REQUEST),
+        "chunkings": [chunking.model_dump() for chunking in chunkings],
+        "result": [{}, {}],
+    }
+    path = write(tmp_path / "r.jsonl", STREAMING, line)
+    size = path.stat().st_size
+    with open_replay(f"replay@{path}") as target:
+        write(path, STREAMING, line | {"chunkings": line["chunkings"][:1], "result": [{}]})
+        path.write_bytes(path.read_bytes().rstrip().ljust(size - 1) + b"\n")
+        with pytest.raises(TargetError, match="was changed while it was read"):
+            target.parse_stream(request)
+
+
 def test_chunkings_are_found_whatever_they_were_asked_with(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "r.jsonl")
     target = RecordingTarget(ReferenceTarget(), recorder)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 
 from conformance import runfile
+from conformance.commands.requests import _copied
 from conformance.commands.schema import schemas
-from conformance.errors import EngineError
+from conformance.errors import EngineError, UsageError
 from conformance.targets.openai import open_endpoint
 from conformance.targets.protocol import (
     GenerateRequest,
@@ -110,6 +113,44 @@ def test_requests_to_generate_come_with_their_checkpoint(run_conformance: Run, t
     write(tmp_path / "answers.jsonl", *answered(text, target=ReferenceTarget()))
     done = run_conformance("run", case, "-t", "replay@answers.jsonl", "--no-report")
     assert done.returncode == 0, done
+
+
+def test_files_of_requests_are_whole_copies(tmp_path: Path) -> None:
+    source, files = tmp_path / "model", tmp_path / "files"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "config.json").write_text("{}")
+    image = tmp_path / "image.png"
+    image.write_bytes(b"png")
+    for _ in range(2):
+        assert [_copied(str(each), files) for each in (source, image)] == ["model", "image.png"]
+    assert sorted(path.name for path in files.iterdir()) == ["image.png", "model"]
+    (files / "model" / "inner" / "config.json").unlink()
+    (files / "image.png").write_bytes(b"gnp")
+    for each in (source, image):
+        with pytest.raises(
+            UsageError, match=rf"{each.name} is there and is no copy of .*name an empty folder"
+        ):
+            _copied(str(each), files)
+
+
+def test_an_interrupted_copy_does_not_pass_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, files = tmp_path / "model", tmp_path / "files"
+    source.mkdir()
+    for name in ("one", "two"):
+        (source / name).write_text(name)
+
+    def interrupted(source: Path, target: Path) -> None:
+        target.mkdir()
+        shutil.copy(source / "one", target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _copied(str(source), files)
+    assert list(files.iterdir()) == []
+    assert _copied(str(source), files) == "model"
+    assert sorted(path.name for path in (files / "model").iterdir()) == ["one", "two"]
 
 
 def test_requests_do_not_mix_with_options_of_the_recording(run_conformance: Run, tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from conformance import checks
 from conformance.checks import CheckOutcome
+from conformance.checks.server_rules import Asked, reply_problems
 from conformance.errors import EngineError, TargetTimeoutError
 from conformance.http import Limits
 from conformance.loading import LoadedCase, load_suites, resolve_tools
+from conformance.replies import Reply
 from conformance.suites import ServerCase, ServerSuite
 from conformance.targets.endpoint import Endpoint
 from conformance.targets.openai import OpenAITarget
@@ -55,6 +58,11 @@ CAUGHT: dict[str, tuple[str, str]] = {
     "logprobs-not-the-likeliest": ("logprobs::text", "logprobs"),
     "logprobs-too-few": ("logprobs::text", "logprobs"),
     "logprobs-missing": ("logprobs::text", "logprobs"),
+    "logprobs-of-other-tokens": ("logprobs::text", "logprobs"),
+    "logprobs-without-bytes-of-other-tokens": ("logprobs::text", "logprobs"),
+    "logprobs-with-broken-bytes": ("logprobs::text", "logprobs"),
+    "logprobs-streamed-otherwise": ("logprobs::text", "logprobs"),
+    "tokens-streamed-otherwise": ("logprobs::call", "logprobs"),
     "bad-request-500": ("errors::no-messages", "bad-request-status"),
     "bad-request-accepted": ("errors::negative-limit", "bad-request-accepted"),
     "error-without-object": ("errors::unknown-model", "error-object"),
@@ -70,9 +78,12 @@ CAUGHT: dict[str, tuple[str, str]] = {
     "stop-string-ignored": ("limits::stop-string", "stop-string"),
     "schema-ignored": ("json::without-thinking", "json-schema"),
     "other-schema": ("json::with-thinking", "json-schema"),
+    "format-ignored": ("json::against-the-model", "json-schema"),
+    "json-scalar": ("json::any-object", "json-schema"),
     "call-without-leave": ("tools::choice-none", "tool-choice"),
     "another-function": ("tools::choice-named", "tool-choice"),
     "never-calls": ("tools::choice-required", "tool-choice"),
+    "choice-ignored": ("tools::choice-required-against-the-model", "tool-choice"),
     "no-done": ("text::plain", "stream-end"),
     "text-after-the-end": ("text::plain", "stream-end"),
     "second-end": ("text::plain", "stream-end"),
@@ -84,12 +95,26 @@ CAUGHT: dict[str, tuple[str, str]] = {
     "broken": ("text::plain", "http-status"),
     "key-echoed": ("text::plain", "key-echoed"),
     "key-echoed-in-parts": ("text::plain", "key-echoed"),
+    "key-echoed-in-a-broken-stream": ("text::plain", "key-echoed"),
+    "key-echoed-beyond-an-excerpt": ("text::plain", "key-echoed"),
+    "key-echoed-in-broken-json": ("text::plain", "key-echoed"),
+    "key-echoed-in-escapes": ("text::plain", "key-echoed"),
+    "key-echoed-after-the-end": ("text::plain", "key-echoed"),
     "key-echoed-in-an-error": ("text::plain", "key-echoed"),
     "redirect": ("text::plain", "redirect"),
     "flood": ("text::plain", "response-size"),
     "compressed": ("text::plain", "malformed-response"),
 }
-NO_RULE = {"unrepeatable", "too-many-requests", "endless-stream", "stalled-stream", "drip", "cut-off"}
+NO_RULE = {
+    "unrepeatable",
+    "too-many-requests",
+    "same-for-everybody",
+    "tools-refused",
+    "endless-stream",
+    "stalled-stream",
+    "drip",
+    "cut-off",
+}
 """Lies that leave no rule to break: the case is inconclusive, out of time or in error."""
 
 
@@ -130,6 +155,15 @@ def test_a_lie_breaks_the_rule_that_names_it(lie: str, name: str, rule: str) -> 
     assert KEY not in outcome.evidence.model_dump_json()
 
 
+@pytest.mark.parametrize("choice", ["none", "required", "named"])
+def test_a_choice_that_is_ignored_shows_where_the_model_wants_the_opposite(choice: str) -> None:
+    with LyingServer("choice-ignored") as server:
+        outcome = judge(server, f"tools::choice-{choice}-against-the-model")
+        assert judge(server, f"tools::choice-{choice}").verdict == "pass"
+    assert outcome.verdict == "fail"
+    assert "tool-choice" in rules(outcome)
+
+
 @pytest.mark.parametrize("lie", ["endless-stream", "stalled-stream", "drip"])
 def test_a_stream_that_does_not_end_is_out_of_time(lie: str) -> None:
     with LyingServer(lie) as server, pytest.raises(TargetTimeoutError):
@@ -157,6 +191,41 @@ def test_a_server_that_does_not_repeat_itself_is_inconclusive() -> None:
         outcome = judge(server, "text::code")
     assert outcome.verdict == "inconclusive"
     assert "answers otherwise" in outcome.reason
+
+
+def test_equal_answers_for_everybody_prove_nothing_about_a_mix_up() -> None:
+    with LyingServer("same-for-everybody") as server:
+        outcome = judge(server, "concurrency::three-users")
+    assert outcome.verdict == "inconclusive"
+    assert "no word of its own" in outcome.reason
+
+
+def test_a_server_that_refuses_the_sound_request_too_proves_nothing_about_the_fault() -> None:
+    with LyingServer("tools-refused") as server:
+        outcome = judge(server, "errors::undeclared-choice")
+        assert judge(server, "errors::no-messages").verdict == "pass"
+    assert outcome.verdict == "inconclusive"
+    assert "refused too" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "content", "problems"),
+    [
+        ([{"token": "Ein "}, {"token": "M\ufffd"}, {"token": "\ufffdr"}], "Ein Mär", 0),
+        ([{"token": "Ein "}, {"token": "M\ufffd"}, {"token": "\ufffd"}], "Ein Mär", 1),
+        ([{"token": "?", "bytes": [77, 195]}, {"token": "?", "bytes": [164, 114]}], "Mär", 0),
+        ([{"token": "?", "bytes": [77, 195]}, {"token": "?", "bytes": [165, 114]}], "Mär", 1),
+        ([{"token": "a"}, {"token": " "}, {"token": "<turn|>"}], " a", 0),
+    ],
+)
+def test_characters_of_several_tokens_are_those_of_the_content(
+    tokens: list[dict[str, Any]], content: str, problems: int
+) -> None:
+    scores = {"logprob": -0.5, "top_logprobs": [{"token": "x", "logprob": -0.5}]}
+    reply = Reply(content=content, finish_reason="stop", logprobs=[token | scores for token in tokens])
+    reply.usage = {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": 1 + len(tokens)}
+    asked = Asked(server_case(CASES["logprobs::text"]), (), 256, "whole")
+    assert [problem.rule for problem in reply_problems(reply, asked)] == ["logprobs"] * problems
 
 
 def test_429_is_recorded_and_not_asked_again() -> None:

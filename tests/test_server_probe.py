@@ -10,7 +10,10 @@ import jsonschema
 import pytest
 
 from conformance import runfile
+from conformance.commands.output import AreaCounts, RunOutput
+from conformance.commands.probe import _area_verdicts
 from conformance.commands.schema import schemas
+from conformance.results import Verdict
 from tests.conftest import Run
 from tests.lying_server import LyingServer
 from tests.server_answers import MODEL
@@ -88,6 +91,31 @@ def test_a_model_without_calls_is_inconclusive(run_conformance: Run) -> None:
     assert verdicts(found) == {"server-limits": "inconclusive"}
 
 
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ({"pass": 2}, "pass"),
+        ({"pass": 1, "xfail": 2}, "pass"),
+        ({"xfail": 2}, "not run"),
+        ({"skip": 1}, "not run"),
+        ({"pass": 1, "inconclusive": 1}, "inconclusive"),
+        ({"pass": 1, "fail": 1}, "fail"),
+    ],
+)
+def test_an_area_passes_only_if_a_case_of_it_does(counts: dict[Verdict, int], verdict: str) -> None:
+    summary = RunOutput(
+        run_file="run.jsonl",
+        site=None,
+        exit_code=0,
+        complete=True,
+        planned=sum(counts.values()),
+        areas=(AreaCounts(target="t", area="server-text", counts=counts),),
+        problems=(),
+        unavailable={},
+    )
+    assert [row.verdict for row in _area_verdicts(summary)] == [verdict]
+
+
 def test_a_chat_that_does_not_work_ends_the_probe(run_conformance: Run, tmp_path: Path) -> None:
     with LyingServer("key-echoed-in-an-error") as server:
         found = probe(run_conformance, server)
@@ -136,4 +164,4 @@ def test_a_server_can_be_run_beside_other_targets(run_conformance: Run) -> None:
         done = run_conformance(*arguments, env={"OPENAI_API_KEY": KEY})
     assert done.returncode == 0, done
     counts = {row["target"]: row["counts"] for row in json.loads(done.stdout)["areas"]}
-    assert counts == {spec: {"pass": 3}, "reference": {"skip": 3}}
+    assert counts == {spec: {"pass": 4}, "reference": {"skip": 4}}

@@ -147,6 +147,38 @@ def test_doctor_starts_the_engine(pretended: str, monkeypatch: pytest.MonkeyPatc
     assert "could not start: ModuleNotFoundError" in engine.detail
 
 
+def test_a_worker_says_which_parts_it_has(pretended: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change what an engine imports, so a run must not go on with results that had others."""
+    monkeypatch.setitem(registry._ENGINES, "vllm", registry.Engine("toy_adapters.here", "a toy"))
+    found = environments.status(pretended)
+    (part,) = found.lock.parts
+    adapters = [found.path / name / "toy_adapters" for name in ("lib/python3", f"parts/{part.name}")]
+    source = (
+        "class Toy:\n    def describe(self):\n        return {'name': 'toy', 'version': '1',"
+        " 'capabilities': [], 'environment': {'package:toy': '1'}}\n\ncreate = Toy\n"
+    )
+    for folder in adapters:
+        folder.mkdir(parents=True)
+        (folder / "here.py").write_text(source)
+    infos = []
+    for digest in ("of another part", part.digest):
+        stamp = {"digest": digest, "megabytes": 1, "seconds": 1}
+        (adapters[1].parent / "conformance-environment.json").write_text(json.dumps(stamp))
+        with monkeypatch.context() as patched:
+            if digest != part.digest:
+                patched.setattr(
+                    environments.EnvironmentStatus,
+                    "import_paths",
+                    property(lambda self: (adapters[0].parent,)),
+                )
+            with contextlib.closing(registry.open_target(pretended, timeout=20)) as target:
+                infos.append(target.describe())
+    assert [info.environment for info in infos] == [
+        {"package:toy": "1"},
+        {"package:toy": "1", "parts": "engine"},
+    ]
+
+
 def make_target() -> Target:
     return ReferenceTarget()
 

@@ -5,13 +5,15 @@ what exactly the former answers, and a line of the latter's source that is the f
 
 * `detected` if
   1. the fix stands in the installed source of the first good release and not of the last bad one (and what
-     is recorded of the fault, the other way round);
-  2. the last bad release gives exactly the recorded wrong answer, and breaks a rule of the case on it;
+     is recorded of the fault, the other way round). Where the last bad one has no such file, only the
+     line that is the fault tells the two apart;
+  2. the last bad release gives exactly the recorded wrong answer, which is not the right one, and breaks a
+     rule of the case on it. If it gives none, it does so twice, and answers something harmless each time;
   3. the first good release, with the same output cut in the same way, gives the answer that the case
      expects and breaks no rule of the case, on the whole output and on that stream;
   4. over all sampled streams the last bad release fails the case, and the first good one passes it. Where
-     it does not, the table must say which other catalogued faults are still in it, and these must have
-     backtests that prove it (`besides`), or what is left of this one (`remains`);
+     it does not, the table must say which other catalogued faults are still in it (`besides`), and a
+     backtest of each must be `detected` in a later release, or what is left of this one (`remains`);
 * `not reachable` if one of the two is not installed, or its engine does not start: that shows nothing;
 * `missed` in every other case.
 """
@@ -19,10 +21,11 @@ what exactly the former answers, and a line of the latter's source that is the f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from conformance.backtests.table import (
@@ -36,6 +39,8 @@ from conformance.backtests.table import (
     Wrong,
     choose,
     load,
+    still_there,
+    with_besides,
 )
 from conformance.checks.parser import build_request, judge_cut
 from conformance.checks.streams import assemble
@@ -50,6 +55,10 @@ from conformance.targets.protocol import Chunking, ParseResult, StreamRequest
 
 State = Literal["detected", "missed", "not reachable"]
 STATES: tuple[State, ...] = get_args(State)
+_HARMLESS = "Fine."
+"""An output that every parser answers."""
+_SILENCES = 2
+"""How often a release must give no answer to count as hanging: one may be the machine's."""
 
 
 class BacktestResult(BaseModel):
@@ -96,17 +105,57 @@ def read_findings(path: Path) -> Findings:
         ) from error
 
 
-def run(entry: Backtest, suites: LoadedSuites, releases: Releases) -> BacktestResult:
-    """Look for one fault.
+def run_all(
+    chosen: Sequence[Backtest],
+    table: Table,
+    suites: LoadedSuites,
+    releases: Releases,
+    progress: Callable[[BacktestResult], None] = lambda result: None,
+) -> tuple[BacktestResult, ...]:
+    """Look for faults, and for those that their entries name as still there; in the table's order.
 
     Raises:
-        SuiteError: the case that the entry names is gone.
+        UsageError: a case that an entry names is gone.
+    """
+    entries = with_besides(table, chosen)
+    results: dict[Backtest, BacktestResult] = {}
+
+    # Newest first: what is still there must be known by then. Those of one pair of releases follow each
+    # other, since a release takes seconds to start.
+    def age(entry: Backtest) -> tuple[str, Version, Version]:
+        return entry.target, Version(entry.last_bad), Version(entry.first_good)
+
+    for entry in sorted(entries, key=age, reverse=True):
+        results[entry] = run(entry, suites, releases, results)
+        progress(results[entry])
+    return tuple(results[entry] for entry in entries)
+
+
+def run(
+    entry: Backtest,
+    suites: LoadedSuites,
+    releases: Releases,
+    others: Mapping[Backtest, BacktestResult] | None = None,
+) -> BacktestResult:
+    """Look for one fault.
+
+    Args:
+        entry: What to look for.
+        suites: Where its case is.
+        releases: Asks them.
+        others: What became of other backtests; those that `besides` names must be among them.
+
+    Raises:
+        UsageError: the case that the entry names is gone.
     """
     bad, good = f"{entry.target}@{entry.last_bad}", f"{entry.target}@{entry.first_good}"
     state: State = "not reachable"
     proof = [f"{spec}: {reason}" for spec in (bad, good) if (reason := releases.unusable(spec))]
     if not proof:
-        proof, lacking = _evidence(entry, _case(entry, suites), bad, good, releases)
+        loaded = _case(entry, suites)
+        proof, lacking = _evidence(entry, loaded, bad, good, releases)
+        if not lacking:
+            lacking = _verdicts(entry, loaded, releases, others or {}, proof)
         proof += [lacking] if lacking else []
         state = "missed" if lacking else "detected"
     return BacktestResult(
@@ -158,47 +207,92 @@ def _wrong(cuts: Cuts | None, result: ParseResult) -> Wrong:
 def _evidence(
     entry: Backtest, loaded: LoadedCase, bad: str, good: str, releases: Releases
 ) -> tuple[list[str], str]:
-    """What was seen, and what is lacking; the latter is empty if nothing is."""
-    proof: list[str] = []
-    looked_for = [(entry.fix, "fix", good, bad)]
-    if entry.fault is not None:
-        looked_for.append((entry.fault, "fault", bad, good))
-    for source, name, holder, other in looked_for:
-        for spec, there in ((other, False), (holder, True)):
-            try:
-                seen, found = _looked_for(source, spec)
-            except ConformanceError as error:
-                return proof, str(error)
-            if found != there:
-                return proof, f"{seen}, the {name}"
-            proof.append(seen)
+    """What was seen of source and answers, and what is lacking; the latter is empty if nothing is."""
+    try:
+        proof, lacking = _in_source(entry, bad, good)
+    except ConformanceError as error:
+        return [], str(error)
+    if lacking:
+        return proof, lacking
     cuts = entry.wrong.streamed
-    given = answer(loaded, bad, cuts, releases)
-    if given != entry.wrong:
-        return proof, f"{bad} answers {_shown(given)}, and not {_shown(entry.wrong)}"
+    if lacking := _other_answer(entry, loaded, bad, releases):
+        return proof, lacking
+    given = _shown(entry.wrong)
+    if is_expected(entry.wrong, loaded):
+        return proof, f"{bad} answers {given}, and that is the right answer"
     broken = _problems(loaded, bad, cuts, releases)
-    proof.append(f"{bad} answers {_shown(given)}{_breaking(broken)}")
-    if not broken and not given.hangs:
+    proof.append(f"{bad} answers {given}{_breaking(broken)}")
+    if not broken and not entry.wrong.hangs:
         return proof, f"{bad} breaks no rule of the case on it"
     right = answer(loaded, good, cuts, releases)
     broken = () if right.hangs else _problems(loaded, good, cuts, releases)
     proof.append(f"{good} answers {_shown(right)}{_breaking(broken)}")
     if not is_expected(right, loaded) or broken:
         return proof, f"{good} does not answer as the case expects"
-    return proof, _verdicts(entry, loaded, bad, good, releases, proof)
+    return proof, ""
+
+
+def _in_source(entry: Backtest, bad: str, good: str) -> tuple[list[str], str]:
+    """What was seen in the installed sources, and what is lacking."""
+    proof: list[str] = []
+    looked_for = [(entry.fix, "fix", good, bad)]
+    if entry.fault is not None:
+        looked_for.append((entry.fault, "fault", bad, good))
+    for source, name, holder, other in looked_for:
+        for spec, there in ((other, False), (holder, True)):
+            seen, found = _looked_for(source, spec)
+            if found != there:
+                return proof, f"{seen}, the {name}"
+            proof.append(seen)
+    if entry.fault is None and source_lines(bad, entry.fix.file) is None:
+        return proof, (
+            f"that a release without the file lacks the fix shows nothing; add a `fault` to {entry.id} in "
+            f"{TABLE.name}: the line of {bad} that is at fault"
+        )
+    return proof, ""
 
 
 def _looked_for(source: Source, spec: str) -> tuple[str, bool]:
     """A line looked for in a release: in words, and whether it is there often enough."""
-    found = source_lines(spec, source.file)[source.line]
+    lines = source_lines(spec, source.file)
+    if lines is None:
+        return f"{spec}: has no such file: {source.file}, for the line `{source.line}`", False
+    found = lines[source.line]
     there = f"has {found} times" if source.times > 1 else "has" if found else "lacks"
     return f"{spec}: {source.file} {there} the line `{source.line}`", found >= source.times
 
 
+def _other_answer(entry: Backtest, loaded: LoadedCase, bad: str, releases: Releases) -> str:
+    """How the last bad release answers, if not as recorded; empty if it does."""
+    for _ in range(_SILENCES if entry.wrong.hangs else 1):
+        if entry.wrong.hangs and not _answers_anything(loaded, bad, releases):
+            return f"{bad} answers nothing at all, not even to the output {_HARMLESS!r}"
+        given = answer(loaded, bad, entry.wrong.streamed, releases)
+        if given != entry.wrong:
+            return f"{bad} answers {_shown(given)}, and not {_shown(entry.wrong)}"
+    return ""
+
+
+def _answers_anything(loaded: LoadedCase, spec: str, releases: Releases) -> bool:
+    """Whether a release answers to a harmless output, with the rest of the case's request."""
+    case, suite = _parser_case(loaded)
+    request = build_request(case.model_copy(update={"output": _HARMLESS}), suite)
+    try:
+        releases.pool.get(spec).target.parse(request)
+    except (TargetTimeoutError, EngineError):
+        return False
+    return True
+
+
 def _verdicts(
-    entry: Backtest, loaded: LoadedCase, bad: str, good: str, releases: Releases, proof: list[str]
+    entry: Backtest,
+    loaded: LoadedCase,
+    releases: Releases,
+    others: Mapping[Backtest, BacktestResult],
+    proof: list[str],
 ) -> str:
     """Add the verdicts over all sampled streams to the proof; return what is lacking."""
+    bad, good = f"{entry.target}@{entry.last_bad}", f"{entry.target}@{entry.first_good}"
     verdicts = {spec: releases.ask(loaded, spec).result for spec in (bad, good)}
     for spec, result in verdicts.items():
         proof.append(f"{spec}: verdict {result.verdict} over all sampled streams{_breaking(result.problems)}")
@@ -206,6 +300,15 @@ def _verdicts(
         return f"{bad} does not fail the case"
     if verdicts[good].verdict in GOOD:
         return ""
+    if verdicts[good].verdict not in BAD:
+        return f"{good} comes to no verdict: {verdicts[good].reason}"
+    for name in entry.besides:
+        states = [others[other].state for other in still_there(entry, name, others)]
+        if "detected" not in states:
+            known = ", ".join(states) or "it was not looked for"
+            return (
+                f"{good} fails the case in other streams, and that it still has {name} is not proven: {known}"
+            )
     if entry.besides:
         proof.append(f"{good} still has {', '.join(entry.besides)}, which other backtests prove")
     if entry.remains:
@@ -269,20 +372,19 @@ def _equal(given: Wrong, expect: ExpectedParse) -> bool:
     )
 
 
-def source_lines(spec: str, file: str) -> Counter[str]:
-    """How often each line stands in an installed source file, which may be absent. Indentation is left off.
+def source_lines(spec: str, file: str) -> Counter[str] | None:
+    """How often each line stands in an installed source file; None if there is none. Indentation is left off.
 
     Raises:
         TargetError: there is no such release.
     """
     found = environments.status(spec)
     folders = (*found.import_paths, *found.path.glob("lib/python*/site-packages"))
-    lines: Counter[str] = Counter()
-    for folder in folders:
-        path = folder / file
-        if path.is_file():
-            lines.update(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return lines
+    files = [folder / file for folder in folders if (folder / file).is_file()]
+    if not files:
+        return None
+    # The first folder is what is imported from; a file of the same name behind it is never read.
+    return Counter(line.strip() for line in files[0].read_text(encoding="utf-8").splitlines())
 
 
 def _case(entry: Backtest, suites: LoadedSuites) -> LoadedCase:
@@ -317,5 +419,7 @@ __all__ = [
     "load",
     "read_findings",
     "run",
+    "run_all",
     "source_lines",
+    "with_besides",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -92,7 +92,8 @@ class Backtest(Strict):
     fix: Source
     """What the first good release has and the last bad one lacks."""
     fault: Source | None = None
-    """What the last bad release has and the first good one lacks, where that says more than the fix alone."""
+    """What the last bad release has and the first good one lacks. Needed where the former has no file of the
+    fix's name, since it would lack any other line of it as well."""
     besides: tuple[CatalogueId, ...] = ()
     """Other faults with a backtest, by which the first good release still fails the case in other streams."""
     remains: str = ""
@@ -137,16 +138,37 @@ class Table(Strict):
                 other for other in self.backtests if other is not entry and other.target == entry.target
             ]
             for name in entry.besides:
-                found = [other for other in others if other.id == name]
-                if not found:
+                if all(other.id != name for other in others):
                     raise ValueError(
                         f"{entry.id}: `besides` names {name}, which is no other backtest of {entry.target}"
                     )
-                if all(Version(other.last_bad) < Version(entry.first_good) for other in found):
+                if not still_there(entry, name, others):
                     raise ValueError(
                         f"{entry.id}: `besides` names {name}, which is mended in {entry.first_good} already"
                     )
         return self
+
+
+def still_there(entry: Backtest, name: str, among: Iterable[Backtest]) -> tuple[Backtest, ...]:
+    """Backtests of a fault which say that the first good release of another still has it."""
+    return tuple(
+        other
+        for other in among
+        if (other.id, other.target) == (name, entry.target)
+        and Version(other.last_bad) >= Version(entry.first_good)
+    )
+
+
+def with_besides(table: Table, chosen: Sequence[Backtest]) -> tuple[Backtest, ...]:
+    """These backtests and those that they rest on, in the table's order."""
+    needed: set[Backtest] = set()
+    waiting = list(chosen)
+    while waiting:
+        entry = waiting.pop()
+        if entry not in needed:
+            needed.add(entry)
+            waiting += [o for name in entry.besides for o in still_there(entry, name, table.backtests)]
+    return tuple(entry for entry in table.backtests if entry in needed)
 
 
 def load(path: Path = TABLE) -> Table:

@@ -16,7 +16,8 @@ Rules, by the names that problems carry:
   one does.
 * `tool-choice`, `json-schema`, `stop-string`, `logprobs`, `usage`: what was asked for is what came.
 * `requests-mixed`: an answer given beside others holds no text of theirs.
-* `bad-request-accepted`, `bad-request-status`, `error-object`: a bad request gets a 4xx that says why.
+* `bad-request-accepted`, `bad-request-status`, `error-object`: a bad request gets a 4xx that says why, where
+  the same request without its fault gets an answer.
 * `expected`: the scripted checkpoint's answer is the script's.
 
 A case whose construct never appeared, a 429, and an exhausted budget are `inconclusive`.
@@ -37,6 +38,7 @@ from conformance.checks.server_rules import (
     constructs,
     difference,
     exact_problem,
+    logprobs_difference,
     lost,
     reply_problems,
 )
@@ -140,6 +142,10 @@ class _Judgement:
     # ------------------------------------------------------------------ modes
 
     def _run_refused(self) -> None:
+        sound = self._send([self._sound_body()])[0]
+        if sound.status != 200:
+            self._got["without its fault"] = {"status": sound.status, "body": sound.body}
+            raise _InconclusiveError("the same request without its fault is refused too")
         for way, body in (("whole", self._body()), ("streamed", _streaming(self._body()))):
             answer = self._send([body])[0]
             self._got[way] = {"status": answer.status, "body": answer.body}
@@ -200,6 +206,10 @@ class _Judgement:
         limit = self._case.max_tokens
         alone = [self._ask(body, f"request {n} alone", limit) for n, body in enumerate(bodies)]
         self._produced(alone[:1])
+        if not all(_own_words(number, alone) for number in range(len(alone))):
+            raise _InconclusiveError(
+                "an answer given alone has no word of its own, so a mix-up would not show"
+            )
         many = [body for body in bodies for _ in range(self._case.copies)]
         differing: list[str] = []
         for way, at_once in (("whole", many), ("streamed", [_streaming(body) for body in many])):
@@ -230,6 +240,11 @@ class _Judgement:
 
     def _body(self, **changes: Any) -> dict[str, Any]:
         """The request in OpenAI's form; a change to None leaves the key out."""
+        body = self._sound_body() | self._case.override | changes
+        return {key: value for key, value in body.items() if value is not None}
+
+    def _sound_body(self) -> dict[str, Any]:
+        """The request without the case's override."""
         case = self._case
         body: dict[str, Any] = {
             "messages": list(case.messages),
@@ -252,28 +267,31 @@ class _Judgement:
             body["stop"] = list(case.stop)
         if case.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": case.top_logprobs}
-        body |= case.override | changes
-        return {key: value for key, value in body.items() if value is not None}
+        return body
 
     def _both(self, body: dict[str, Any], max_tokens: int | None = None) -> tuple[Reply, Reply]:
         """The whole answer and the streamed one, each judged, and compared."""
         limit = max_tokens or self._case.max_tokens
         whole = self._ask(body, "whole", limit)
         streamed = self._ask(body, "streamed", limit, streamed=True)
-        differs = difference(streamed, whole)
-        if not differs:
-            return whole, streamed
-        again = self._read(self._send([body])[0], "whole, again", streamed=False)
-        if unlike := difference(again, whole):
-            raise _InconclusiveError(f"asked again at temperature 0, the server answers otherwise: {unlike}")
-        self.problems.append(
-            Problem(
-                rule="stream-equals-whole",
-                message=f"streamed differs from whole: {differs}",
-                expected=whole.shown(),
-                got=streamed.shown(),
+        for rule, differ in (("stream-equals-whole", difference), ("logprobs", logprobs_difference)):
+            differs = differ(streamed, whole)
+            if not differs:
+                continue
+            again = self._read(self._send([body])[0], "whole, again", streamed=False)
+            if unlike := differ(again, whole):
+                raise _InconclusiveError(
+                    f"asked again at temperature 0, the server answers otherwise: {unlike}"
+                )
+            self.problems.append(
+                Problem(
+                    rule=rule,
+                    message=f"streamed differs from whole: {differs}",
+                    expected=whole.shown(),
+                    got=streamed.shown(),
+                )
             )
-        )
+            break
         return whole, streamed
 
     def _ask(self, body: dict[str, Any], name: str, max_tokens: int, *, streamed: bool = False) -> Reply:
@@ -360,6 +378,12 @@ def _foreign(reply: Reply, mine: int, alone: list[Reply]) -> list[str]:
     """Words of others' answers that are in this one, and would not be were it asked alone."""
     others = {word for n, other in enumerate(alone) if n != mine for word in _words(other)}
     return sorted((_words(reply) & others) - _words(alone[mine]))
+
+
+def _own_words(number: int, replies: list[Reply]) -> set[str]:
+    """Words of one answer that no other one has."""
+    others = {word for n, other in enumerate(replies) if n != number for word in _words(other)}
+    return _words(replies[number]) - others
 
 
 def _words(reply: Reply) -> set[str]:

@@ -25,6 +25,9 @@ _MANY_TOKENS = 8
 _ROUNDING = 1e-6
 """How far above zero rounding may lift a log-probability."""
 
+_LOGPROB_TOLERANCE = 1e-3
+"""How far the same log-probability may differ between two answers to one request."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -157,6 +160,31 @@ def _logprobs(reply: Reply) -> Iterator[tuple[str, str]]:
         if numbers[0] < max(numbers[1:]) - _ROUNDING:
             yield "logprobs", f"token {place} was taken at temperature 0, and is not the likeliest"
             return
+    yield from _tokens(reply, reply.logprobs)
+
+
+def _tokens(reply: Reply, entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The tokens that have log-probabilities must be those of the content."""
+    parts: list[bytes] = []
+    for place, entry in enumerate(entries):
+        given = entry.get("bytes")
+        try:
+            part = entry["token"].encode("utf-8", "replace") if given is None else bytes(given)
+        except (TypeError, ValueError):
+            yield "logprobs", f"token {place} has `bytes` that are none"
+            return
+        parts.append(part)
+    if reply.calls:
+        return  # what is around calls is put together without them
+    text, content = b"".join(parts).decode("utf-8", "replace"), reply.content.strip()
+    if "\ufffd" in text:  # part of a character is a token, and many servers have no bytes for it
+        text, content = _ascii(text), _ascii(content)
+    if content not in text:
+        yield "logprobs", f"the tokens that have them are {text[:200]!r}, and not those of the content"
+
+
+def _ascii(text: str) -> str:
+    return "".join(char for char in text if char.isascii())
 
 
 def _schema(content: str, schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -205,6 +233,24 @@ def _end_difference(streamed: Reply, whole: Reply) -> str:
         counts = [None if reply.usage is None else reply.usage.get(name) for reply in (streamed, whole)]
         if None not in counts and counts[0] != counts[1]:
             return f"usage.{name} is {counts[0]}, not {counts[1]}"
+    return ""
+
+
+def logprobs_difference(streamed: Reply, whole: Reply) -> str:
+    """How the log-probabilities of two answers to one request differ; empty if they do not.
+
+    Entries that break a rule by themselves are not compared.
+    """
+    if streamed.logprobs is None or whole.logprobs is None:
+        return ""
+    tokens = [[entry.get("token") for entry in reply.logprobs or ()] for reply in (streamed, whole)]
+    if tokens[0] != tokens[1]:
+        return f"the tokens with log-probabilities are {tokens[0]}, not {tokens[1]}"
+    for place, (left, right) in enumerate(zip(streamed.logprobs, whole.logprobs, strict=True)):
+        values = left.get("logprob"), right.get("logprob")
+        numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+        if len(numbers) == 2 and abs(numbers[0] - numbers[1]) > _LOGPROB_TOLERANCE:
+            return f"the log-probability of token {place} is {numbers[0]}, not {numbers[1]}"
     return ""
 
 

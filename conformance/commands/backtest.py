@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from packaging.version import Version
 
 from conformance import backtests, runfile
-from conformance.backtests import Backtest, BacktestResult, Findings
+from conformance.backtests import BacktestResult, Findings
 from conformance.commands import output
 from conformance.commands.output import BacktestOutput, json_option
 from conformance.history import Releases
@@ -27,6 +27,8 @@ from conformance.loading import load_suites
 def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Look for catalogued faults (default: all with a backtest) in the last release that had them.
 
+    Also looks for those that the chosen ones rest on: what a release fails by besides.
+
     Exits with 1 if one is missed; else with 3 if one is not reachable, because a release is not installed or
     its engine does not start; else with 0.
     """
@@ -35,15 +37,10 @@ def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | N
     if out is not None:
         runfile.check_parent(out)
     suites = load_suites()
-    results: dict[Backtest, BacktestResult] = {}
     with contextlib.closing(Releases()) as releases:
-        # Those of one pair of releases follow each other, since a release takes seconds to start.
-        for entry in sorted(chosen, key=lambda e: (e.target, Version(e.last_bad), Version(e.first_good))):
-            results[entry] = backtests.run(entry, suites, releases)
-            click.echo(f"{entry.id}: {results[entry].state}", err=True)
-    found = [results[entry] for entry in chosen]
+        found = backtests.run_all(chosen, table, suites, releases, _tell)
     reasons = {i: unreached.reason for unreached in table.not_reachable for i in unreached.ids}
-    findings = Findings(backtests=tuple(found), not_reachable=reasons)
+    findings = Findings(backtests=found, not_reachable=reasons)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(findings.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -55,7 +52,11 @@ def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | N
     context.exit(1 if "missed" in states else 3 if "not reachable" in states else 0)
 
 
-def _print(found: list[BacktestResult], reasons: dict[str, str]) -> None:
+def _tell(result: BacktestResult) -> None:
+    click.echo(f"{result.id}: {result.state}", err=True)
+
+
+def _print(found: Sequence[BacktestResult], reasons: dict[str, str]) -> None:
     screen = output.console()
     for result in found:
         screen.print(f"{result.id} {result.state}: {result.title}", markup=False, soft_wrap=True)

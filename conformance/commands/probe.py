@@ -216,7 +216,7 @@ def _area_verdicts(summary: RunOutput) -> Iterator[AreaVerdict]:
         elif "inconclusive" in found:
             yield AreaVerdict(area=row.area, verdict="inconclusive", counts=row.counts)
         else:
-            passed = bool(found) and found <= {"pass", "xfail"} and not row.not_run
+            passed = "pass" in found and found <= {"pass", "xfail"} and not row.not_run
             yield AreaVerdict(area=row.area, verdict="pass" if passed else "not run", counts=row.counts)
 
 

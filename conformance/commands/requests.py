@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,7 +34,7 @@ from conformance.targets.protocol import (
     Target,
     TargetInfo,
 )
-from conformance.targets.recordings import RECORDABLE, Header, Index, Recordable, line_text
+from conformance.targets.recordings import RECORDABLE, Header, Index, Recordable, content_digest, line_text
 from conformance.targets.replay import Asked, ReplayTarget, open_replay
 
 _USUAL: tuple[Recordable, ...] = ("parse", "parse_stream", "render")
@@ -207,13 +208,23 @@ def _with_files(request: GenerateRequest, files: Path | None) -> GenerateRequest
 
 
 def _copied(name: str, files: Path) -> str:
-    """Path of the copy of a file or folder, from the folder of all copies."""
+    """Path of the copy of a file or folder, from the folder of all copies.
+
+    Raises:
+        UsageError: something else has its name there.
+    """
     source = Path(name)
     place = files / source.name
     if not place.exists():
         files.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, place)
-        else:
-            shutil.copy(source, place)
+        # Aside, so that what bears the name is whole.
+        with tempfile.TemporaryDirectory(prefix=".copy-", dir=files) as aside:
+            partial = Path(aside) / source.name
+            if source.is_dir():
+                shutil.copytree(source, partial)
+            else:
+                shutil.copy(source, partial)
+            partial.rename(place)
+    elif content_digest(str(place)) != content_digest(name):
+        raise UsageError(f"{place} is there and is no copy of {source}; name an empty folder with --files")
     return place.name

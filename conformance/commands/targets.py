@@ -101,7 +101,11 @@ def lock_target(spec: str, extra: tuple[str, ...], adapter: str) -> None:
 @click.argument("specs", nargs=-1, required=True)
 @json_option
 def remove_targets(specs: tuple[str, ...], as_json: bool) -> None:
-    """Remove the environments of SPECS."""
+    """Remove the environments of SPECS. A server has none of its own: name its engine, which goes as well."""
+    for spec in specs:
+        resolved = registry.resolve(spec)
+        if (engine := registry.environment_of(resolved)) != resolved:
+            raise UsageError(f"{resolved} runs in the environment of {engine}; to remove both, name {engine}")
     for spec in _chosen(specs, defaults=False):
         removed = environments.remove(spec)
         click.echo(f"{spec}: {'removed' if removed else 'was not installed'}", err=True)

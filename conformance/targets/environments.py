@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -226,7 +227,8 @@ def _cost(of: Lock | Part) -> str:
 def _read_stamp(path: Path) -> dict[str, str | int] | None:
     try:
         stamp = json.loads((path / _STAMP).read_text(encoding="utf-8"))
-        return {key: stamp[key] for key in ("digest", "megabytes", "seconds")}
+        known = {key: stamp[key] for key in ("digest", "megabytes", "seconds")}
+        return known | {"python": stamp.get("python", "")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -265,12 +267,12 @@ def install_lock(lock: Lock, progress: Progress, *, parts: bool = True) -> Envir
             f"{folder}: cannot be created ({error.strerror}); set CONFORMANCE_HOME to a folder of yours"
         ) from error
     with _installer_lock(folder, lock, progress):
+        _sweep(folder, lock)
         found = _status(lock)
         wanted = [part for part in lock.parts if parts or part.name in found.parts]
         if found.state == "ready" and len(found.parts) == len(wanted):
             progress(f"{lock.spec} is installed at {found.path}")
             return found
-        _sweep(folder, lock)
         if found.state != "ready":
             _check_space(folder, lock.spec, lock.megabytes + sum(part.megabytes for part in wanted))
             _build(found.path, lock, progress)
@@ -282,19 +284,20 @@ def install_lock(lock: Lock, progress: Progress, *, parts: bool = True) -> Envir
 
 
 def remove(spec: str) -> bool:
-    """Delete an environment; tell whether there was one.
+    """Delete an environment, and what interrupted installers of it left; tell whether there was one.
 
     Raises:
         TargetError: there is no lock for it.
     """
     lock = find_lock(spec)
     path = _status(lock).path
-    if not path.exists():
+    if not path.parent.exists():
         return False
     with _installer_lock(path.parent, lock, lambda line: None):
         _sweep(path.parent, lock)
+        there = path.exists()
         _discard(path)
-    return True
+    return there
 
 
 @contextlib.contextmanager
@@ -335,8 +338,10 @@ def _check_space(folder: Path, what: str, megabytes: int) -> None:
 
 def _sweep(folder: Path, lock: Lock) -> None:
     """Delete what interrupted installers left; the installer lock is held."""
+    # Of this version alone: what follows 0.19 in the name of 0.19.1's is no process id.
+    name = re.compile(re.escape(f".{lock.target}-{lock.version}.") + r"\d+(-old)?\.partial")
     lefts = [
-        *folder.glob(f".{lock.target}-{lock.version}.*.partial"),
+        *(left for left in folder.glob(".*.partial") if name.fullmatch(left.name)),
         *(_path(lock.spec) / _PARTS).glob(".*.partial"),
     ]
     for left in lefts:
@@ -345,13 +350,22 @@ def _sweep(folder: Path, lock: Lock) -> None:
 
 def _discard(path: Path) -> None:
     """Delete a folder; rename it first, so that a half-deleted environment never bears its name."""
-    if not path.exists():
-        return
-    doomed = path
-    if not path.name.endswith(".partial"):
-        doomed = path.with_name(f".{path.name}.{os.getpid()}-old.partial")
-        path.rename(doomed)
-    shutil.rmtree(doomed)
+    if path.exists():
+        shutil.rmtree(path if path.name.endswith(".partial") else _set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    return path.rename(path.with_name(f".{path.name}.{os.getpid()}-old.partial"))
+
+
+def _keep_parts(old: Path, new: Path, lock: Lock) -> None:
+    """Move the parts of an environment that is made anew; what is in them depends on the Python alone."""
+    stamp = _read_stamp(old)
+    minor = f"{sys.version_info.major}.{sys.version_info.minor}."
+    if stamp is not None and str(stamp["python"]).startswith(minor):
+        for name in _installed_parts(old, lock):
+            (new / _PARTS).mkdir(exist_ok=True)
+            _part_path(old, name).rename(_part_path(new, name))
 
 
 def _build(path: Path, lock: Lock, progress: Progress) -> None:
@@ -369,8 +383,12 @@ def _build(path: Path, lock: Lock, progress: Progress) -> None:
             )
             _install_packages(_python(partial), partial, lock, progress)
         stamp = _write_stamp(partial, lock.digest, started)
-        _discard(path)
+        _keep_parts(path, partial, lock)
+        # It takes the old one's place before that is deleted, which is slow and can be interrupted.
+        old = _set_aside(path) if path.exists() else None
         partial.rename(path)
+        if old is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -103,7 +103,7 @@ def read_lock(path: Path) -> Lock:
         target=target,
         version=version,
         path=path,
-        digest=_digest(overlay_bearing(base, main.pins) if base else main.text),
+        digest=overlay_digest(base, main.pins) if base else _digest(main.text),
         pins=tuple(main.pins),
         with_dependencies=free,
         pythons=tuple(main.fields.get("python", "").split()),
@@ -162,9 +162,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def overlay_bearing(base: str, pins: Sequence[tuple[str, str]]) -> str:
-    """What the installation of an overlay depends on; its digest tells whether it is up to date."""
-    return "\n".join([base, *(f"{name}=={version}" for name, version in pins)])
+def overlay_digest(base: str, pins: Sequence[tuple[str, str]]) -> str:
+    """Digest of what the installation of an overlay depends on; it tells whether it is up to date."""
+    return _digest("\n".join([base, *(f"{name}=={version}" for name, version in pins)]))
 
 
 def _number(path: Path, field: str) -> int:

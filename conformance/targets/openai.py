@@ -6,15 +6,23 @@ thrown away, and a message that would is not made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from conformance.fingerprint import redact
 from conformance.http import Answer, Client, HttpError, Limits
-from conformance.replies import MalformedReplyError, read_stream, read_whole, strings
+from conformance.replies import MalformedReplyError, read_stream, strings
 from conformance.targets.endpoint import NAME, Endpoint, endpoint, key_of
 from conformance.targets.protocol import ServeAnswer, ServeRequest, TargetInfo
+
+_SHOWN = 200
+"""Characters of a server's text in a message."""
+
+_ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|(["'\\/]))""")
 
 
 class OpenAITarget:
@@ -60,32 +68,66 @@ class OpenAITarget:
 
     def _safe(self, answer: Answer | HttpError) -> ServeAnswer:
         """The answer, unless the key is in it, whole or spread over the events of a stream."""
-        if isinstance(answer, HttpError):
-            detail = redact(self._without_key(str(answer)))
-            return ServeAnswer(status=answer.status, failure=answer.failure, detail=detail)
-        if self._key and any(self._key in text for text in _all_text(answer)):
+        texts = [answer.said] if isinstance(answer, HttpError) else _all_text(answer)
+        if self._holds_key(texts):
             return ServeAnswer(
                 status=answer.status,
                 failure="key-echoed",
                 detail="the server sent the key back in its answer, which was thrown away",
             )
+        if isinstance(answer, HttpError):
+            said = f": {answer.said[:_SHOWN]!r}" if answer.said else ""
+            detail = redact(f"{self._without_key(str(answer))}{said}")
+            return ServeAnswer(status=answer.status, failure=answer.failure, detail=detail)
         return ServeAnswer(status=answer.status, body=answer.body, events=answer.events, done=answer.done)
 
+    def _holds_key(self, texts: Iterable[str]) -> bool:
+        """Whether the key is in a text as it stands, or as the JSON or the URL that the text is part of."""
+        if not self._key:
+            return False
+        return any(self._key in form for text in texts for form in (text, _unescaped(text), unquote(text)))
+
     def _without_key(self, text: str) -> str:
+        """An error of this machine's, which may quote a header."""
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def _unescaped(text: str) -> str:
+    """The text with the escapes of JSON and of `repr` undone."""
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2], text)
 
 
 def _all_text(answer: Answer) -> list[str]:
     """Every text of an answer, those of a stream also put together."""
     texts = [*strings(answer.body), *strings(answer.events)]
+    if answer.events is None:
+        return texts
+    texts += _put_together(answer.events)
     try:
-        if answer.events is not None:
-            reply = read_stream(answer.events, done=answer.done)
-        else:
-            reply = read_whole(answer.body)
+        reply = read_stream(answer.events, done=answer.done)
     except MalformedReplyError:
-        return [*texts, "".join(texts), "".join(reversed(texts))]
-    return texts + reply.texts() + [call.id for call in reply.calls]
+        return texts
+    return texts + reply.texts()
+
+
+def _put_together(events: Sequence[dict[str, Any]]) -> list[str]:
+    """The texts of equal name in all events, put together: all of them, and those of each index alone.
+
+    It reads every stream, also one that breaks the rules.
+    """
+    parts: defaultdict[tuple[str, Any], list[str]] = defaultdict(list)
+    stack: list[tuple[str, Any, Any]] = [("", None, event) for event in reversed(events)]
+    while stack:
+        name, index, value = stack.pop()
+        if isinstance(value, str):
+            for group in {None, index}:
+                parts[name, group].append(value)
+        elif isinstance(value, dict):
+            inner = value["index"] if isinstance(value.get("index"), int) else index
+            stack += [(key, inner, item) for key, item in reversed(value.items())]
+        elif isinstance(value, list):
+            stack += [(name, index, item) for item in reversed(value)]
+    return ["".join(texts) for texts in parts.values()]
 
 
 def open_endpoint(spec: str, *, timeout: float) -> OpenAITarget:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 from conformance.errors import TargetError
 from conformance.targets import environments, registry
-from conformance.targets.lockfile import Lock, overlay_bearing
+from conformance.targets.lockfile import Lock, overlay_digest
 from conformance.targets.packages import Progress
 
 _TEXT = """\
@@ -73,12 +72,11 @@ def _overlay(spec: str, extra: Sequence[str], adapter: str) -> Lock:
     base = environments.find_lock(registry.resolve(name))
     # The first pin of a lock file is the engine's own package.
     pins = [(base.pins[0][0], version), *((pin.partition("==")[0], pin.partition("==")[2]) for pin in extra)]
-    bearing = overlay_bearing(base.spec, pins)
     return Lock(
         target=name,
         version=version,
         path=environments.LOCKS / f"{name}-{version}.txt",
-        digest=hashlib.sha256(bearing.encode()).hexdigest(),
+        digest=overlay_digest(base.spec, pins),
         pins=tuple(pins),
         pythons=base.pythons,
         platform=base.platform,

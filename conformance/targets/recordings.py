@@ -169,19 +169,24 @@ def request_key(kind: Recordable, request: Request) -> str:
 
 def _contents(request: GenerateRequest) -> dict[str, Any]:
     """The fields that name files, with digests in place of paths."""
-    found: dict[str, Any] = {"checkpoint": _content(request.checkpoint)}
+    found: dict[str, Any] = {"checkpoint": content_digest(request.checkpoint)}
     if request.adapter is not None:
-        found["adapter"] = _content(request.adapter)
+        found["adapter"] = content_digest(request.adapter)
     if request.images:
-        found["images"] = [[_content(image) for image in images] for images in request.images]
+        found["images"] = [[content_digest(image) for image in images] for images in request.images]
     if request.options.speculation is not None:
         options = request.options.model_dump(exclude_defaults=True)
-        options["speculation"]["checkpoint"] = _content(request.options.speculation.checkpoint)
+        options["speculation"]["checkpoint"] = content_digest(request.options.speculation.checkpoint)
         found["options"] = options
     return found
 
 
-def _content(name: str) -> str:
+def content_digest(name: str) -> str:
+    """SHA-256 of a file, or of a folder's files with their names.
+
+    Raises:
+        TargetError: it cannot be read.
+    """
     path = Path(name)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     try:

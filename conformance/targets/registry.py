@@ -16,7 +16,7 @@ from packaging.version import Version
 
 import conformance
 from conformance.errors import ConformanceError, TargetError
-from conformance.targets import endpoint, environments, installed, replay
+from conformance.targets import bundled, endpoint, environments, installed, replay
 from conformance.targets.environments import Check, EnvironmentStatus, State
 from conformance.targets.lockfile import Lock
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
@@ -49,7 +49,10 @@ _ENGINES: dict[str, Engine] = {
     "transformers": Engine(
         "transformers", "Hugging Face transformers: response parser of its server, chat template, text model"
     ),
-    "vllm": Engine("vllm", "vLLM: reasoning and tool-call parsers of its OpenAI server"),
+    "vllm": Engine(
+        "vllm",
+        "vLLM: reasoning and tool-call parsers of its OpenAI server; with its part `engine`, the engine too",
+    ),
     "sglang-parsers": Engine(
         "sglang_parsers", "SGLang: reasoning and tool-call parsers of its OpenAI server"
     ),
@@ -283,7 +286,7 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
         server = VllmServer(
             canonical,
             python=found.python,
-            checkpoint=_scripted_checkpoint(),
+            checkpoint=bundled.checkpoint(),
             timeout=timeout,
             import_paths=found.import_paths,
         )
@@ -295,6 +298,7 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
         timeout=timeout,
         import_paths=found.import_paths,
         without_engine=found.lacking.get("engine", ""),
+        parts=found.parts,
     )
 
 
@@ -306,6 +310,7 @@ def _worker(
     timeout: float,
     import_paths: Sequence[Path] = (),
     without_engine: str = "",
+    parts: Sequence[str] = (),
 ) -> Target:
     return WorkerTarget(
         canonical,
@@ -314,6 +319,7 @@ def _worker(
         timeout=timeout,
         import_paths=import_paths,
         environment={
+            "CONFORMANCE_PARTS": " ".join(parts),
             "CONFORMANCE_WITHOUT_ENGINE": without_engine,
             "CONFORMANCE_TOKENIZER": str(tokenizer_files()),
             "CONFORMANCE_CHAT_TEMPLATE": str(_chat_template()),
@@ -420,7 +426,3 @@ def _versions(name: str, *, overlays: bool = True) -> tuple[str, ...]:
 
 def _chat_template() -> Path:
     return Path(conformance.__file__).parents[1] / "model_impl" / "chat" / "chat_template.jinja"
-
-
-def _scripted_checkpoint() -> Path:
-    return Path(conformance.__file__).parents[1] / "model_impl" / "nano" / "checkpoints" / "scripted"

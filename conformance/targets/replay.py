@@ -51,6 +51,7 @@ from conformance.targets.recordings import (
     chunking_detail,
     parse_line,
     place,
+    places_of,
     read_index,
     request_key,
 )
@@ -235,14 +236,22 @@ class ReplayTarget:
     def _read(self, where: tuple[int, int] | None, asked: Asked) -> AnswerLine:
         if where is None:
             raise self._not_recorded(asked)
+        changed = TargetError(f"{self._path} was changed while it was read; run again")
         if self._last is None or self._last[0] != where:
             if self._file is None:
                 self._file = self._path.open("rb")
             self._file.seek(where[0])
-            line = parse_line(self._file.read(where[1]), f"{self._path}, byte {where[0]}")
-            assert not isinstance(line, Header)
+            try:
+                line = parse_line(self._file.read(where[1]), f"{self._path}, byte {where[0]}")
+            except TargetError as error:  # every line was understood when the file was opened
+                raise changed from error
+            if isinstance(line, Header):
+                raise changed
             self._last = (where, line)
-        return self._last[1]
+        line = self._last[1]
+        if _place_of(asked) not in places_of(line):
+            raise changed
+        return line
 
     def _not_recorded(self, asked: Asked) -> NotRecordedError:
         what = f"`{asked.kind}` request {asked.key[:12]}…"

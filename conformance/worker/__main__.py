@@ -57,7 +57,8 @@ def _serve(requests: int, answers: int) -> int:
             try:
                 if method not in _METHODS:
                     raise ValueError(f"no such method: {method!r}")
-                answer = _line(number, result=getattr(adapter, method)(**request["params"]))
+                result = getattr(adapter, method)(**request["params"])
+                answer = _line(number, result=_with_parts(result) if method == "describe" else result)
             except BaseException as error:  # noqa: BLE001
                 answer = _line(number, error=_description(error))
             _send(answers, answer)
@@ -70,6 +71,14 @@ def _load(name: str) -> object:
     # A name without a dot is one of ours; tests bring adapters from elsewhere.
     module = name if "." in name else f"{__package__}.adapters.{name.replace('-', '_')}"
     return importlib.import_module(module).create()
+
+
+def _with_parts(info: object) -> object:
+    """What the adapter says of its engine, with the parts of its environment: all its imports see them."""
+    parts = os.environ.get("CONFORMANCE_PARTS")
+    if not parts or not isinstance(info, dict):
+        return info
+    return {**info, "environment": {**info.get("environment", {}), "parts": parts}}
 
 
 def _line(number: object, **answer: object) -> bytes:
