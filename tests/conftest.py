@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -23,6 +24,10 @@ PERMITTED = tomllib.loads((TESTS / "permitted_skips.toml").read_text(encoding="u
 SUBPROCESS_TIMEOUT = 240
 
 # ---------------------------------------------------------------------------- safety nets
+
+# A shell's background job ignores interrupts, and so would every program that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines that run tests are shared and slow; time is limited by test runs, not by examples.
 hypothesis.settings.register_profile("shared-machine", deadline=None)

@@ -159,7 +159,11 @@ def test_every_branch_of_our_template_shows_in_some_conversation() -> None:
     # Conversations and declarations by turns, because each branch shows soon in one of the two.
     seen = compared("large")
     mixed = chain.from_iterable(zip(seen[:EXAMPLES], seen[EXAMPLES:], strict=True))
-    expected = [(conversation, outcome(source, conversation)) for conversation in mixed]
+    # Malformed on purpose, and last: which of it Hypothesis finds changes with the constants of all modules.
+    malformed = [plain(USER, message) for message in MALFORMED_MESSAGES]
+    malformed += [plain(USER, CALL, {**RESULT, "content": content}) for content in MALFORMED_RESULTS]
+    malformed += [plain(USER, tools=[tool]) for tool in MALFORMED_TOOLS]
+    expected = [(each, outcome(source, each)) for each in chain(mixed, malformed)]
     unnoticed = []
     for branch in tree.find_all((nodes.If, nodes.CondExpr)):
         condition = branch.test

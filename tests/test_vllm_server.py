@@ -274,12 +274,15 @@ def test_nothing_outlives_the_harness(fake: Fake, mode: str, number: signal.Sign
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     ) as parent:
         assert parent.stdout is not None
-        assert parent.stdout.readline() == b"ready\n"
-        while not fake.starts:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        parent.send_signal(number)
-        assert parent.wait(20) != 0
+        try:
+            assert parent.stdout.readline() == b"ready\n"
+            while not fake.starts:
+                time.sleep(0.05)
+            time.sleep(0.3)
+            parent.send_signal(number)
+            assert parent.wait(20) != 0
+        finally:
+            parent.kill()
     assert not survivors(fake.mark)
 
 
