@@ -26,7 +26,7 @@ from tests.server_answers import MODEL
 from tests.server_lies import LIES, TRANSPORT_LIES
 
 KEY = "sk-test-0123456789"
-QUICK = Limits(connect=2, idle=0.5, total=2, max_bytes=2_000_000)
+PATIENT = Limits(connect=10, idle=5, total=20, max_bytes=2_000_000)
 SUITES = [suite for suite in load_suites() if isinstance(suite.suite, ServerSuite)]
 CASES = {case.address.removeprefix("server/"): case for suite in SUITES for case in suite.cases}
 
@@ -118,7 +118,7 @@ NO_RULE = {
 """Lies that leave no rule to break: the case is inconclusive, out of time or in error."""
 
 
-def judge(server: LyingServer, name: str, limits: Limits = QUICK) -> CheckOutcome:
+def judge(server: LyingServer, name: str, limits: Limits = PATIENT) -> CheckOutcome:
     loaded = CASES[name]
     target = OpenAITarget(Endpoint(server.url, MODEL), limits=limits, key=KEY)
     return checks.judge(loaded.case, loaded.suite.suite, target)
@@ -179,7 +179,7 @@ def test_a_connection_that_breaks_is_an_error() -> None:
 def test_a_model_that_never_calls_proves_nothing_about_calls(name: str) -> None:
     with LyingServer("never-calls") as server:
         loaded = CASES[name]
-        target = OpenAITarget(Endpoint(server.url, MODEL), limits=QUICK)
+        target = OpenAITarget(Endpoint(server.url, MODEL), limits=PATIENT)
         case = loaded.case.model_copy(update={"exact": None})
         outcome = checks.judge(case, loaded.suite.suite, target)
     assert outcome.verdict == "inconclusive"
@@ -240,7 +240,7 @@ def test_the_script_is_asserted_of_the_scripted_model_alone() -> None:
     loaded = CASES["text::plain"]
     case = loaded.case.model_copy(update={"exact": loaded.case.exact.model_copy(update={"content": "Else."})})  # type: ignore[union-attr]
     with LyingServer() as server:
-        target = OpenAITarget(Endpoint(server.url, MODEL), limits=QUICK)
+        target = OpenAITarget(Endpoint(server.url, MODEL), limits=PATIENT)
         outcome = checks.judge(case, loaded.suite.suite, target)
     assert rules(outcome) == {"expected"}
 
