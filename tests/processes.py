@@ -21,3 +21,8 @@ def survivors(mark: str) -> set[int]:
             break
         time.sleep(0.05)
     return found
+
+
+def children(pid: int) -> list[int]:
+    """Processes that the first thread of a process started and that are not waited for yet."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

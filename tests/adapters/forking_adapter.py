@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from conformance.worker.engine_process import EngineProcess
@@ -97,7 +98,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        print("closed in good order", flush=True)
+        Path(os.environ["TEST_CLOSED"]).write_text(str(os.getpid()))
 
 
 def _answer(**effective: str) -> dict[str, Any]:
