@@ -197,10 +197,19 @@ class ParityCase(CaseBase):
 
 
 Construct = Literal[
-    "answer", "content", "reasoning", "tool-call", "parallel-calls", "nested-arguments", "non-ascii", "json"
+    "tokens",
+    "answer",
+    "content",
+    "reasoning",
+    "tool-call",
+    "parallel-calls",
+    "nested-arguments",
+    "non-ascii",
+    "json",
 ]
-"""What an answer can hold: `answer` content, reasoning or a call, `nested-arguments` a call with an object or
-a list among its arguments, `non-ascii` a character beyond ASCII in any field, `json` content that is JSON."""
+"""What an answer can hold: `tokens` any at all by its usage, `answer` content, reasoning or a call,
+`nested-arguments` a call with an object or a list among its arguments, `non-ascii` a character beyond ASCII
+in any field, `json` content that is JSON."""
 
 
 class ExactAnswer(ExpectedParse):

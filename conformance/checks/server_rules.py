@@ -131,7 +131,8 @@ def _usage(reply: Reply, asked: Asked) -> Iterator[tuple[str, str]]:
         yield "usage", f"the answer took {completion} tokens, and max_tokens is {asked.max_tokens}"
     if completion == 0 and reply.texts():
         yield "usage", "the answer has text, and took no token"
-    if completion >= _MANY_TOKENS and not reply.texts():
+    # With `none` it is contested whether the text of a call that the model writes comes out (X19).
+    if completion >= _MANY_TOKENS and not reply.texts() and asked.case.tool_choice != "none":
         yield "nothing-lost", f"the answer took {completion} tokens, and every field is empty"
 
 
@@ -287,6 +288,8 @@ def constructs(replies: Sequence[Reply]) -> set[Construct]:
     """What appears in at least one of some answers."""
     found: set[Construct] = set()
     for reply in replies:
+        if completion_tokens(reply):
+            found.add("tokens")
         if reply.texts():
             found.add("answer")
         if reply.content.strip():
