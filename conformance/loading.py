@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from conformance import resources, yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
+from conformance.media import MARKERS, TextPiece, kind_of
 from conformance.results import SCHEMA_VERSION
 from conformance.suites import (
     PROMPTS,
@@ -29,10 +30,15 @@ from conformance.suites import (
     Case,
     GenerationCase,
     GenerationSuite,
+    MaskCase,
+    MaskSuite,
+    MixedRows,
     ParityCase,
     ParitySuite,
     ParserCase,
     ParserSuite,
+    ProcessorCase,
+    ProcessorSuite,
     RandomRows,
     ServerCase,
     ServerSuite,
@@ -47,6 +53,8 @@ _KINDS: dict[str, type[AnySuite]] = {
     "parser": ParserSuite,
     "template": TemplateSuite,
     "parity": ParitySuite,
+    "mask": MaskSuite,
+    "processor": ProcessorSuite,
     "server": ServerSuite,
     "generation": GenerationSuite,
 }
@@ -198,7 +206,7 @@ def suite_files(root: Path) -> list[Path]:
 
 def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
-    if isinstance(case, ParityCase | GenerationCase):
+    if isinstance(case, ParityCase | MaskCase | ProcessorCase | GenerationCase):
         return ()
     if isinstance(case.tools, str):
         assert isinstance(suite, ToolsSuiteBase)
@@ -206,13 +214,15 @@ def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     return case.tools
 
 
-def resolve_rows(case: ParityCase, suite: ParitySuite) -> tuple[tuple[int, ...], ...]:
-    """The token ids of a parity case."""
-    if not isinstance(case.rows, RandomRows):
-        return case.rows
-    draw = random.Random(case.rows.seed)  # noqa: S311 - seeded test data
-    vocab_size = suite.configs[case.config]["vocab_size"]
-    return tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in case.rows.random)
+def resolve_rows(
+    rows: tuple[tuple[int, ...], ...] | RandomRows, config: dict[str, Any]
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of rows without media, drawn where they are not given."""
+    if not isinstance(rows, RandomRows):
+        return rows
+    vocab_size = config.get("text_config", config)["vocab_size"]
+    draw = random.Random(rows.seed)  # noqa: S311 - seeded test data
+    return tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in rows.random)
 
 
 def resolve_prompt(case: ParserCase) -> str:
@@ -231,8 +241,9 @@ def case_digest(case: Case, suite: AnySuite) -> str:
     }
     if isinstance(case, ParserCase):
         content["prompt"] = resolve_prompt(case)
-    if isinstance(case, ParityCase) and isinstance(suite, ParitySuite):
+    if isinstance(suite, ParitySuite | ProcessorSuite):
         content["oracle"] = suite.oracle
+    if isinstance(case, ParityCase | MaskCase) and isinstance(suite, ParitySuite | MaskSuite):
         content["config"] = suite.configs[case.config]
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
@@ -282,9 +293,11 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
                 (*loc, "control_of"),
                 f"{case.control_of!r} is no other case of this suite; name the case that this one controls",
             )
-        if isinstance(case, ParityCase):
-            assert isinstance(suite, ParitySuite)
-            _check_parity(document, loc, case, suite)
+        if isinstance(case, ParityCase | MaskCase):
+            assert isinstance(suite, ParitySuite | MaskSuite)
+            _check_rows(document, loc, case, suite)
+        elif isinstance(case, ProcessorCase):
+            _check_placeholders(document, loc, case)
         elif isinstance(case, GenerationCase):
             _check_lines(document, loc, case)
         else:
@@ -318,8 +331,24 @@ def _check_lines(document: yamlfile.Document, loc: tuple[str | int, ...], case: 
             )
 
 
-def _check_parity(
-    document: yamlfile.Document, loc: tuple[str | int, ...], case: ParityCase, suite: ParitySuite
+def _check_placeholders(document: yamlfile.Document, loc: tuple[str | int, ...], case: ProcessorCase) -> None:
+    first = kind_of(case.pieces[0])
+    if case.extra_placeholders + sum(kind_of(piece) == first for piece in case.pieces) < 0:
+        raise document.error(
+            (*loc, "extra_placeholders"),
+            f"there are fewer pieces of the first one's kind, {first}",
+        )
+    if case.extra_placeholders and not case.refused:
+        raise document.error(
+            (*loc, "extra_placeholders"), "placeholders that do not match the media must be `refused: true`"
+        )
+
+
+def _check_rows(
+    document: yamlfile.Document,
+    loc: tuple[str | int, ...],
+    case: ParityCase | MaskCase,
+    suite: ParitySuite | MaskSuite,
 ) -> None:
     config = suite.configs.get(case.config)
     if config is None:
@@ -327,11 +356,33 @@ def _check_parity(
         raise document.error(
             (*loc, "config"), f"no configuration {case.config!r} in this suite; there are: {known}"
         )
+    text = config.get("text_config", config)
     for key in ("vocab_size", "num_hidden_layers"):
-        if type(config.get(key)) is not int or config[key] < 1:
+        if not isinstance(text, dict) or type(text.get(key)) is not int or text[key] < 1:
             raise document.error(("configs", case.config), f"the configuration needs a positive `{key}`")
-    largest = max(max(row) for row in resolve_rows(case, suite))
-    if largest >= config["vocab_size"]:
+    if isinstance(case.rows, MixedRows):
+        _check_media(document, loc, case.rows, config)
+        return
+    rows = case.rows if isinstance(case.rows, tuple) else ()
+    largest = max((max(row) for row in rows), default=0)
+    if largest >= text["vocab_size"]:
         raise document.error(
-            (*loc, "rows"), f"token id {largest} is outside the vocabulary of {config['vocab_size']}"
+            (*loc, "rows"), f"token id {largest} is outside the vocabulary of {text['vocab_size']}"
         )
+
+
+def _check_media(
+    document: yamlfile.Document, loc: tuple[str | int, ...], rows: MixedRows, config: dict[str, Any]
+) -> None:
+    for number, row in enumerate(rows.pieces):
+        for place, piece in enumerate(row):
+            if isinstance(piece, TextPiece):
+                continue
+            kind = kind_of(piece)
+            section = "audio_config" if kind == "audio" else "vision_config"
+            wanted = [section, *(f"{name}_token_id" for name in MARKERS[kind])]
+            if missing := [key for key in wanted if config.get(key) is None]:
+                raise document.error(
+                    (*loc, "rows", "pieces", number, place),
+                    f"for {kind} the configuration needs {', '.join(missing)}",
+                )

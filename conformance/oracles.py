@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.errors import EngineError
-from conformance.suites import RandomAdapter, RandomDraft
-from conformance.targets import registry
-from conformance.targets.protocol import ForwardRequest, ForwardResult, Target
+from conformance.loading import resolve_rows
+from conformance.media import MediaPiece, Prompts, kind_of
+from conformance.suites import MixedRows, RandomAdapter, RandomDraft, Rows
+from conformance.targets import environments, registry
+from conformance.targets.protocol import (
+    ForwardRequest,
+    ForwardResult,
+    LongBlocks,
+    MediaFile,
+    PreprocessRequest,
+    PreprocessResult,
+    Target,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +46,8 @@ class Wanted:
     rows: tuple[tuple[int, ...], ...]
     prefill: int | None
     capture: tuple[str, ...]
+    media: str = ""
+    long_blocks: LongBlocks | None = None
 
 
 class Oracles:
@@ -54,15 +66,27 @@ class Oracles:
         self._made: dict[str, Path] = {}
         self._answers: dict[str, ForwardResult] = {}
         self._logprobs: dict[str, list[Tensor]] = {}
+        self._prompts: dict[str, Prompts] = {}
+        self._prepared: dict[str, PreprocessResult] = {}
+        self._files: dict[str, tuple[MediaFile, ...]] = {}
+        self._unavailable: dict[tuple[str, str], str] = {}
 
-    @staticmethod
-    def unavailable(spec: str) -> str:
+    def unavailable(self, spec: str, part: str = "") -> str:
         """Why an oracle cannot be used here, and what to do; empty if it can.
+
+        Args:
+            spec: The oracle's.
+            part: Of its environment that is needed besides.
 
         Raises:
             TargetError: no such target.
         """
-        return registry.unavailable(spec)
+        if (spec, part) not in self._unavailable:
+            reason = registry.unavailable(spec)
+            if part and not reason and not registry.is_factory(spec):
+                reason = environments.status(spec).lacking.get(part, "")
+            self._unavailable[spec, part] = reason
+        return self._unavailable[spec, part]
 
     def request(self, wanted: Wanted, **options: Any) -> ForwardRequest:
         """The request for a target: its checkpoint exists, its tensors go into a file of its own.
@@ -75,10 +99,62 @@ class Oracles:
             checkpoint=str(self._checkpoint(wanted)),
             input_ids=wanted.rows,
             prefill=wanted.prefill,
+            media=wanted.media,
             capture=wanted.capture,
-            output=str(self._path() / f"{next(self._numbers)}.safetensors"),
+            long_blocks=wanted.long_blocks,
+            output=str(self.output()),
             **options,
         )
+
+    def prompts(self, rows: Rows, config: dict[str, Any]) -> Prompts:
+        """Token ids of rows, and the media among them.
+
+        Raises:
+            EngineError: the bundled preprocessing refuses a piece.
+        """
+        if not isinstance(rows, MixedRows):
+            return Prompts(resolve_rows(rows, config))
+        from conformance import mixed_rows
+
+        key = _digest("prompts", rows.model_dump(), config)
+        if key not in self._prompts:
+            folder = self._path() / f"prompts-{key[:16]}"
+            folder.mkdir()
+            self._prompts[key] = mixed_rows.build(rows, config, folder)
+        return self._prompts[key]
+
+    def preprocess(self, spec: str, request: PreprocessRequest) -> PreprocessResult:
+        """What the oracle makes of media.
+
+        Raises:
+            EngineError: the oracle raised; the message names it.
+            WorkerDiedError, TargetTimeoutError: from the oracle.
+        """
+        key = _digest("preprocess", spec, request.model_dump(exclude={"output"}))
+        if key not in self._prepared:
+            try:
+                self._prepared[key] = self._open_target(spec).preprocess(request)
+            except EngineError as error:
+                raise EngineError(f"the oracle {spec}: {error}", traceback=error.traceback) from error
+        return self._prepared[key]
+
+    def files(self, pieces: Sequence[MediaPiece]) -> tuple[MediaFile, ...]:
+        """Files of media."""
+        from conformance import media_files
+
+        key = _digest("files", [piece.model_dump() for piece in pieces])
+        if key not in self._files:
+            folder = self._path() / f"files-{key[:16]}"
+            folder.mkdir()
+            self._files[key] = tuple(
+                media_files.write(piece, folder, f"{kind_of(piece)}-{number}")
+                for number, piece in enumerate(pieces, 1)
+            )
+        return self._files[key]
+
+    def output(self) -> Path:
+        """A new path for tensors."""
+        return self._path() / f"{next(self._numbers)}.safetensors"
 
     def ask(self, spec: str, wanted: Wanted, dtype: str) -> ForwardResult:
         """What the oracle computes, in its own choice of backend.
@@ -165,6 +241,10 @@ class Oracles:
         self._made.clear()
         self._answers.clear()
         self._logprobs.clear()
+        self._prompts.clear()
+        self._prepared.clear()
+        self._files.clear()
+        self._unavailable.clear()
 
     def _checkpoint(self, wanted: Wanted) -> Path:
         return self._folder_of(

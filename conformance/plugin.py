@@ -341,7 +341,7 @@ class Recorder:
             terminalreporter.write_line(f"INCONCLUSIVE {report.nodeid} - {report.longrepr[2]}", yellow=True)
         if self._recording is not None and self._recording.path is not None:
             if self._recording.whole.keys() > self._recording.verdicts.keys():
-                from conformance.progress import counted
+                from conformance.verdicts import counted
 
                 whole = ", ".join(counted(Counter(self._recording.whole.values())))
                 terminalreporter.write_line(f"whole run, with earlier sessions: {whole}")

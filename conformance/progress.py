@@ -20,20 +20,8 @@ from rich.text import Text
 from conformance.explain import explain, headline, visible
 from conformance.plugin import RECORDER
 from conformance.results import Preflight, Result, Verdict
+from conformance.verdicts import BAD, verdict_counts
 
-_WORDS: dict[Verdict, tuple[str, str, str]] = {
-    "pass": ("passed", "passed", "green"),
-    "fail": ("failed", "failed", "red"),
-    "xfail": ("expected failure", "expected failures", "yellow"),
-    "xpass": ("unexpected pass", "unexpected passes", "red"),
-    "skip": ("skipped", "skipped", "dim"),
-    "inconclusive": ("inconclusive", "inconclusive", "magenta"),
-    "error": ("error", "errors", "red"),
-    "timeout": ("timeout", "timeouts", "red"),
-}
-"""Verdict to its word, for one and for several, and its colour."""
-
-BAD: frozenset[Verdict] = frozenset({"fail", "xpass", "error", "timeout"})
 _HEARTBEAT = 10.0
 _TARGETS = logging.getLogger("conformance.targets")
 """What targets write for people goes to this logger and those below it."""
@@ -188,21 +176,3 @@ class ProgressPlugin:
 
     def _render(self) -> RenderableType:
         return Group(self._bars, self._current)
-
-
-def verdict_counts(counts: Counter[Verdict], not_run: int = 0) -> Text:
-    """`12 passed, 1 failed, 3 not run`, coloured."""
-    styles = [style for verdict, (_, _, style) in _WORDS.items() if counts[verdict]]
-    parts = [Text(text, style=style) for text, style in zip(counted(counts), styles, strict=True)]
-    if not_run:
-        parts.append(Text(f"{not_run} not run", style="dim"))
-    return Text(", ").join(parts)
-
-
-def counted(counts: Counter[Verdict]) -> list[str]:
-    """`12 passed`, `1 error`: a text for each verdict that occurs."""
-    return [
-        f"{counts[verdict]} {one if counts[verdict] == 1 else several}"
-        for verdict, (one, several, _) in _WORDS.items()
-        if counts[verdict]
-    ]

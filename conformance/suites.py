@@ -10,10 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from conformance.targets.protocol import AttentionBackend, DType, EngineOptions, Speculation
+from conformance.media import Budget, MediaPiece, Piece, TextPiece
+from conformance.targets.protocol import (
+    AttentionBackend,
+    DType,
+    EngineOptions,
+    LongBlocks,
+    MediaForm,
+    Speculation,
+)
 
 CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
 SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
+OracleSpec = Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]*@\d[\w.]*|[A-Za-z_][\w.]*:\w+)$")]
+"""Spec of the target that the others are compared with, with its version: `transformers@5.19.0`."""
 SourceRef = Annotated[
     str,
     StringConstraints(
@@ -159,6 +169,23 @@ class RandomRows(Strict):
     seed: int = 0
 
 
+class MixedRows(Strict):
+    """Rows of seeded random token ids with media among them."""
+
+    pieces: tuple[tuple[Piece, ...], ...] = Field(min_length=1)
+    seed: int = 0
+    image_budget: Budget = 280
+    frame_budget: Budget = 70
+
+    @model_validator(mode="after")
+    def _some_media(self) -> MixedRows:
+        if not all(self.pieces):
+            raise ValueError("a row has no piece")
+        if all(isinstance(piece, TextPiece) for row in self.pieces for piece in row):
+            raise ValueError("there is nothing but text; use `random`")
+        return self
+
+
 class Tolerance(Strict):
     """How far a tensor may be from the oracle's, in float32."""
 
@@ -168,6 +195,10 @@ class Tolerance(Strict):
     """Of max|a - b| / max|b|."""
 
 
+Rows = tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | RandomRows | MixedRows
+"""Token ids, or how to draw them."""
+
+
 class ParityCase(CaseBase):
     """Judge the tensors inside a model against those of the suite's oracle."""
 
@@ -175,7 +206,7 @@ class ParityCase(CaseBase):
     """A key of the suite's `configs`."""
     weights: int = 0
     """Seed of the checkpoint's weights."""
-    rows: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | RandomRows
+    rows: Rows
     """Token ids, or how to draw them."""
     prefill: int | None = Field(default=None, ge=1)
     """Tokens of every row fed in one call; the rest follows one by one. Absent: all at once."""
@@ -191,8 +222,46 @@ class ParityCase(CaseBase):
 
     @model_validator(mode="after")
     def _rows_have_tokens(self) -> ParityCase:
-        if not isinstance(self.rows, RandomRows) and not (self.rows and all(self.rows)):
+        if isinstance(self.rows, tuple) and not (self.rows and all(self.rows)):
             raise ValueError("`rows` needs at least one row, and every row a token")
+        return self
+
+
+class MaskCase(CaseBase):
+    """Judge which keys every token sees, in every layer, by the rule of the fact sheet's section 3.6."""
+
+    config: CaseId
+    """A key of the suite's `configs`."""
+    rows: RandomRows | MixedRows
+    long_blocks: LongBlocks | None = None
+    """What the target must do with images longer than the window; absent: its own choice, which has to be
+    `clamp_past`."""
+    attention: AttentionBackend | None = None
+    """Backend that the target must use; absent: its own choice."""
+
+
+class ProcessorCase(CaseBase):
+    """Judge what a processor makes of a prompt and its media."""
+
+    form: MediaForm = "tower"
+    pieces: tuple[MediaPiece, ...] = Field(min_length=1)
+    """The prompt holds a placeholder for each, with text between."""
+    image_budget: int = 280
+    frame_budget: int = 70
+    sample_frames: bool = True
+    extra_placeholders: int = Field(default=0, ge=-8, le=8)
+    """So many more placeholders of the first piece's kind than pieces, or fewer."""
+    soft_tokens: tuple[int, ...] | None = None
+    """Of each image, frame and sound in the order of the prompt; absent: only the oracle says."""
+    refused: bool = False
+    """The target must refuse this, and answer the next request."""
+    tolerance: float = Field(default=1e-5, gt=0)
+    """How far a pixel or a feature may be from the oracle's."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ProcessorCase:
+        if self.refused and self.soft_tokens is not None:
+            raise ValueError("what is `refused` has no `soft_tokens`")
         return self
 
 
@@ -360,11 +429,27 @@ class ParitySuite(SuiteBase):
     """Suite of kind `parity`."""
 
     kind: Literal["parity"]
-    oracle: Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]*@\d[\w.]*|[A-Za-z_][\w.]*:\w+)$")]
-    """Spec of the target that the others are compared with, with its version: `transformers@5.19.0`."""
+    oracle: OracleSpec
     configs: dict[CaseId, dict[str, Any]] = Field(min_length=1)
-    """Text configurations, with the keys of a published `text_config`."""
+    """With the keys of a published `text_config`; for rows with media, of a published `config.json`."""
     cases: tuple[ParityCase, ...] = Field(min_length=1)
+
+
+class MaskSuite(SuiteBase):
+    """Suite of kind `mask`."""
+
+    kind: Literal["mask"]
+    configs: dict[CaseId, dict[str, Any]] = Field(min_length=1)
+    """As in a suite of kind `parity`."""
+    cases: tuple[MaskCase, ...] = Field(min_length=1)
+
+
+class ProcessorSuite(SuiteBase):
+    """Suite of kind `processor`."""
+
+    kind: Literal["processor"]
+    oracle: OracleSpec
+    cases: tuple[ProcessorCase, ...] = Field(min_length=1)
 
 
 class ServerSuite(ToolsSuiteBase):
@@ -383,6 +468,8 @@ class GenerationSuite(SuiteBase):
     cases: tuple[GenerationCase, ...] = Field(min_length=1)
 
 
-AnySuite = ParserSuite | TemplateSuite | ParitySuite | ServerSuite | GenerationSuite
+AnySuite = (
+    ParserSuite | TemplateSuite | ParitySuite | MaskSuite | ProcessorSuite | ServerSuite | GenerationSuite
+)
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
-Case = ParserCase | TemplateCase | ParityCase | ServerCase | GenerationCase
+Case = ParserCase | TemplateCase | ParityCase | MaskCase | ProcessorCase | ServerCase | GenerationCase

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from model_impl.checkpoint import PREFIX
 from model_impl.config import TextConfig
+from model_impl.media_config import MultimodalConfig
+from model_impl.multimodal import Gemma4ForConditionalGeneration
 from model_impl.speculative.eagle3 import Eagle3
 from model_impl.speculative.eagle3_config import Eagle3Config
 from model_impl.text import TextModel
@@ -39,20 +42,72 @@ What makes a random stack blow up rounding is kept low, so that float32 decides:
 is no 1/sqrt(d) and higher ones make attention sharp; what a layer adds; and what it takes from the stream."""
 
 
+_TOWER_RANGES = {
+    # Averages of values are below the bounds of what is projected, products of gates smaller still. Of two
+    # bounds around silu only the tighter one bites: in one network the first, in the other the second.
+    "post.input": (0.1, 0.2),
+    "post.output": (0.1, 0.2),
+    "linear_end.output": (0.1, 0.2),
+    "linear_end.input_min": (0.1, 0.2),
+    "feed_forward1.ffw_layer_1.output": (0.2, 0.3),
+    "feed_forward1.ffw_layer_2.input": (0.2, 0.3),
+    "feed_forward2.ffw_layer_2.input": (0.05, 0.1),
+    "ffw_layer_2.output": (0.05, 0.15),
+    "gate_proj.output": (0.2, 0.5),
+    "down_proj": (0.04, 0.09),
+    "": (0.5, 1.0),
+}
+"""Magnitudes of the bounds of clipped linears, by a part of the name. What cuts nothing off would say nothing
+in a comparison."""
+
+_TOWER_TENSORS = {
+    "per_dim_scale": (-1.5, 0.5),
+    "std_scale": (0.2, 1.2),
+    "std_bias": (-5.0, 5.0),
+    "q_norm.weight": (0.3, 0.7),
+    "k_norm.weight": (0.3, 0.7),
+    "post_attention_layernorm.weight": (0.2, 0.5),
+    "post_feedforward_layernorm.weight": (0.2, 0.5),
+    "post_layer_norm.weight": (0.2, 0.5),
+    "norm_post_attn.weight": (0.2, 0.5),
+    "linear_end.linear.weight": (-0.1, 0.1),
+    "patch_dense.weight": (-2e-4, 2e-4),
+    "patch_dense.bias": (-0.02, 0.02),
+    "ln1.bias": (-1.5, 1.5),
+    "bias": (-0.5, 0.5),
+    "norm_out.weight": (0.5, 1.7),
+    "norm_pre_attn.weight": (0.5, 1.7),
+    "norm.weight": (0.5, 1.7),
+    "ln1.weight": (0.5, 1.7),
+    "ln2.weight": (0.005, 0.017),
+    "layernorm.weight": (0.5, 1.7),
+}
+"""Uniform ranges by the end of a tensor's name. The unified model's vectors before its last norm are so small
+that the norm's epsilon shows."""
+
+_TOWER_DEVIATIONS = {"position_embedding_table": 0.4, "pos_embedding": 0.004}
+"""Of normal distributions, by the end of a name; elsewhere what keeps the variance."""
+
+
 def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int) -> None:
     """Write `config.json` and `model.safetensors` (float32).
 
     Args:
-        config: As published; written as it is.
+        config: As published; written as it is. With a configuration of images or sound it is a whole model's.
         folder: Must exist.
         seed: Together with a tensor's name it decides the tensor.
 
     Raises:
-        ConfigError: as `TextConfig.from_dict`.
+        ConfigError: as `TextConfig.from_dict` and `MultimodalConfig.from_dict`.
     """
     tensors = {
         PREFIX + name: _tensor(name, shape, seed) for name, shape in shapes(TextConfig.from_dict(config))
     }
+    if config.get("vision_config") or config.get("audio_config"):
+        tensors |= {
+            f"model.{name}": _tower_tensor(name, shape, seed)
+            for name, shape in tower_shapes(MultimodalConfig.from_dict(config))
+        }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
@@ -131,11 +186,40 @@ def shapes(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
                     yield f"layers.{layer.index}.self_attn.{name}", shape
 
 
+def tower_shapes(config: MultimodalConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all tensors of towers, embedders and projectors, below `model.`."""
+    with torch.device("meta"):
+        model = Gemma4ForConditionalGeneration(config)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("language_model."):
+            yield name, tuple(tensor.shape)
+
+
 def _tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = _generator(name, seed)
     for part, (low, high) in _RANGES.items():
         if name.endswith(part) or (part == "norm" and "norm" in name):
             return torch.empty(shape).uniform_(low, high, generator=generator)
     # An embedding's lookup multiplies by the root of the width, so that every stream starts at variance one.
     return torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)
+
+
+def _tower_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = _generator(name, seed)
+    if name.endswith(("_min", "_max")):
+        low, high = next(span for part, span in _TOWER_RANGES.items() if part in name)
+        bound = torch.empty(shape).uniform_(low, high, generator=generator)
+        return -bound if name.endswith("_min") else bound
+    for end, (low, high) in _TOWER_TENSORS.items():
+        if name.endswith(end):
+            return torch.empty(shape).uniform_(low, high, generator=generator)
+    for end, deviation in _TOWER_DEVIATIONS.items():
+        if name.endswith(end):
+            return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    inputs = math.prod(shape[1:])
+    return torch.empty(shape).normal_(0.0, inputs**-0.5, generator=generator)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

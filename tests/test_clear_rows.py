@@ -59,7 +59,7 @@ def test_there_are_such_cases() -> None:
     assert len(CASES) >= 4
     for suite, case in CASES:
         window = suite.configs[case.config]["sliding_window"]
-        assert all(len(row) > 2 * window for row in resolve_rows(case, suite))
+        assert all(len(row) > 2 * window for row in resolve_rows(case.rows, suite.configs[case.config]))
 
 
 @pytest.mark.parametrize("key", CHECKPOINTS, ids=lambda key: "-".join(map(str, key)))
@@ -69,8 +69,8 @@ def test_committed_rows_are_the_rule_s(key: tuple[str, str, int]) -> None:
     if reason := registry.unavailable(suite.oracle):
         pytest.skip(f"{suite.oracle}: {reason}")
     cases = [case for other, case in CASES if (other.id, case.config, case.weights) == key]
-    rows = resolve_rows(cases[0], suite)
-    assert all(resolve_rows(case, suite) == rows for case in cases)
+    rows = resolve_rows(cases[0].rows, suite.configs[cases[0].config])
+    assert all(resolve_rows(case.rows, suite.configs[case.config]) == rows for case in cases)
     assert [len(row) for row in rows] == [LENGTH] * COUNT
     with clear_rows.opened(suite, *key[1:]) as weights:
         assert float(weights.margins(rows).min()) >= MARGIN

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,9 +79,43 @@ def test_an_engine_is_kept(target: WorkerTarget) -> None:
 
 def test_its_temporary_files_go_with_the_worker(target: WorkerTarget) -> None:
     folder = Path(ask(target)["temporary"])
-    assert folder.name.startswith("conformance-")
+    assert folder.is_dir()
+    scratch = folder.parent
+    assert scratch.name.startswith("conformance-")
     target.close()
-    assert not folder.exists()
+    assert not scratch.exists()
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from conformance.targets.process import WorkerTarget
+from conformance.targets.protocol import GenerateRequest
+folder, mark = sys.argv[1:]
+target = WorkerTarget(
+    "forking@1", python=Path(sys.executable), adapter="adapters.forking_adapter", import_paths=[Path(folder)],
+    environment={"TEST_MARK": mark, "TEST_CLOSED": "/dev/null"},
+)
+request = GenerateRequest(checkpoint="socket", prompts=((1,),), max_new_tokens=1)
+print(target.generate(request).effective["socket"], flush=True)
+target.generate(request.model_copy(update={"checkpoint": "hang"}))
+"""
+
+
+def test_nothing_of_an_engine_outlives_a_killed_harness(mark: str) -> None:
+    # pytest's own folders have names too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="t-") as temporary:
+        environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "TMPDIR": temporary}
+        command = [sys.executable, "-c", PARENT, str(TESTS), mark]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+            assert parent.stdout is not None
+            socket = Path(parent.stdout.readline().strip())
+            assert socket.is_socket()
+            assert Path(temporary) in socket.parents
+            time.sleep(0.3)
+            parent.kill()
+        assert not survivors(mark)
+        assert list(Path(temporary).iterdir()) == []
 
 
 def test_closing_ends_all_it_started_and_the_worker_goes_on(target: WorkerTarget) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conformance.errors import TargetError, UsageError
-from conformance.targets import environments
+from conformance.targets import environments, health
 from conformance.targets.lockfile import Lock
 
 SPEC = "toy@1.0"
@@ -151,7 +151,7 @@ def test_install_from_a_lock(place: Place, tmp_path: Path, monkeypatch: pytest.M
     assert lines[0].startswith("making the environment of toy@1.0 at ")
     assert "installing toy-base==2.0 with dependencies" in lines
     assert lines[-1].startswith("toy@1.0 is ready: ")
-    assert all(check.ok for check in environments.doctor(SPEC)), environments.doctor(SPEC)
+    assert all(check.ok for check in health.doctor(SPEC)), health.doctor(SPEC)
     assert not (tmp_path / "elsewhere").exists(), "the user's own pip settings must not lead elsewhere"
 
 
@@ -168,7 +168,7 @@ def test_a_changed_lock_replaces_the_environment(installed: Place) -> None:
     stale = environments.status(SPEC)
     assert stale.state == "stale"
     assert "made from another lock file" in stale.reason
-    assert not environments.doctor(SPEC)[0].ok
+    assert not health.doctor(SPEC)[0].ok
     environments.install(SPEC)
     assert environments.status(SPEC).state == "ready"
     assert _versions()["engine"] == "1.1"
@@ -265,7 +265,7 @@ def test_the_platform_of_this_machine_is_accepted(place: Place) -> None:
 def test_an_environment_without_its_stamp_is_broken(installed: Place) -> None:
     (environments.status(SPEC).path / "conformance-environment.json").unlink()
     assert environments.status(SPEC).state == "broken"
-    (check,) = environments.doctor(SPEC)
+    (check,) = health.doctor(SPEC)
     assert not check.ok
     assert "run `conformance targets install toy@1.0`" in check.detail
 
@@ -281,7 +281,7 @@ def test_doctor_finds_what_was_changed(installed: Place) -> None:
     python = environments.status(SPEC).python
     for arguments in (["install", "--no-deps", "toy-engine==1.1"], ["uninstall", "-y", "toy-base"]):
         subprocess.run([python, "-m", "pip", "-q", *arguments], check=True)
-    found = {check.name: check for check in environments.doctor(SPEC)}
+    found = {check.name: check for check in health.doctor(SPEC)}
     assert found["interpreter"].ok
     assert not found["packages"].ok
     assert found["packages"].detail == "toy-engine: 1.1, not 1.0; toy-base: absent, not 2.0"
@@ -292,7 +292,7 @@ def test_doctor_of_an_interpreter_that_does_not_run(installed: Place) -> None:
     python.unlink()
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    found = {check.name: check for check in environments.doctor(SPEC)}
+    found = {check.name: check for check in health.doctor(SPEC)}
     assert not found["interpreter"].ok
 
 
@@ -372,7 +372,7 @@ def test_a_part_comes_with_an_environment_asked_for_by_name(place: Place) -> Non
     place.write(PARTS)
     assert environments.install(SPEC).parts == ("engine",)
     assert (_versions()["engine"], _part_version()) == ("1.0", "1.0")
-    checks = {check.name: check for check in environments.doctor(SPEC)}
+    checks = {check.name: check for check in health.doctor(SPEC)}
     assert all(check.ok for check in checks.values())
     assert checks["packages"].detail == "3 packages as pinned"
     assert checks["part engine"].detail == "installed"
@@ -501,14 +501,77 @@ def test_two_installers_add_one_part(installed: Place) -> None:
 
 def test_doctor_finds_a_part_that_was_changed(installed: Place) -> None:
     installed.write(PARTS)
-    absent = {check.name: check for check in environments.doctor(SPEC)}
+    absent = {check.name: check for check in health.doctor(SPEC)}
     assert absent["part engine"].ok, "an environment is whole without its parts"
     assert "conformance targets install toy@1.0" in absent["part engine"].detail
     folder = environments.install(SPEC).path / "parts" / "engine"
     (folder / "toy_part-1.0.dist-info").rename(folder / "gone")
-    found = {check.name: check for check in environments.doctor(SPEC)}
+    found = {check.name: check for check in health.doctor(SPEC)}
     assert not found["packages"].ok
     assert found["packages"].detail == "toy-part: absent, not 1.0"
+
+
+IMPORTING = PARTS.replace("\n\ntoy-part", "\n# imports: json\n# imports: toy_part json.tool\n\ntoy-part")
+
+
+def _part_check(place: Place, code: str = "") -> health.Check:
+    """What doctor says of the part, once its module has some more code."""
+    place.write(IMPORTING)
+    module = environments.install(SPEC).part_path("engine") / "toy_part.py"
+    with module.open("a", encoding="utf-8") as file:
+        file.write(code)
+    (check,) = (check for check in health.doctor(SPEC) if check.name == "part engine")
+    return check
+
+
+def test_doctor_imports_a_part(installed: Place) -> None:
+    installed.write(IMPORTING)
+    (part,) = environments.find_lock(SPEC).parts
+    assert part.imports == ("json", "toy_part", "json.tool")
+    (absent,) = (check for check in health.doctor(SPEC) if check.name == "part engine")
+    assert absent.ok
+    assert "is not installed" in absent.detail
+    hooked = (
+        "import sys\nassert '_BeforeTorchvision' in [type(finder).__name__ for finder in sys.meta_path]\n"
+    )
+    assert _part_check(installed, hooked) == health.Check(
+        "part engine", ok=True, detail="installed; 3 modules of it can be imported"
+    )
+
+
+def test_doctor_tells_how_to_mend_a_part(installed: Place) -> None:
+    broken = "raise RuntimeError('operator torchvision::nms\\n does not exist')\n"
+    check = _part_check(installed, broken)
+    assert not check.ok
+    folder = environments.status(SPEC).part_path("engine")
+    assert check.detail.startswith(
+        "toy_part cannot be imported: RuntimeError: operator torchvision::nms does not exist; "
+        f"delete {folder} and run `conformance targets install toy@1.0`, which installs the part anew; "
+    )
+    shutil.rmtree(folder)
+    environments.install(SPEC)
+    assert all(check.ok for check in health.doctor(SPEC))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit('no GPU')", "toy_part cannot be imported: SystemExit: no GPU"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("import os; os._exit(7)", "importing toy_part: toy@1.0: the worker ended with exit code 7"),
+    ],
+)
+def test_doctor_survives_what_a_part_does(installed: Place, code: str, message: str) -> None:
+    check = _part_check(installed, f"{code}\n")
+    assert not check.ok
+    assert message in check.detail
+
+
+def test_doctor_ends_an_import_that_hangs(installed: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_IMPORT_TIMEOUT", 2.0)
+    check = _part_check(installed, "import time; time.sleep(60)\n")
+    assert not check.ok
+    assert "importing toy_part: toy@1.0: it did not answer 'describe' within 2 s" in check.detail
 
 
 def test_remove_takes_the_parts_along(installed: Place) -> None:
@@ -522,9 +585,11 @@ def test_remove_takes_the_parts_along(installed: Place) -> None:
     ("text", "message"),
     [
         ("# part: engine\n", "part 'engine' has no pin"),
-        ("# part: engine\n# python: 3.11\nx==1\n", "part 'engine' has fields besides `size` and `time`"),
+        ("# part: engine\n# python: 3.11\nx==1\n", "part 'engine' has fields besides `size`, `time` and"),
         ("# part: engine\nx==1\n# part: engine\ny==1\n", r"toy-1\.0\.txt:10: a second part 'engine'"),
         ("# part: engine\ntoy-base==2.0\n", r"toy-1\.0\.txt:9: toy-base is pinned twice"),
+        ("# part: engine\n# imports: toy-part\nx==1\n", "names of modules under `imports`, found 'toy-part'"),
+        ("# imports: toy_engine\n", "only a part has `imports`; move the line behind"),
     ],
 )
 def test_a_bad_part(place: Place, text: str, message: str) -> None:
@@ -627,3 +692,4 @@ def test_the_lock_files_of_the_package(lock: Lock) -> None:
     base = environments.find_lock(lock.overlay_of) if lock.overlay_of else lock
     assert "3.11" in base.pythons
     assert names[0] == base.pins[0][0], "the engine's own package comes first"
+    assert all(part.imports for part in lock.parts), "doctor sees whether a part works"

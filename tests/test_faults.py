@@ -22,6 +22,8 @@ from conformance.runner import TargetPool
 from conformance.targets import registry as targets
 
 FAULTS = list(registry().values())
+FEW = {"parity": 2, "mask": 3, "processor": 8}
+"""Most cases of a suite that are run for a fault, by kind, where it is not all."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,10 @@ def citing(suites: LoadedSuites, fault: Fault) -> LoadedSuites:
 
 
 def few_cases(suite: LoadedSuite, fault: Fault) -> LoadedSuite:
-    """A suite with its cases that cite the fault; two of them where each runs a model."""
+    """A suite with its cases that cite the fault; a few of them where each takes long."""
     cases = zip(suite.suite.cases, suite.lines, strict=True)
     chosen = [(case, line) for case, line in cases if set(case.source) & set(fault.source)]
-    chosen = chosen[:2] if fault.kind == "parity" else chosen
+    chosen = chosen[: FEW.get(fault.kind)]
     kept = suite.suite.model_copy(update={"cases": tuple(case for case, _ in chosen)})
     return replace(suite, suite=kept, lines=tuple(line for _, line in chosen))
 
@@ -66,7 +68,9 @@ def test_there_are_enough_of_both_kinds() -> None:
     assert len(FAULTS) >= 15
     assert kinds.count("parser") >= 10
     assert kinds.count("template") >= 5
-    assert kinds.count("parity") >= 20
+    assert kinds.count("parity") >= 60
+    assert kinds.count("mask") >= 10
+    assert kinds.count("processor") >= 20
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)

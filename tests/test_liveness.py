@@ -42,12 +42,12 @@ def checkpoints() -> dict[str, Checkpoint]:
     """By suite, configuration and seed."""
     found: dict[str, Checkpoint] = {}
     for suite in (loaded.suite for loaded in load_suites()):
-        if not isinstance(suite, ParitySuite):
+        if not isinstance(suite, ParitySuite) or suite.area != "text-model":
             continue
         for case in suite.cases:
             name = f"{suite.id.removeprefix('parity/')}-{case.config}-{case.weights}"
             made = found.setdefault(name, Checkpoint(suite.configs[case.config], case.weights, []))
-            rows = resolve_rows(case, suite)
+            rows = resolve_rows(case.rows, suite.configs[case.config])
             if rows not in made.rows:
                 made.rows.append(rows)
     return found

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from conformance.errors import TargetError
-from conformance.targets import environments, overlays, registry
+from conformance.targets import environments, health, overlays, registry
 from tests.test_environments import (  # noqa: F401 - fixtures
     LOCK,
     SPEC,
@@ -70,7 +70,7 @@ def test_an_overlay_hides_one_package_of_its_base(overlaid: Place) -> None:
     assert imported(OLD) == {"base": "2.0", "engine": "1.1", "metadata": "1.1"}
     assert imported(SPEC) == {"base": "2.0", "engine": "1.0", "metadata": "1.0"}
     assert overlaid.left_behind() == ["toy-0.9", "toy-1.0"]
-    assert all(check.ok for check in environments.doctor(OLD)), environments.doctor(OLD)
+    assert all(check.ok for check in health.doctor(OLD)), health.doctor(OLD)
     environments.install(OLD, lines.append)
     assert lines[-1].startswith(f"{OLD} is installed at ")
 

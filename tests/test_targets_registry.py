@@ -12,7 +12,7 @@ import pytest
 
 from conformance.errors import EngineError, TargetError
 from conformance.runner import TargetPool
-from conformance.targets import environments, registry
+from conformance.targets import environments, health, registry
 from conformance.targets.protocol import Capability, ParseRequest, ParseResult, Target, TargetInfo
 from conformance.targets.reference import ReferenceTarget
 
@@ -140,7 +140,7 @@ def test_an_environment_without_its_engine(pretended: str) -> None:
 
 
 def test_doctor_starts_the_engine(pretended: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environments, "doctor", lambda spec: (environments.Check("packages", True, spec),))
+    monkeypatch.setattr(health, "doctor", lambda spec: (health.Check("packages", True, spec),))
     packages, engine = registry.doctor("vllm")
     assert packages.detail == pretended
     assert not engine.ok

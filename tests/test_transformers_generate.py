@@ -45,7 +45,7 @@ def ask(target: Target, **changes: Any) -> GenerateResult:
 def test_it_says_so(target: Target) -> None:
     info = registry.describe(target)
     assert "generate" in info.capabilities
-    assert info.features == ()
+    assert info.features == ("media",)  # of forward passes
 
 
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])

@@ -121,7 +121,7 @@ def test_what_it_is_started_with(fake: Fake, monkeypatch: pytest.MonkeyPatch) ->
     assert "SECRET_TOKEN" not in variables
     assert start["input"] == ""
     scratch = Path(start["cwd"])
-    assert Path(variables["TMPDIR"]).parent == scratch
+    assert Path(variables["TMPDIR"]).parent == Path(variables["VLLM_RPC_BASE_PATH"]).parent == scratch
     target.close()
     assert not scratch.exists()
 
@@ -267,9 +267,11 @@ target.serve(ServeRequest(bodies=(body,)))
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("mode", ["good", "never"])
-def test_nothing_outlives_the_harness(fake: Fake, mode: str, number: signal.Signals) -> None:
+def test_nothing_outlives_the_harness(fake: Fake, mode: str, number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(ROOT), str(fake.starts_file), fake.mark, mode]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     ) as parent:
@@ -279,11 +281,25 @@ def test_nothing_outlives_the_harness(fake: Fake, mode: str, number: signal.Sign
             while not fake.starts:
                 time.sleep(0.05)
             time.sleep(0.3)
+            assert Path(fake.starts[0]["cwd"]).parent == temporary
             parent.send_signal(number)
             assert parent.wait(20) != 0
         finally:
             parent.kill()
     assert not survivors(fake.mark)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_server_that_died_leaves_only_what_it_said(fake: Fake) -> None:
+    target = fake()
+    ask(target)
+    (start,) = fake.starts
+    os.kill(start["pid"], signal.SIGKILL)
+    assert target.pid is not None
+    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
+    assert not Path(start["cwd"]).exists(), "the harness may be killed before it looks"
+    assert target._running is not None
+    assert target._running.tail().startswith(f"loading {checkpoint_folder()}\nlistening\n")
 
 
 # ---------------------------------------------------------------------------- by its name

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import conformance
 from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
 from conformance.targets.process import WorkerTarget
 from conformance.targets.protocol import Chunking, ParseRequest, StreamRequest, Target
@@ -82,6 +83,9 @@ def test_the_worker_sees_its_own_environment_only(
     assert variables["PATH"] == os.environ["PATH"]
     assert "/nowhere" not in path
     assert path[1] == str(TESTS)
+    scratch = Path(facts["cwd"])
+    assert Path(variables["TMPDIR"]).parent == Path(variables["VLLM_RPC_BASE_PATH"]).parent == scratch
+    assert "CONFORMANCE_SCRATCH" not in variables, "that is the guardian's affair"
     if python != sys.executable:
         assert str(ROOT) not in path
         assert sysconfig.get_path("purelib") not in path
@@ -254,7 +258,9 @@ sys.stdin.read()
 @pytest.mark.parametrize("doing", ["idle", "hang", "hang_deaf", "fork_and_hang {}", "exit"])
 def test_nothing_outlives_a_killed_harness(mark: str, tmp_path: Path, doing: str) -> None:
     command = [sys.executable, "-c", PARENT, str(TESTS), mark, doing.format(tmp_path / "pid")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=tmp_path
     ) as parent:
@@ -263,9 +269,11 @@ def test_nothing_outlives_a_killed_harness(mark: str, tmp_path: Path, doing: str
         if doing == "exit":
             assert parent.wait(10) == 0
         else:
+            assert [folder.name.partition("-")[0] for folder in temporary.iterdir()] == ["conformance"]
             time.sleep(0.3)
             parent.kill()
     assert not survivors(mark)
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_guardian_that_is_killed_takes_its_worker_along(
@@ -328,3 +336,15 @@ def test_the_scratch_folder_goes_with_the_target(liar: Callable[..., WorkerTarge
         folder = Path(target.describe().environment["cwd"])
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_the_scratch_folder_goes_with_the_worker(liar: Callable[..., WorkerTarget]) -> None:
+    target = liar()
+    folder = Path(target.describe().environment["cwd"])
+    (folder / "tmp" / "left").write_text("by the engine")
+    (worker,) = children(target.pid)
+    os.kill(worker, signal.SIGKILL)
+    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
+    assert not folder.exists(), "the harness may be killed before it looks"
+    assert Path(conformance.__file__).exists(), "the package is only linked there"
+    _echo(target)

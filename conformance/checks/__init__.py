@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from conformance.checks import generation as generation_check
+from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
+from conformance.checks import processor as processor_check
 from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
@@ -14,10 +16,14 @@ from conformance.suites import (
     Case,
     GenerationCase,
     GenerationSuite,
+    MaskCase,
+    MaskSuite,
     ParityCase,
     ParitySuite,
     ParserCase,
     ParserSuite,
+    ProcessorCase,
+    ProcessorSuite,
     ServerCase,
     ServerSuite,
     TemplateCase,
@@ -43,7 +49,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
-        oracles: Needed for suites of the kinds `parity` and `generation`.
+        oracles: Needed for suites of the kinds `parity`, `mask`, `processor` and `generation`.
 
     Raises:
         EngineError, WorkerDiedError, TargetTimeoutError: from the target.
@@ -55,6 +61,12 @@ def judge(
     if isinstance(suite, ParitySuite) and isinstance(case, ParityCase):
         assert oracles is not None
         return parity_check.judge(case, suite, target, oracles)
+    if isinstance(suite, MaskSuite) and isinstance(case, MaskCase):
+        assert oracles is not None
+        return mask_check.judge(case, suite, target, oracles)
+    if isinstance(suite, ProcessorSuite) and isinstance(case, ProcessorCase):
+        assert oracles is not None
+        return processor_check.judge(case, suite, target, oracles)
     if isinstance(suite, ServerSuite) and isinstance(case, ServerCase):
         return server_check.judge(case, suite, target)
     if isinstance(suite, GenerationSuite) and isinstance(case, GenerationCase):

@@ -6,23 +6,26 @@
 2. In float32 the limits are the case's. In bfloat16 the oracle runs twice, and a tensor may be `factor`
    times as far from the float32 oracle as the oracle's own bfloat16 tensor is. Where rounding alone makes
    the oracle choose other experts, that distance says nothing, and the case is inconclusive.
-3. What the target says it ran must be what was asked for.
+3. What the target says it ran must be what was asked for, and a tower must not run more often than there are
+   rows with media for it: pictures encoded one by one are a fault that no number shows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.checks.base import CheckOutcome
 from conformance.errors import EngineError
-from conformance.loading import resolve_rows
+from conformance.media import TextPiece, kind_of
 from conformance.oracles import Oracles, Wanted
 from conformance.results import Evidence, ModuleError, ParityEvidence, Problem
-from conformance.suites import ParityCase, ParitySuite, Tolerance
-from conformance.targets.protocol import LOGITS, ForwardRequest, ForwardResult, Target
+from conformance.suites import MixedRows, ParityCase, ParitySuite, Rows, Tolerance
+from conformance.targets.protocol import ForwardRequest, ForwardResult, MediaKind, Target
+from conformance.worker.modules import LOGITS, outside_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,18 +43,25 @@ def judge(case: ParityCase, suite: ParitySuite, target: Target, oracles: Oracles
     oracle = suite.oracle
     if target.spec == oracle:
         return CheckOutcome("skip", reason=f"{target.spec} is the oracle of this suite")
-    if "forward" not in target.describe().capabilities:
+    info = target.describe()
+    if "forward" not in info.capabilities:
         return CheckOutcome("skip", reason=f"{target.spec} has no capability `forward`")
+    kinds = _kinds(case.rows)
+    if any(kinds) and "media" not in info.features:
+        return CheckOutcome("skip", reason=f"{target.spec} runs no forward passes with media")
     reason = oracles.unavailable(oracle)
     if reason:
         return CheckOutcome("skip", reason=f"the oracle {oracle} cannot be used: {reason}")
 
+    config = suite.configs[case.config]
+    prompts = oracles.prompts(case.rows, config)
     wanted = Wanted(
-        config=suite.configs[case.config],
+        config=config,
         seed=case.weights,
-        rows=resolve_rows(case, suite),
+        rows=prompts.rows,
         prefill=case.prefill,
-        capture=case.modules or module_names(suite.configs[case.config]),
+        capture=case.modules or module_names(config, [kind for row in kinds for kind in row]),
+        media=prompts.media,
     )
     truth = oracles.ask(oracle, wanted, "float32")
     own = oracles.ask(oracle, wanted, case.dtype)
@@ -72,18 +82,52 @@ def judge(case: ParityCase, suite: ParitySuite, target: Target, oracles: Oracles
 
     modules = tuple(_compare(case, wanted, result, truth, own))
     Path(request.output).unlink(missing_ok=True)
-    problems = [*_setting_problems(request, result), *_module_problems(modules)]
+    problems = [
+        *_setting_problems(request, result),
+        *_module_problems(modules),
+        *_call_problems(kinds, result),
+    ]
     return CheckOutcome.from_problems(problems, _evidence(case, oracle, wanted, truth, result, modules))
 
 
-def module_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """Every module that the configuration has and whose output is compared, and the logits."""
+def module_names(config: dict[str, Any], kinds: Collection[MediaKind] = ()) -> tuple[str, ...]:
+    """Every module that the configuration has and whose output is compared, and the logits.
+
+    Args:
+        config: Of a text model, or of a whole one.
+        kinds: Of the media that are there: modules of towers that have nothing to do are left out.
+    """
+    return (*_tower_names(config, kinds), *_text_names(config.get("text_config", config)), LOGITS)
+
+
+def _tower_names(config: dict[str, Any], kinds: Collection[MediaKind]) -> Iterator[str]:
+    vision, audio = config.get("vision_config") or {}, config.get("audio_config") or {}
+    if not {"image", "video"}.isdisjoint(kinds):
+        for layer in range(vision.get("num_hidden_layers", 0)):
+            if layer == 0:
+                yield "vision_tower.patch_embedder"
+            for part in (".input_layernorm", ".self_attn", ".mlp", ""):
+                yield f"vision_tower.encoder.layers.{layer}{part}"
+        yield "vision_tower" if "num_hidden_layers" in vision else "vision_embedder"
+        yield "embed_vision"
+    if "audio" in kinds:
+        for layer in range(audio.get("num_hidden_layers", 0)):
+            if layer == 0:
+                yield "audio_tower.subsample_conv_projection"
+            for part in (".feed_forward1", ".self_attn", ".lconv1d", ".feed_forward2", ""):
+                yield f"audio_tower.layers.{layer}{part}"
+        if "num_hidden_layers" in audio:
+            yield "audio_tower"
+        yield "embed_audio"
+
+
+def _text_names(config: dict[str, Any]) -> Iterator[str]:
     layers = config["num_hidden_layers"]
     first_shared = layers - (config.get("num_kv_shared_layers") or 0)
     per_layer_inputs = bool(config.get("hidden_size_per_layer_input"))
-    names = ["embed_tokens"]
+    yield "embed_tokens"
     if per_layer_inputs:
-        names += ["per_layer_model_projection", "per_layer_projection_norm"]
+        yield from ("per_layer_model_projection", "per_layer_projection_norm")
     parts = ["input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn"]
     parts += ["post_attention_layernorm", "pre_feedforward_layernorm", "mlp"]
     if config.get("enable_moe_block"):
@@ -94,8 +138,15 @@ def module_names(config: dict[str, Any]) -> tuple[str, ...]:
         parts += ["per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"]
     for layer in range(layers):
         own = [part for part in parts if part != "self_attn.k_norm" or layer < first_shared]
-        names += [*(f"layers.{layer}.{part}" for part in own), f"layers.{layer}"]
-    return (*names, "norm", LOGITS)
+        yield from (*(f"layers.{layer}.{part}" for part in own), f"layers.{layer}")
+    yield "norm"
+
+
+def _kinds(rows: Rows) -> list[set[MediaKind]]:
+    """The kinds of media in each row."""
+    if not isinstance(rows, MixedRows):
+        return []
+    return [{kind_of(piece) for piece in row if not isinstance(piece, TextPiece)} for row in rows.pieces]
 
 
 def _check_oracle(answer: ForwardResult, oracle: str) -> None:
@@ -142,7 +193,8 @@ def _compare(
     except tensors.TensorFileError as error:
         ours, unread = {}, f"the target's tensors cannot be read: {error}"
     lengths = [len(row) for row in wanted.rows]
-    for name in truth.order:
+    # An oracle that runs row by row meets towers again after it has met the text model.
+    for name in sorted(truth.order, key=lambda name: not outside_text(name)):
         if not (tensors.finite(theirs[name]) and tensors.finite(theirs_own[name])):
             raise EngineError(f"the oracle's {name} is not finite")
         limits = case.tolerance
@@ -159,13 +211,14 @@ def _compare(
             relative_limit=_rounded(limits.relative),
             maximum_limit=_rounded(limits.maximum),
         )
-        yield common.model_copy(update=_finding(ours.get(name), theirs[name], limits, unread, lengths, case))
+        within = [] if outside_text(name) else lengths
+        yield common.model_copy(update=_finding(ours.get(name), theirs[name], limits, unread, within, case))
 
 
 def _finding(
     ours: Tensor | None, theirs: Tensor, limits: Tolerance, unread: str, lengths: list[int], case: ParityCase
 ) -> dict[str, Any]:
-    """The fields of a `ModuleError` that comparing two tensors gives."""
+    """The fields of a `ModuleError` that comparing two tensors gives; without lengths there are no rows."""
     from conformance.checks import tensors
 
     if ours is None:
@@ -180,7 +233,7 @@ def _finding(
         "relative": _rounded(found.relative),
         "maximum": _rounded(found.maximum),
         "rule": "" if agrees else "diverges",
-        "worst": tensors.place(found.token, lengths, case.prefill),
+        "worst": tensors.place(found.token, lengths, case.prefill) if lengths else f"place {found.token}",
     }
 
 
@@ -193,6 +246,21 @@ def _setting_problems(request: ForwardRequest, result: ForwardResult) -> Iterato
                 rule=rule,
                 message=f"{name} {asked!r} was asked for and {ran!r} ran",
                 expected=asked,
+                got=ran,
+            )
+
+
+def _call_problems(kinds: list[set[MediaKind]], result: ForwardResult) -> Iterator[Problem]:
+    """A tower that ran more often than once for each row with media for it."""
+    rows = Counter(kind for row in kinds for kind in row)
+    for kind, most in rows.items():
+        ran = result.effective.get(f"{kind}_calls", "")
+        if not ran.isdigit() or int(ran) > most:
+            yield Problem(
+                rule="one-by-one",
+                message=f"the tower ran {ran or 'an unknown number of'} times for media of kind {kind!r}, "
+                f"and {most} rows have such; encode all of them at once",
+                expected=most,
                 got=ran,
             )
 

@@ -160,7 +160,8 @@ class AreaVerdict(Output):
 
     area: str
     verdict: Literal["pass", "fail", "inconclusive", "not run"]
-    """`fail` if any case fails the run; else `inconclusive` if any is; `pass` if all pass."""
+    """`fail` if any case fails the run; else `inconclusive` if any is; `pass` if all pass or fail as
+    expected, and at least one passes; else `not run`."""
     counts: dict[Verdict, int]
 
 

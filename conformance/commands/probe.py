@@ -24,11 +24,11 @@ from conformance.commands.run import execute, print_summary, seconds, summarise
 from conformance.commands.selection import Selected, select
 from conformance.errors import UsageError
 from conformance.loading import load_suites
-from conformance.progress import BAD, verdict_counts
 from conformance.recording import new_run_id
 from conformance.results import Preflight
 from conformance.targets.endpoint import KEY_SETTING, KEY_VARIABLE, Endpoint, checked_endpoint, key_of
 from conformance.targets.protocol import ServeAnswer, ServeRequest
+from conformance.verdicts import BAD, verdict_counts
 
 _HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 8}
 _TOOL: dict[str, Any] = {

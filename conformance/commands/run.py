@@ -24,12 +24,13 @@ from conformance.commands.report import DEFAULT_SITE
 from conformance.commands.selection import Selected, select
 from conformance.errors import UsageError
 from conformance.loading import LoadedSuites, load_suite, load_suites
-from conformance.progress import BAD, ProgressPlugin, counted, verdict_counts
+from conformance.progress import ProgressPlugin
 from conformance.recording import new_run_id
 from conformance.results import Preflight, Result, Run
 from conformance.runner import DEFAULT_TIMEOUT
 from conformance.session import select_targets
 from conformance.targets import registry
+from conformance.verdicts import BAD, counted, verdict_counts
 
 _ISOLATION = (
     "--noconftest",

@@ -11,9 +11,16 @@ from conformance.faults.base import Fault
 def registry() -> dict[str, Fault]:
     """All faults by id, in the order of the fault catalogue's classes."""
     # Patches of the model need torch, which no other command should wait for.
-    from conformance.faults import architecture, parser, template
+    from conformance.faults import architecture, masks, media, parser, processing, template
 
-    classes = (parser.faults, template.faults, architecture.faults)
+    classes = (
+        parser.faults,
+        template.faults,
+        architecture.faults,
+        media.faults,
+        masks.faults,
+        processing.faults,
+    )
     return {fault.id: fault for collection in classes for fault in collection.faults}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 from unittest.mock import patch
 
 Patch = Callable[[], AbstractContextManager[object]]
@@ -33,6 +34,8 @@ class Fault:
     patches: tuple[Patch, ...]
     where: str = ""
     """Pattern of the module that a parity case must name first; empty for other kinds."""
+    alarm: Literal["fail", "error"] = "fail"
+    """How the cases that notice it come out: an answer is judged, or there is none to be judged."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -56,7 +59,14 @@ class Collection:
         self.faults: list[Fault] = []
 
     def __call__(
-        self, fault_id: str, *, source: tuple[str, ...], area: str, module: object, where: str = ""
+        self,
+        fault_id: str,
+        *,
+        source: tuple[str, ...],
+        area: str,
+        module: object,
+        where: str = "",
+        alarm: Literal["fail", "error"] = "fail",
     ) -> Callable[[Callable[[], Patch | tuple[Patch, ...]]], None]:
         """Register the decorated function: its docstring is the title, its result the patch."""
 
@@ -65,6 +75,6 @@ class Collection:
             title = (make.__doc__ or "").strip()
             name = getattr(module, "__name__", "")
             patches = made if isinstance(made, tuple) else (made,)
-            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches, where))
+            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm))
 
         return register

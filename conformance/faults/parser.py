@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import regex
 
 from conformance.faults.base import Collection, Patch, replace
-from model_impl.chat import arguments, keys, markers, parser, schema
+from model_impl.chat import arguments, delimited, keys, markers, parser, schema
 from model_impl.chat.argument_phases import Phase
 from model_impl.chat.arguments import ArgumentReader
+from model_impl.chat.delimited import DelimitedText
 from model_impl.chat.keys import KeyText
 from model_impl.chat.markers import Lexer
 from model_impl.chat.parser import Delta, Parser, PromptState, _State
@@ -206,15 +207,15 @@ def _brackets_in_strings_count() -> Patch:
     return replace(arguments, "_STEPS", steps)
 
 
-@faults("backslashes-unescaped", source=("T33",), area="strings", module=arguments)
+@faults("backslashes-unescaped", source=("T33",), area="strings", module=delimited)
 def _backslashes_unescaped() -> Patch:
     """Backslashes inside delimited strings are taken for escapes."""
-    original = ArgumentReader._write_string
+    original = DelimitedText._write
 
-    def write_string(self: ArgumentReader, text: str) -> None:
-        original(self, re.sub(r"\\(.)", r"\1", text))
+    def write(self: DelimitedText, text: str) -> str:
+        return original(self, re.sub(r"\\(.)", r"\1", text))
 
-    return replace(ArgumentReader, "_write_string", write_string)
+    return replace(DelimitedText, "_write", write)
 
 
 @faults("quotes-kept", source=("T14",), area="strings", module=arguments)

@@ -45,7 +45,7 @@ class Detection(BaseModel):
     area: str
     module: str
     detected: bool
-    """Some case failed by a rule; a crash or a timeout alone does not count."""
+    """Some case failed by a rule; a crash or a timeout alone does not count, unless the fault is one."""
     localised: bool
     """Some case of the fault's own area was among them, and a parity case named a module that the fault
     is allowed to show in first."""
@@ -146,7 +146,11 @@ def _first_module(result: Result) -> str:
 
 def _detection(fault: Fault, caught: list[Catch], cases: Sequence[LoadedCase]) -> Detection:
     # An exception says that something is broken, not what: a case must have judged an answer.
-    judged = [c for c in caught if c.verdict == "fail" and set(c.rules) - {"raised"}]
+    judged = [
+        c
+        for c in caught
+        if c.verdict == fault.alarm and (fault.alarm == "error" or set(c.rules) - {"raised"})
+    ]
     sources = {case.address: set(case.case.source) for case in cases}
     return Detection(
         fault=fault.id,

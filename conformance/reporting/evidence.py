@@ -334,6 +334,14 @@ _REQUEST = (
     "allow_markers",
     "stream_exempt",
     "attention",
+    "long_blocks",
+    "form",
+    "image_budget",
+    "frame_budget",
+    "sample_frames",
+    "extra_placeholders",
+    "soft_tokens",
+    "refused",
     "factor",
 )
 

@@ -25,7 +25,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -85,8 +84,12 @@ class EnvironmentStatus:
         """Folders to import from before all that the interpreter knows of."""
         if self.lock.overlay_of:
             return (self.path / _PACKAGES,)
-        parts = [_part_path(self.path, part.name) for part in self.lock.parts if part.name in self.parts]
+        parts = [self.part_path(part.name) for part in self.lock.parts if part.name in self.parts]
         return (_HOOKS, *parts) if parts else ()
+
+    def part_path(self, name: str) -> Path:
+        """Folder of one of its parts, installed or not."""
+        return _part_path(self.path, name)
 
     @property
     def lacking(self) -> dict[str, str]:
@@ -98,15 +101,6 @@ class EnvironmentStatus:
             for part in self.lock.parts
             if part.name not in self.parts
         }
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding of `doctor`."""
-
-    name: str
-    ok: bool
-    detail: str
 
 
 def home() -> Path:
@@ -456,63 +450,3 @@ def _install_overlay(folder: Path, lock: Lock, progress: Progress) -> None:
 
 def _size(folder: Path) -> int:
     return sum(entry.lstat().st_size for entry in folder.rglob("*") if not entry.is_dir())
-
-
-# ----------------------------------------------------------------------------------------------- doctor
-
-_VERSIONS = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, version
-sys.path[:0] = json.loads(sys.argv[1])
-found = {}
-for name in sys.argv[2:]:
-    try:
-        found[name] = version(name)
-    except PackageNotFoundError:
-        found[name] = None
-print(json.dumps(found))
-"""
-
-
-def doctor(spec: str) -> tuple[Check, ...]:
-    """Examine an installed environment: is it whole, does it run, does it hold what the lock says?
-
-    Raises:
-        TargetError: there is no lock for it.
-    """
-    found = status(spec)
-    whole = Check("environment", found.state == "ready", found.reason or str(found.path))
-    if found.state in ("missing", "broken"):
-        return (whole,)
-    pins = [
-        *found.lock.pins,
-        *(pin for part in found.lock.parts if part.name in found.parts for pin in part.pins),
-    ]
-    try:
-        answer = subprocess.run(  # noqa: S603 - the environment's own interpreter
-            [
-                *(str(found.python), "-I", "-c", _VERSIONS, json.dumps([*map(str, found.import_paths)])),
-                *(name for name, _ in pins),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        versions: dict[str, str | None] = json.loads(answer.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return (whole, Check("interpreter", ok=False, detail=f"{found.python} does not run: {error}"))
-    wrong = [
-        f"{name}: {versions[name] or 'absent'}, not {version}"
-        for name, version in pins
-        if (versions[name] or "").partition("+")[0] != version
-    ]
-    return (
-        whole,
-        Check("interpreter", ok=True, detail=str(found.python)),
-        Check("packages", not wrong, "; ".join(wrong) or f"{len(versions)} packages as pinned"),
-        *(
-            Check(f"part {part.name}", ok=True, detail=found.lacking.get(part.name, "installed"))
-            for part in found.lock.parts
-        ),
-    )

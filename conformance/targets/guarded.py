@@ -1,7 +1,8 @@
 """What every process of an engine gets from this one, and how it ends, whatever happens.
 
 It runs under `conformance.worker.guardian`, in a scratch folder of its own, and sees of this process's
-environment and of its packages only what is listed here.
+environment and of its packages only what is listed here. All files and sockets that it makes for itself lie
+in that folder, which the guardian deletes at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STOP_GRACE = 3.0
 
 _PASSED_ON = (
     "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LOGNAME",
-    "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ", "USER",
+    "OMP_NUM_THREADS", "PATH", "TZ", "USER",
 )  # fmt: skip
 """All that an engine gets to see of this process's environment: the rest may hold secrets or change
 how the engine behaves."""
@@ -43,9 +44,14 @@ _FIXED = {
 
 
 def scratch_folder() -> Path:
-    """A new folder with `import/`, which holds this one package and nothing else it is installed with."""
+    """A new folder.
+
+    In it `import/`, which holds this one package and nothing else it is installed with, and `tmp/`, for all
+    that the engine leaves lying about.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="conformance-"))
     package = Path(conformance.__file__).parent
+    (scratch / "tmp").mkdir()
     (scratch / "import").mkdir()
     (scratch / "import" / package.name).symlink_to(package, target_is_directory=True)
     return scratch
@@ -65,6 +71,9 @@ def variables(scratch: Path, extra: Mapping[str, str], import_paths: Sequence[Pa
         "OMP_NUM_THREADS": "1",
         **passed_on,
         **_FIXED,
+        "TMPDIR": str(scratch / "tmp"),
+        "VLLM_RPC_BASE_PATH": str(scratch / "tmp"),
+        "CONFORMANCE_SCRATCH": str(scratch),
         **extra,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }

@@ -2,7 +2,7 @@
 
 `<target>-<version>.txt` has a pin `name==version` on a line, and fields in comments (`# size: 100 MB`).
 After a line `# part: NAME` follow the pins of something that the environment can have besides, with a size
-and a time of their own.
+and a time of their own, and in lines `# imports: NAME NAME` the modules that show that it works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from conformance.errors import TargetError
 
 _PIN = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;]+)$")
 _FIELD = re.compile(
-    r"^# (?P<key>with-dependencies|overlay-of|adapter|python|platform|size|time): (?P<value>.+)$"
+    r"^# (?P<key>with-dependencies|overlay-of|adapter|python|platform|size|time|imports): (?P<value>.+)$"
 )
 _PART = re.compile(r"^# part: (?P<name>[a-z][a-z0-9-]*)$")
 
@@ -34,6 +34,8 @@ class Part:
     """Size on disk, roughly."""
     seconds: int = 0
     """Time to install, roughly."""
+    imports: tuple[str, ...] = ()
+    """Modules that can be imported where it works."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def read_lock(path: Path) -> Lock:
                 pins=tuple(part.pins),
                 megabytes=_number(path, part.fields.get("size", "0 MB")),
                 seconds=_number(path, part.fields.get("time", "0 s")),
+                imports=_modules(path, part.fields.get("imports", "")),
             )
             for name, part in parts
         ),
@@ -141,7 +144,8 @@ def _sections(path: Path) -> dict[str, _Section]:
                 raise TargetError(f"{path}:{number}: a second part {part['name']!r}; give it another name")
             section = sections[part["name"]] = _Section([], {}, [])
         elif field:
-            section.fields[field["key"]] = field["value"].strip()
+            earlier = section.fields.get("imports", "") if field["key"] == "imports" else ""
+            section.fields[field["key"]] = f"{earlier} {field['value']}".strip()
         elif pin:
             if pin["name"] in pinned:
                 raise TargetError(f"{path}:{number}: {pin['name']} is pinned twice; leave one out")
@@ -153,8 +157,12 @@ def _sections(path: Path) -> dict[str, _Section]:
     for name, section in sections.items():
         if name and not section.pins:
             raise TargetError(f"{path}: part {name!r} has no pin; add one, or leave the part out")
-        if name and not section.fields.keys() <= {"size", "time"}:
-            raise TargetError(f"{path}: part {name!r} has fields besides `size` and `time`; leave them out")
+        if name and not section.fields.keys() <= {"size", "time", "imports"}:
+            raise TargetError(
+                f"{path}: part {name!r} has fields besides `size`, `time` and `imports`; leave them out"
+            )
+        if not name and "imports" in section.fields:
+            raise TargetError(f"{path}: only a part has `imports`; move the line behind one's `# part: NAME`")
     return sections
 
 
@@ -165,6 +173,14 @@ def _digest(text: str) -> str:
 def overlay_digest(base: str, pins: Sequence[tuple[str, str]]) -> str:
     """Digest of what the installation of an overlay depends on; it tells whether it is up to date."""
     return _digest("\n".join([base, *(f"{name}=={version}" for name, version in pins)]))
+
+
+def _modules(path: Path, field: str) -> tuple[str, ...]:
+    names = tuple(field.split())
+    for name in names:
+        if not all(piece.isidentifier() for piece in name.split(".")):
+            raise TargetError(f"{path}: expected names of modules under `imports`, found {name!r}")
+    return names
 
 
 def _number(path: Path, field: str) -> int:

@@ -35,6 +35,8 @@ from conformance.targets.protocol import (
     GenerateResult,
     ParseRequest,
     ParseResult,
+    PreprocessRequest,
+    PreprocessResult,
     RenderRequest,
     RenderResult,
     StreamRequest,
@@ -53,6 +55,7 @@ MAX_LINE = 64 * 2**20
 _STDERR_TAIL = 8192
 
 _T = TypeVar("_T")
+_Tensors = TypeVar("_Tensors", PreprocessResult, ForwardResult)
 _STREAM_RESULTS: TypeAdapter[tuple[StreamResult, ...]] = TypeAdapter(tuple[StreamResult, ...])
 
 
@@ -135,16 +138,13 @@ class WorkerTarget:
         """Render messages to a prompt."""
         return self._ask("render", request.model_dump(), RenderResult.model_validate)
 
+    def preprocess(self, request: PreprocessRequest) -> PreprocessResult:
+        """Prepare media; loading the engine has time of its own."""
+        return self._ask_for_tensors("preprocess", request, PreprocessResult)
+
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Run a model; loading the engine and the checkpoint has time of its own."""
-
-        def validate(answer: Any) -> ForwardResult:
-            result = ForwardResult.model_validate(answer)
-            if result.path != request.output:
-                raise ValueError(f"tensors in {result.path!r}, not in {request.output!r}")
-            return result
-
-        return self._ask("forward", request.model_dump(), validate, extra=FORWARD_TIMEOUT)
+        return self._ask_for_tensors("forward", request, ForwardResult)
 
     def generate(self, request: GenerateRequest) -> GenerateResult:
         """Generate; the start of the engine has time of its own."""
@@ -175,6 +175,17 @@ class WorkerTarget:
     def pid(self) -> int | None:
         """Process id of the worker's guardian, which leads its process group; None while there is none."""
         return self._worker.pid if self._worker is not None else None
+
+    def _ask_for_tensors(
+        self, method: str, request: PreprocessRequest | ForwardRequest, answer_type: type[_Tensors]
+    ) -> _Tensors:
+        def validate(answer: Any) -> _Tensors:
+            result = answer_type.model_validate(answer)
+            if result.path != request.output:
+                raise ValueError(f"tensors in {result.path!r}, not in {request.output!r}")
+            return result
+
+        return self._ask(method, request.model_dump(), validate, extra=FORWARD_TIMEOUT)
 
     def _ask(
         self,

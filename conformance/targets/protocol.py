@@ -14,13 +14,26 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Capability = Literal["parse", "parse_stream", "certify", "render", "forward", "generate", "serve"]
-"""`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
-chunking, needs copyable parser state. `render`: messages to prompt text. `forward`: token ids to the
-tensors inside a model. `generate`: token ids to those that follow. `serve`: chat completions over HTTP."""
+from conformance.worker.modules import MASK
 
-Feature = Literal["tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images"]
-"""What not every target that generates can do."""
+Capability = Literal[
+    "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate", "serve"
+]
+"""`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
+chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
+read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
+`serve`: chat completions over HTTP."""
+
+Feature = Literal["tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "media", "long-blocks"]
+"""What not every target that generates or runs forward passes can do. `media`: forward passes with images,
+videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
+
+MediaKind = Literal["image", "video", "audio"]
+MediaForm = Literal["tower", "unified"]
+"""What the media are prepared for: the towers, or the encoder-free 12B."""
+LongBlocks = Literal["drop", "clamp_past", "clamp_both"]
+"""What becomes of an image longer than the window: attended to causally; the window hides keys too far in
+the past; it hides keys too far on either side."""
 
 PieceUnit = Literal["tokens", "characters"]
 DType = Literal["float32", "bfloat16"]
@@ -50,7 +63,7 @@ class TargetInfo(Model):
     environment: dict[str, str] = Field(default_factory=dict)
     """Package versions and platform facts that may change a verdict."""
     features: tuple[Feature, ...] = ()
-    """What it can be asked for in a `GenerateRequest`."""
+    """What it can be asked for in a `GenerateRequest` or a `ForwardRequest`."""
     unavailable: dict[Capability, str] = Field(default_factory=dict)
     """Capabilities that this installation could have and has not, and what to do about it."""
     note: str = ""
@@ -217,8 +230,47 @@ class RenderResult(Model):
     token_ids: tuple[int, ...] | None = None
 
 
-LOGITS = "logits"
-"""Name under which the logits stand among the tensors of a forward pass."""
+class MediaFile(Model):
+    """An image, a video or a sound."""
+
+    kind: MediaKind
+    path: str
+    """An encoded image or sound. A video is decoded already, as decoders differ: a safetensors file with
+    `frames`, uint8 [F, 3, height, width]."""
+    fps: float | None = None
+    """Frames a second of a video, where it says."""
+
+
+class PreprocessRequest(Model):
+    """A rendered prompt and its media, to what the model reads."""
+
+    form: MediaForm
+    prompt: str
+    """With one placeholder (`<|image|>`, `<|video|>`, `<|audio|>`) for each piece of media."""
+    media: tuple[MediaFile, ...]
+    """In the order of the prompt."""
+    image_budget: int = 280
+    """Most soft tokens of an image."""
+    frame_budget: int = 70
+    """Most soft tokens of a video's frame."""
+    sample_frames: bool = True
+    """Take 32 frames of each video; else all."""
+    output: str
+    """Path of the safetensors file that the target writes."""
+
+
+class PreprocessResult(Model):
+    """The prompt with a placeholder for each soft token, and tensors in a file.
+
+    The tensors' names and shapes, with N pieces padded behind to one length:
+    `image.pixels` float32 [N, P, values] and `image.positions` int64 [N, P, 2] (column, row; -1 at padding);
+    `video.pixels` and `video.positions` likewise, all frames of all videos one after the other, with
+    `video.frames` int64 [videos]; `audio.features` float32 [N, T, values] and `audio.mask` bool [N, T].
+    There is none for a kind of which there is no piece.
+    """
+
+    path: str
+    prompt: str
 
 
 class ForwardRequest(Model):
@@ -235,10 +287,17 @@ class ForwardRequest(Model):
     """Rows, which may differ in length; none is empty. Padding is the target's own affair."""
     prefill: int | None = Field(default=None, ge=1)
     """None: each row in one call."""
+    media: str = ""
+    """Path of a safetensors file as `PreprocessResult` describes it: what the placeholders among the ids
+    stand for, row by row. Empty: there is nothing but text, and the checkpoint may be a text model's."""
     capture: tuple[str, ...] = ()
-    """Modules whose output is wanted, by their published names below `model.language_model.`, such as
-    `layers.3.self_attn`, and `logits`."""
+    """Modules whose output is wanted: those of the text model by their published names below
+    `model.language_model.`, such as `layers.3.self_attn`, the others by theirs below `model.`, such as
+    `vision_tower.encoder.layers.0`; `logits`; and with `.mask` behind an attention of the text model, such as
+    `layers.3.self_attn.mask`, which keys each token sees."""
     attention: AttentionBackend | None = None
+    """Backend of the text model. None: the target's choice."""
+    long_blocks: LongBlocks | None = None
     """None: the target's choice."""
     output: str
     """Path of the safetensors file that the target writes."""
@@ -247,6 +306,8 @@ class ForwardRequest(Model):
     def _no_empty_row(self) -> ForwardRequest:
         if not all(self.input_ids):
             raise ValueError("a row of token ids is empty")
+        if self.prefill is not None and any(name.endswith(MASK) for name in self.capture):
+            raise ValueError("masks are recorded of one pass over whole rows; leave `prefill` out")
         return self
 
 
@@ -255,14 +316,19 @@ class ForwardResult(Model):
 
     Each captured module has a float32 tensor `[tokens, ...]`: all rows one after the other, without
     padding, each row's steps joined in time. Where a module gives several tensors, it is the first one;
-    for `router`, the weight of each expert, `[tokens, experts]`, zero where a token does not go.
+    for `router`, the weight of each expert, `[tokens, experts]`, zero where a token does not go; for a mask,
+    `[tokens, longest row]`, one where the token sees the key of that place in its row, else zero.
+
+    Outside the text model there are no rows: `[patches, ...]`, `[frames, ...]` or `[soft tokens, ...]` of all
+    images, then those of all frames of videos, or of all sounds, in the order of the prompts.
     """
 
     path: str
     order: tuple[str, ...] = ()
     """The captured names in the order in which the modules ended, as far as they ran."""
     effective: dict[str, str] = Field(default_factory=dict)
-    """`attention`, `experts` (where there are any) and `dtype`, read back from the model."""
+    """`attention`, `experts` (where there are any) and `dtype`, read back from the model; with media also
+    `image_calls`, `video_calls` and `audio_calls`: how many times a tower ran for pieces of that kind."""
 
 
 class Speculation(Model):
@@ -410,6 +476,10 @@ class Target(Protocol):
 
     def render(self, request: RenderRequest) -> RenderResult:
         """Render messages to a prompt; a conversation the template refuses raises `EngineError`."""
+        ...
+
+    def preprocess(self, request: PreprocessRequest) -> PreprocessResult:
+        """Prepare media; what it refuses raises `EngineError`."""
         ...
 
     def forward(self, request: ForwardRequest) -> ForwardResult:

@@ -30,6 +30,8 @@ from conformance.targets.protocol import (
     GenerateResult,
     ParseRequest,
     ParseResult,
+    PreprocessRequest,
+    PreprocessResult,
     RenderRequest,
     RenderResult,
     ServeAnswer,
@@ -206,6 +208,10 @@ class RecordingTarget:
                 type="serve", key=asked.key, again=asked.again, result=tuple(server.serve(request))
             ),
         )
+
+    def preprocess(self, request: PreprocessRequest) -> PreprocessResult:
+        """Ask; tensors are not recorded."""
+        return self._target.preprocess(request)
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Ask; tensors are not recorded."""

@@ -22,6 +22,8 @@ from conformance.targets.protocol import (
     ParseRequest,
     ParseResult,
     Piece,
+    PreprocessRequest,
+    PreprocessResult,
     RenderRequest,
     RenderResult,
     Span,
@@ -52,6 +54,7 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
+            features=("media", "long-blocks"),
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )
@@ -101,6 +104,12 @@ class ReferenceTarget:
         except ModelError as error:
             raise EngineError(f"{type(error).__name__}: {error}") from error
         return RenderResult(prompt=prompt, token_ids=encode(prompt))
+
+    def preprocess(self, request: PreprocessRequest) -> PreprocessResult:
+        """Prepare media with the bundled processors."""
+        from conformance.targets import reference_media
+
+        return reference_media.preprocess(request)
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Run the text model on the whole batch."""

@@ -15,25 +15,20 @@ import torch
 from torch import Tensor
 
 from conformance.errors import EngineError
+from conformance.targets import reference_forward
 from conformance.targets.protocol import (
-    LOGITS,
     ForwardRequest,
     ForwardResult,
     GenerateRequest,
     GenerateResult,
     Generation,
 )
-from conformance.worker.adapters.recording import Recorder, spans
+from conformance.targets.reference_forward import DTYPES, dtype_of
 from model_impl import lora, random_weights
 from model_impl.checkpoint import load_text_model
 from model_impl.config import TextConfig
 from model_impl.errors import ModelError
 from model_impl.runtime import generate as runtime
-from model_impl.runtime.cache import KVCache
-from model_impl.text import TextModel
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PADDING = 0
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path, *, seed: int) -> None:
@@ -49,13 +44,13 @@ def write_checkpoint(config: dict[str, Any], folder: Path, *, seed: int) -> None
 
 
 def forward(request: ForwardRequest) -> ForwardResult:
-    """Answer a `ForwardRequest`: all rows as one batch, padded on the right.
+    """Answer a `ForwardRequest`; see `reference_forward.forward`.
 
     Raises:
         EngineError: the model refuses the request, or a computation in it fails.
     """
     with _engine():
-        return _forward(request)
+        return reference_forward.forward(request)
 
 
 def generate(request: GenerateRequest) -> GenerateResult:
@@ -80,7 +75,7 @@ def logprobs(
         EngineError: as `forward`.
     """
     with _engine(), torch.inference_mode():
-        model = load_text_model(checkpoint, dtype=_DTYPES[dtype])
+        model = load_text_model(checkpoint, dtype=DTYPES[dtype])
         found = []
         for prompt, answer in zip(prompts, answers, strict=True):
             hidden = model(torch.tensor([[*prompt, *answer[:-1]]]))
@@ -148,7 +143,7 @@ def _generate(request: GenerateRequest) -> GenerateResult:
     if longest > options.max_model_len:
         raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
     model = load_text_model(
-        Path(request.checkpoint), dtype=_DTYPES[options.dtype], attention=options.attention
+        Path(request.checkpoint), dtype=DTYPES[options.dtype], attention=options.attention
     )
     rows = runtime.generate(
         model,
@@ -170,46 +165,10 @@ def _generate(request: GenerateRequest) -> GenerateResult:
         ),
         effective={
             "attention": model.attention_backend,
-            "dtype": _dtype(model),
+            "dtype": dtype_of(model),
             "tensor_parallel": "1",
             "pipeline_parallel": "1",
             "speculation": "none",
             "adapter": "none",
         },
     )
-
-
-def _forward(request: ForwardRequest) -> ForwardResult:
-    model = load_text_model(
-        Path(request.checkpoint), dtype=_DTYPES[request.dtype], attention=request.attention
-    )
-    with Recorder(model, request.capture, len(request.input_ids)) as recorder, torch.inference_mode():
-        _run(model, recorder, request)
-    recorder.save(Path(request.output))
-    return ForwardResult(
-        path=request.output,
-        order=tuple(recorder.order),
-        effective={"attention": model.attention_backend, "dtype": _dtype(model)},
-    )
-
-
-def _dtype(model: TextModel) -> str:
-    return str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-
-
-def _run(model: TextModel, recorder: Recorder, request: ForwardRequest) -> None:
-    """Feed the batch: the first call's tokens of every row, then one token of every row that has one left."""
-    rows = request.input_ids
-    calls = list(spans(max(map(len, rows)), request.prefill))
-    cache = None
-    if len(calls) > 1:
-        cache = KVCache(model.config, len(rows), dtype=_DTYPES[request.dtype])
-    for start, stop in calls:
-        parts = [row[start:stop] for row in rows]
-        lengths = [len(part) for part in parts]
-        width = max(lengths)
-        ids = torch.tensor([[*part, *[_PADDING] * (width - len(part))] for part in parts])
-        ragged = min(lengths) < width
-        recorder.call(range(len(rows)), lengths)
-        hidden = model(ids, cache=cache, lengths=lengths if ragged else None)
-        recorder.add(LOGITS, model.logits(hidden))

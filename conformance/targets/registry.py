@@ -16,8 +16,9 @@ from packaging.version import Version
 
 import conformance
 from conformance.errors import ConformanceError, TargetError
-from conformance.targets import bundled, endpoint, environments, installed, replay
-from conformance.targets.environments import Check, EnvironmentStatus, State
+from conformance.targets import bundled, endpoint, environments, health, installed, replay
+from conformance.targets.environments import EnvironmentStatus, State
+from conformance.targets.health import Check
 from conformance.targets.lockfile import Lock
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
 from conformance.targets.protocol import Target, TargetInfo
@@ -355,7 +356,7 @@ def doctor(spec: str) -> tuple[Check, ...]:
     canonical = resolve(spec)
     checks: tuple[Check, ...] = ()
     if _has_environment(canonical):
-        checks = environments.doctor(environment_of(canonical))
+        checks = health.doctor(environment_of(canonical))
         if not all(check.ok for check in checks):
             return checks
     return (*checks, _answers(canonical))

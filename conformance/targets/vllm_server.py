@@ -19,6 +19,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import weakref
@@ -229,22 +230,21 @@ class _Running:
         self._root = f"http://127.0.0.1:{port}"
         self.target = OpenAITarget(Endpoint(f"{self._root}/v1", MODEL), limits=limits)
         scratch = guarded.scratch_folder()
-        (scratch / "tmp").mkdir()
-        self._log = scratch / "server.log"
         arguments = command(port, self._name)
-        variables = guarded.variables(scratch, {"TMPDIR": str(scratch / "tmp"), **environment}, import_paths)
+        # It has no name that could stay behind, and can be read when the server and its folder are gone.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
         try:
-            with self._log.open("wb") as log:
-                self.process = subprocess.Popen(  # noqa: S603 - the environment's own interpreter
-                    arguments,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    cwd=scratch,
-                    env=variables,
-                    start_new_session=True,
-                )
+            self.process = subprocess.Popen(  # noqa: S603 - the environment's own interpreter
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                cwd=scratch,
+                env=guarded.variables(scratch, environment, import_paths),
+                start_new_session=True,
+            )
         except OSError as error:
+            self._log.close()
             shutil.rmtree(scratch, ignore_errors=True)
             raise TargetError(f"{spec}: {arguments[0]} cannot be started: {error.strerror}") from error
         # Runs at the latest when this process exits, whatever becomes of the target.
@@ -307,12 +307,10 @@ class _Running:
 
     def tail(self) -> str:
         """The end of what it printed."""
-        try:
-            with self._log.open("rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
-                return log.read().decode(errors="replace")
-        except FileNotFoundError:  # it has been stopped
+        if self._log.closed:  # it has been stopped
             return ""
+        log = self._log.fileno()  # the server writes at its position, which is therefore left alone
+        return os.pread(log, _TAIL, max(0, os.fstat(log).st_size - _TAIL)).decode(errors="replace")
 
     def stop(self) -> str:
         """End it and all it started; return the end of its log."""
@@ -321,6 +319,7 @@ class _Running:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self._end()
+        self._log.close()
         return tail
 
     def _is_ours(self, answer: Answer | HttpError) -> bool:

@@ -15,7 +15,7 @@ import os
 
 from conformance.worker import guardian
 
-_METHODS = ("describe", "parse", "parse_stream", "certify", "render", "forward", "generate")
+_METHODS = ("describe", "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate")
 _TRACEBACK_LIMIT = 16_000
 
 

@@ -7,7 +7,7 @@ validates them. Standard library only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from conformance.worker.search import Session, certify
@@ -39,6 +39,10 @@ class Adapter(Protocol):
 
     def render(self, request: Json) -> Json:
         """`RenderRequest` to `RenderResult`."""
+        ...
+
+    def preprocess(self, request: Json) -> Json:
+        """`PreprocessRequest` to `PreprocessResult`."""
         ...
 
     def forward(self, request: Json) -> Json:
@@ -85,6 +89,30 @@ def search(request: Json, opener: Opener) -> Json:
         max_states=request["max_states"],
         max_seconds=request["max_seconds"],
     )
+
+
+def delta_json(reasoning: str | None, content: str | None, calls: Iterable[Any] | None) -> Json:
+    """A `Delta`, from what a chunk of an OpenAI stream holds.
+
+    Args:
+        reasoning: Text of it.
+        content: Text of it.
+        calls: Parts of tool calls: objects of the engine's.
+    """
+    return {
+        "reasoning": reasoning,
+        "content": content,
+        "tool_calls": [
+            {
+                "index": call.index,
+                "id": call.id,
+                "type": call.type,
+                "name": call.function.name if call.function else None,
+                "arguments": call.function.arguments if call.function else None,
+            }
+            for call in calls or ()
+        ],
+    }
 
 
 def units(request: Json, unit: str) -> list[Json]:

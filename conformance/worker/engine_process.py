@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -257,8 +256,6 @@ def _run(start: Callable[[], Engine], connection: Connection, output: int, paren
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
-    # Engines put files and sockets there; the worker's own folder goes when the worker goes.
-    os.environ["TMPDIR"] = tempfile.tempdir = str(Path.cwd())
     engine: Engine | None = None
     code = 1
     try:

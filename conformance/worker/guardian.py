@@ -7,6 +7,9 @@ that the harness starts is this guardian; the engine runs in its child. The guar
 2. the harness sends SIGTERM;
 3. the worker itself ends: what it started ends with it.
 
+Then it deletes the worker's scratch folder, which the variable `CONFORMANCE_SCRATCH` names: where the harness
+was killed, nobody else would.
+
 Standard library only; Linux and macOS. Detached descendants are found on Linux only.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -22,8 +26,11 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_SCRATCH = "CONFORMANCE_SCRATCH"
 _GRACE = 2.0
 """Seconds that the worker has to end by itself once its input is closed."""
+_PROCESSES = Path("/proc/self/stat")
+"""Where it is missing, descendants cannot be told from others."""
 _TRACKER_ATTEMPTS = 50
 """So many hundredths of a second what cleans up after the others may go on."""
 
@@ -34,6 +41,7 @@ def split() -> int | None:
     Call it before anything else: a fork must not copy threads, locks or engines.
     """
     guardian = os.getpid()
+    scratch = os.environ.pop(_SCRATCH, None)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     wake, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
@@ -42,7 +50,7 @@ def split() -> int | None:
         signal.signal(number, lambda *_: None)
     worker = os.fork()
     if worker:
-        return _watch(worker, wake)
+        return _watch(worker, wake, scratch)
     signal.set_wakeup_fd(-1)
     os.close(wake)
     os.close(wakeup)
@@ -59,8 +67,8 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0)))
 
 
-def _watch(worker: int, wake: int) -> int:
-    """Wait for one of the three ends; return the worker's exit code as a shell gives it."""
+def _watch(worker: int, wake: int, scratch: str | None) -> int:
+    """Wait for one of the three ends, and clear away; return the worker's exit code as a shell gives it."""
     # Only one process may hold the pipes of the protocol, or their ends would never be seen.
     os.close(1)
     poll = select.poll()
@@ -79,7 +87,10 @@ def _watch(worker: int, wake: int) -> int:
             deadline = time.monotonic() + _GRACE
         elif not ready and deadline is not None:
             break
+    if not _PROCESSES.exists():  # what follows kills this process too
+        _delete(scratch)
     _kill_all(worker)
+    _delete(scratch)
     return code if code is not None else 128 + signal.SIGKILL
 
 
@@ -98,10 +109,15 @@ def _reap(worker: int) -> int | None:
             code = code if code >= 0 else 128 - code
 
 
+def _delete(scratch: str | None) -> None:
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _kill_all(worker: int) -> None:
     """Kill the worker and every descendant."""
     me = os.getpid()
-    if not Path("/proc/self/stat").exists():
+    if not _PROCESSES.exists():
         os.killpg(0, signal.SIGKILL)
     for attempt in range(100):  # new ones may be forked while the old ones are killed
         for pid in _descendants(me):

@@ -13,10 +13,11 @@ import re
 from io import StringIO
 
 from model_impl.chat.argument_phases import Phase
+from model_impl.chat.delimited import DelimitedText
 from model_impl.chat.json_writer import OPENER_OF, JsonWriter
 from model_impl.chat.keys import KeyText
 from model_impl.chat.quoted import QUOTED_STOP, QuotedText, Run
-from model_impl.chat.schema import Node, may_cast_quoted, quote, type_bare, type_quoted
+from model_impl.chat.schema import Node, type_bare, type_quoted
 from model_impl.chat.spans import Role, SpanLog
 
 _KEY_STOP = re.compile(r"[:=,{}\[\])]")
@@ -25,8 +26,6 @@ _NEXT_STOP = re.compile(r"[:=,{}\[\]()]")
 _AFTER_STOP = re.compile(r"[:=,}\])]")
 _BLANK = re.compile(r"\s*")
 _CLOSERS = "}])"
-_TAIL = " \t\r\n}])"
-"""What may stand between the last character of an unclosed string and the end of its call."""
 
 
 class ArgumentReader:
@@ -51,9 +50,7 @@ class ArgumentReader:
         self._next = KeyText()
         self._segment = StringIO()
         self._brackets: list[str] = []
-        self._tail = StringIO()
-        self._hold = StringIO()
-        self._live = False
+        self._string = DelimitedText(None)
         self._quoted = QuotedText('"')
         self.plain_quotes = plain_quotes
 
@@ -73,7 +70,7 @@ class ArgumentReader:
     def may_end_here(self) -> bool:
         """Inside a string: whether the text so far ends like a call whose string was never closed."""
         closer = self._wrapper or self._json.outermost_closer
-        return self._phase is Phase.STRING and self._tail.getvalue().rstrip().endswith(closer)
+        return self._phase is Phase.STRING and self._string.ends_with(closer)
 
     def take(self) -> str:
         """JSON text that became certain since the last call."""
@@ -264,7 +261,7 @@ class ArgumentReader:
         self._start_member(self._key.raw())
         blanks = self._segment.getvalue()
         self._open_string()
-        self._tail.write(blanks)
+        self._string.add_blanks(blanks)
 
     def _start_member(self, key: str) -> None:
         self._json.start_member(key)
@@ -336,56 +333,27 @@ class ArgumentReader:
     # ------------------------------------------------------------------ delimited strings
 
     def _open_string(self) -> None:
-        self._live = not may_cast_quoted(self._value_node())
-        self._tail = StringIO()
-        self._hold = StringIO()
-        if self._live:
+        self._string = DelimitedText(self._value_node())
+        if self._string.live:
             self._json.start_value()
             self._json.write('"')
         self._phase = Phase.STRING
 
     def _read_string(self, text: str, position: int) -> int:
-        """Emit what is certain; closing brackets at the end are held, as the call may end on them."""
-        fresh = text[position:]
-        certain = fresh.rstrip(_TAIL)
-        if certain:
-            self._write_string(self._tail.getvalue() + certain)
-            self._tail = StringIO()
-        self._tail.write(fresh[len(certain) :])
+        self._json.write(self._string.add(text[position:]))
         return self._used(position, len(text))
 
-    def _write_string(self, text: str) -> None:
-        if self._live:
-            self._json.write(quote(text)[1:-1])
-        else:
-            self._hold.write(text)
-
     def _close_string(self) -> None:
-        self._write_string(self._tail.getvalue())
-        if self._live:
-            self._json.write('"')
-        else:
-            node = self._value_node()
+        if not self._string.live:
             self._json.start_value()
-            self._json.write(type_quoted(self._hold.getvalue(), node))
+        self._json.write(self._string.close())
         self._end_value()
 
     def _close_unclosed_string(self) -> bool:
         """Give the brackets at the end of an unclosed string back to the call; True if all were there."""
-        tail = self._tail.getvalue()
-        closers = [*self._wrapper, *self._json.closers]
-        end, taken = len(tail), 0
-        for closer in closers:
-            last = end - 1
-            while last >= 0 and tail[last].isspace():
-                last -= 1
-            if last < 0 or tail[last] != closer:
-                break
-            end, taken = last, taken + 1
-        self._tail = StringIO()
-        self._tail.write(tail[:end])
+        complete = self._string.give_back((*self._wrapper, *self._json.closers))
         self._close_string()
-        return taken == len(closers)
+        return complete
 
     # ------------------------------------------------------------------ quoted strings
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,12 @@ class Engine:
         if word == "silent":
             os.close(1)
             os.close(2)
+        if word == "socket":
+            # Where vLLM's processes meet.
+            name = f"{os.environ['VLLM_RPC_BASE_PATH']}/{uuid.uuid4()}"
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.bind(name)
+            return _answer(socket=name)
         if word == "flood":
             for _ in range(3):
                 print("x" * (1 << 17))

@@ -5,7 +5,7 @@ Needs torch and safetensors, so it is imported at the first forward pass and not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-LOGITS = "logits"
+from conformance.worker.modules import LOGITS
 
 
 def spans(length: int, prefill: int | None) -> Iterator[tuple[int, int]]:
@@ -77,13 +77,15 @@ class Recorder:
         for place, (row, length) in enumerate(zip(self._rows, self._lengths, strict=True)):
             self._parts[name][row].append(output[place, :length].detach().float().clone())
 
-    def save(self, path: Path) -> None:
-        """Write `[tokens, ...]` for each module that ran, all rows one after the other."""
+    def save(self, path: Path, others: Mapping[str, Tensor] | None = None) -> None:
+        """Write `[tokens, ...]` for each module that ran, all rows one after the other, and other tensors."""
         tensors = {
-            name: torch.cat([part for row in self._parts[name] for part in row]).contiguous()
+            name: torch.cat([part for row in self._parts[name] for part in row])
             for name in self.order
+            if name in self._parts
         }
-        save_file(tensors, path)
+        tensors |= others or {}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     def _hook(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if name.endswith(".router"):

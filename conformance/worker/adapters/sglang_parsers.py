@@ -41,7 +41,7 @@ from llm_router_utils.sglang.srt.parser.template_manager import (  # type: ignor
 from llm_router_utils.sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
 from transformers import AutoTokenizer  # type: ignore[import-not-found]
 
-from conformance.worker.adapter import Json, accepted, search, stream, without_stop_text
+from conformance.worker.adapter import Json, accepted, delta_json, search, stream, without_stop_text
 
 _MODEL = "gemma-4"
 _PARSER = "gemma4"
@@ -181,7 +181,7 @@ class _Session:
         if finished and 0 in self._call_parsers:
             rest = last(self._call_parsers[0], content, self._chat, 0, **accepted(last, {"created": 0}))
             events += [rest] if rest else []
-        return [_delta(json.loads(event.removeprefix("data: "))) for event in events]
+        return [_delta(event) for event in events]
 
 
 def _chat_request(request: Json, *, streamed: bool) -> Any:
@@ -214,19 +214,8 @@ def _collect(events: AsyncIterator[str]) -> list[str]:
             raise RuntimeError("the generator waits for something; it cannot be run to its end here")
 
 
-def _delta(chunk: Json) -> Json:
+def _delta(event: str) -> Json:
     """A server-sent chunk in the JSON form of `Delta`."""
-    delta = chunk["choices"][0]["delta"]
-    return {
-        "content": delta.get("content"),
-        "tool_calls": [
-            {
-                "index": call["index"],
-                "id": call["id"],
-                "type": call["type"],
-                "name": call["function"]["name"],
-                "arguments": call["function"]["arguments"],
-            }
-            for call in delta.get("tool_calls") or ()
-        ],
-    }
+    chunk = json.loads(event.removeprefix("data: "), object_hook=lambda fields: SimpleNamespace(**fields))
+    message = chunk.choices[0].delta
+    return delta_json(None, getattr(message, "content", None), getattr(message, "tool_calls", None))

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: the response parser behind `transformers serve`, the chat template, the model.
+"""Hugging Face transformers: parser of `transformers serve`, chat template, processors, models.
 
 Driven as the server's chat completions are: `parse_assistant_message` for a whole answer,
 `build_response_parser` and `response_events_to_chunks` for a stream. The parser follows a response
@@ -10,13 +10,14 @@ is the server's own fallback for the model type `gemma4`; a tokenizer with a tem
   `tool_choice` is not supported by the server and plays no part.
 * When `finalize` fails, the server logs it and ends the stream without what was left.
 
-`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one. `forward` and
-`generate` are in `transformers_model` and `transformers_generate`, which are imported when first asked for,
-because they need torch.
+`render` is `apply_chat_template` with the bundled template, as a checkpoint carries one. `preprocess`,
+`forward` and `generate` are in `transformers_processor`, `transformers_model` and `transformers_generate`,
+which are imported when first asked for, because they need torch, and the first one what processes images too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ from conformance.worker.adapter import Json, search, stream
 
 _MODEL = SimpleNamespace(config=SimpleNamespace(model_type="gemma4"))
 """All that the parsing functions ask of the model."""
+_IMAGES = {"torchvision": "torchvision", "PIL": "pillow"}
+"""Modules that processors need besides torch, and their packages."""
 
 
 def create() -> TransformersAdapter:
@@ -54,18 +57,28 @@ class TransformersAdapter:
 
     def describe(self) -> Json:
         """`TargetInfo`."""
-        packages = ("jinja2", "regex", "tokenizers", "torch")
+        version = metadata.version("transformers")
+        packages = ["jinja2", "regex", "tokenizers", "torch"]
+        capabilities = ["parse", "parse_stream", "certify", "render", "forward", "generate"]
+        unavailable = {}
+        if reason := _without_images(version):
+            unavailable["preprocess"] = reason
+        else:
+            capabilities.append("preprocess")
+            packages += _IMAGES.values()
         return {
             "name": "transformers",
-            "version": metadata.version("transformers"),
-            "capabilities": ["parse", "parse_stream", "certify", "render", "forward", "generate"],
+            "version": version,
+            "capabilities": capabilities,
+            "features": ["media"],
+            "unavailable": unavailable,
             "stream_unit": "characters",
             "environment": {
                 "python": platform.python_version(),
                 **{f"package:{name}": metadata.version(name) for name in packages},
             },
             "note": "transformers.cli.serving.utils.parse_assistant_message with its gemma4 fallback; "
-            "apply_chat_template; Gemma4ForCausalLM",
+            "apply_chat_template; Gemma4Processor; Gemma4ForCausalLM, AutoModelForMultimodalLM",
         }
 
     def parse(self, request: Json) -> Json:
@@ -107,8 +120,14 @@ class TransformersAdapter:
         )
         return {"prompt": prompt, "token_ids": ids}
 
+    def preprocess(self, request: Json) -> Json:
+        """`Gemma4Processor`, `Gemma4UnifiedProcessor`."""
+        from conformance.worker.adapters import transformers_processor
+
+        return transformers_processor.preprocess(request)
+
     def forward(self, request: Json) -> Json:
-        """`Gemma4ForCausalLM`."""
+        """`Gemma4ForCausalLM`, or what `AutoModelForMultimodalLM` makes of a checkpoint with towers."""
         from conformance.worker.adapters import transformers_model
 
         return transformers_model.forward(request)
@@ -126,6 +145,17 @@ class TransformersAdapter:
     def _prompt_ids(self, request: Json) -> list[int]:
         ids = list(request["prompt_ids"])
         return ids or list(self._tokenizer.encode(request["prompt"], add_special_tokens=False))
+
+
+def _without_images(version: str) -> str:
+    """Why nothing can process images here, and what to do; empty if something can."""
+    absent = [package for module, package in _IMAGES.items() if importlib.util.find_spec(module) is None]
+    if not absent:
+        return ""
+    return (
+        f"processors need {' and '.join(absent)}, the part `images` of an environment; where its lock file "
+        f"has that part, `conformance targets install transformers@{version}` adds it"
+    )
 
 
 class _Session:

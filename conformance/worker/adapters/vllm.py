@@ -42,7 +42,7 @@ from vllm.parser.engine.parser_engine_config import (  # type: ignore[import-not
 from vllm.parser.engine.token_id_scanner import TokenIDScanner  # type: ignore[import-not-found]
 from vllm.tokenizers.hf import CachedHfTokenizer  # type: ignore[import-not-found]
 
-from conformance.worker.adapter import Json, search, stream, without_stop_text
+from conformance.worker.adapter import Json, delta_json, search, stream, without_stop_text
 from conformance.worker.adapters import vllm_engine
 
 _CONSTANT = (frozenset, LexerShape, ParserEngineConfig, Pattern, PreTrainedTokenizerBase, Tokenizer)
@@ -214,24 +214,7 @@ class _Session:
         )
         if self.comparable:
             self._normalise()
-        if delta is None:
-            return []
-        return [
-            {
-                "reasoning": delta.reasoning,
-                "content": delta.content,
-                "tool_calls": [
-                    {
-                        "index": call.index,
-                        "id": call.id,
-                        "type": call.type,
-                        "name": call.function.name if call.function else None,
-                        "arguments": call.function.arguments if call.function else None,
-                    }
-                    for call in delta.tool_calls or ()
-                ],
-            }
-        ]
+        return [] if delta is None else [delta_json(delta.reasoning, delta.content, delta.tool_calls)]
 
     def _normalise(self) -> None:
         parser = self._parser

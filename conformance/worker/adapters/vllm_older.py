@@ -26,7 +26,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (  # type: ignore[i
 from vllm.parser import ParserManager  # type: ignore[import-not-found]
 from vllm.tokenizers.hf import CachedHfTokenizer  # type: ignore[import-not-found]
 
-from conformance.worker.adapter import Json, accepted, stream, without_stop_text
+from conformance.worker.adapter import Json, accepted, delta_json, stream, without_stop_text
 from conformance.worker.search import Session
 
 _NAME = "gemma4"
@@ -287,24 +287,7 @@ def _last(delta: Any, tool_parser: Any) -> list[Json]:
 
 
 def _as_json(delta: Any) -> list[Json]:
-    if delta is None:
-        return []
-    return [
-        {
-            "reasoning": delta.reasoning,
-            "content": delta.content,
-            "tool_calls": [
-                {
-                    "index": call.index,
-                    "id": call.id,
-                    "type": call.type,
-                    "name": call.function.name if call.function else None,
-                    "arguments": call.function.arguments if call.function else None,
-                }
-                for call in delta.tool_calls or ()
-            ],
-        }
-    ]
+    return [] if delta is None else [delta_json(delta.reasoning, delta.content, delta.tool_calls)]
 
 
 def _as_detokenised(request: Json, chat: Any) -> Json:

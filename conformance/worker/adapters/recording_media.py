@@ -1,0 +1,74 @@
+"""Records what the towers of a PyTorch model give; `recording` does it for the modules of the text model.
+
+Outside the text model there are no rows: what is recorded is `[patches, ...]`, `[frames, ...]` or
+`[soft tokens, ...]` of all pieces, one after the other, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+_STRIDES = (1, 2, 4)
+"""How many places of the input become one: a tower of sound has two convolutions that halve them."""
+
+
+class MediaRecorder:
+    """Hooks on named modules outside the text model.
+
+    Args:
+        root: The module that the names are relative to.
+        names: Modules to record.
+        order: Names are added to it in the order in which the modules first ended.
+
+    Raises:
+        ValueError: the model has no module of such a name.
+    """
+
+    def __init__(self, root: nn.Module, names: Sequence[str], order: list[str]) -> None:
+        self._order = order
+        self._found: dict[str, list[Tensor]] = {}
+        self._valid: Tensor | None = None
+        modules = dict(root.named_modules())
+        if unknown := [name for name in names if name not in modules]:
+            raise ValueError(f"{type(root).__name__} has no module {', '.join(unknown)}")
+        self._hooks = [modules[name].register_forward_hook(partial(self._hook, name)) for name in names]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def call(self, valid: Tensor) -> None:
+        """Announce a call of a tower: bool [pieces, places], false at padding."""
+        self._valid = valid
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What each module gave in all its calls."""
+        return {name: torch.cat(parts) for name, parts in self._found.items()}
+
+    def _hook(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            output = output[0]
+        if name not in self._order:
+            self._order.append(name)
+        self._found.setdefault(name, []).append(self._stripped(output).detach().float().clone())
+
+    def _stripped(self, output: Tensor) -> Tensor:
+        """Without padding. A tower of sound makes one place of several, of which the first one decides."""
+        if output.ndim < 3 or self._valid is None:
+            return output
+        for stride in _STRIDES:
+            valid = self._valid[:, ::stride]
+            if valid.shape == output.shape[:2]:
+                return output[valid]
+        raise ValueError(f"an output {list(output.shape)} does not fit {list(self._valid.shape)} places")
