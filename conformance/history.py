@@ -201,7 +201,8 @@ class Releases:
         """Results by the digest of their case. A line that was cut off is asked for again."""
         if path not in self._kept:
             kept: dict[str, Result] = {}
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            # `splitlines` would also cut within results, at line separators that engines print.
+            for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
                 try:
                     result = Result.model_validate_json(line)
                 except ValidationError:

@@ -39,7 +39,7 @@ class Toy:
         self._log.append((self.spec, request.output))
         if self._good(request.output, self._major):
             return ParseResult(content=request.output)
-        return ParseResult(content="wrong")
+        return ParseResult(content="wrong\u2028\x85and long")  # with what some take for ends of lines
 
     def close(self) -> None:
         pass

@@ -6,7 +6,7 @@ Where a fault is only in how often a tower runs, no module differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as changed
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from model_impl.media_config import AudioConfig, MultimodalConfig, VisionConfig
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
 from model_impl.preprocess.audio import AudioBatch
 from model_impl.preprocess.images import ImageBatch
+from model_impl.runtime import cache
+from model_impl.runtime.cache import KVCache
 from model_impl.text import SoftTokens, TextModel
 from model_impl.unified import TileEmbedder
 from model_impl.vision import PatchEmbedder, VisionAttention, VisionEncoder, VisionTower
@@ -155,6 +157,17 @@ def _placeholder_rows() -> Patch:
             return original(self, input_ids, **options)
 
     return replace(TextModel, "forward", forward)
+
+
+@media("blocks-lost-with-a-cache", source=("M08",), module=cache, where=r"layers\.0\.self_attn")
+def _lost_with_a_cache() -> Patch:
+    """With a cache, images are seen causally."""
+    original = KVCache.begin
+
+    def begin(self: KVCache, width: int, counts: Sequence[int], *_blocks: Any) -> Any:
+        return original(self, width, counts)
+
+    return replace(KVCache, "begin", begin)
 
 
 # ------------------------------------------------------------------------------------------ projectors
