@@ -1,6 +1,8 @@
 # make run   set up everything in .venv, run the default suites, write reports/site/index.html
 # make test  the same set-up with the development tools, then all tests and suites
 # make vllm  vLLM's engine and its real server besides: their tests and suites
+# make engines  only installs what of engines the tests and suites can use beyond `make test`
+# make server   only vLLM's real server, judged by the server suites
 # make lint  ruff and mypy
 #
 # A second call installs nothing again: stamp files in .venv remember what was installed, and
@@ -16,7 +18,7 @@ WORKERS ?= 4
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: run test vllm lint schemas clean
+.PHONY: run test vllm engines server lint schemas clean
 
 run: $(VENV)/.installed
 	$(BIN)/conformance targets install --default || echo 'going on with the targets that are there'
@@ -33,6 +35,15 @@ vllm: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install vllm@0.32.0
 	$(BIN)/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py suites/generation suites/server \
 	  --target vllm@0.32.0 --target vllm-server@0.32.0 -n 2
+
+# After it, `make test` runs vLLM's engine too, and backtests on the two releases between which most was mended.
+engines: $(VENV)/.installed-dev
+	$(BIN)/conformance targets install vllm@0.32.0
+	$(BIN)/conformance targets install vllm@0.23.0
+	$(BIN)/conformance targets install vllm@0.24.0
+
+server: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest suites/server --target vllm-server@0.32.0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

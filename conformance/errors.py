@@ -20,9 +20,18 @@ class TargetError(ConformanceError):
 class EngineError(ConformanceError):
     """The engine under test raised while it handled one request."""
 
-    def __init__(self, message: str, *, traceback: str = "") -> None:
+    def __init__(self, message: str, *, traceback: str = "", exited: bool = False) -> None:
         super().__init__(message)
         self.traceback = traceback
+        self.exited = exited
+        """Whether it meant to end its process, which is no refusal of the request."""
+
+
+class NotAskedError(ConformanceError):
+    """The harness cannot hand a request to the engine; a case about it says nothing of the engine then.
+
+    Adapters raise it in their worker, which imports nothing but the standard library.
+    """
 
 
 class WorkerDiedError(ConformanceError):

@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from conformance import resources, yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
-from conformance.media import MARKERS, TextPiece, kind_of
+from conformance.media import MARKERS, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
 from conformance.suites import (
     PROMPTS,
@@ -220,9 +220,16 @@ def resolve_rows(
     """Token ids of rows without media, drawn where they are not given."""
     if not isinstance(rows, RandomRows):
         return rows
-    vocab_size = config.get("text_config", config)["vocab_size"]
+    vocab_size = text_ids(config)
     draw = random.Random(rows.seed)  # noqa: S311 - seeded test data
     return tuple(tuple(draw.randrange(vocab_size) for _ in range(length)) for length in rows.random)
+
+
+def text_ids(config: Mapping[str, Any]) -> int:
+    """Token ids below this are text: all of a text model's, and in a whole one those before its markers."""
+    vocab_size: int = config.get("text_config", config)["vocab_size"]
+    markers = [token for kind in MARKERS for token in marker_ids(config, kind) if token is not None]
+    return min([vocab_size, *markers])
 
 
 def resolve_prompt(case: ParserCase) -> str:
@@ -380,8 +387,13 @@ def _check_media(
                 continue
             kind = kind_of(piece)
             section = "audio_config" if kind == "audio" else "vision_config"
-            wanted = [section, *(f"{name}_token_id" for name in MARKERS[kind])]
-            if missing := [key for key in wanted if config.get(key) is None]:
+            missing = [
+                f"{name}_token_id"
+                for name, token in zip(MARKERS[kind], marker_ids(config, kind), strict=True)
+                if token is None
+            ]
+            missing += [section] if config.get(section) is None else []
+            if missing:
                 raise document.error(
                     (*loc, "rows", "pieces", number, place),
                     f"for {kind} the configuration needs {', '.join(missing)}",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from conformance.targets.protocol import MediaKind
 
@@ -15,6 +16,15 @@ Budget = Literal[70, 140, 280, 560, 1120]
 
 Damage = Literal["none", "empty", "truncated", "corrupt", "other-format"]
 """What is done to a file: nothing in it, its second half missing, noise in the middle, the text of a poem."""
+
+
+_MODES = {
+    "png": ("RGB", "L", "LA", "RGBA", "P"),
+    "jpeg": ("RGB", "L"),
+    "webp": ("RGB", "RGBA"),
+    "bmp": ("RGB", "L", "P", "RGBA"),
+}
+_WEBP_SIDE = 16_383
 
 
 class _Strict(BaseModel):
@@ -36,6 +46,23 @@ class Picture(_Strict):
     damage: Damage = "none"
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Picture:
+        if self.mode not in _MODES[self.format]:
+            raise ValueError(
+                f"a picture in {self.format} has no mode {self.mode}; it has {', '.join(_MODES[self.format])}"
+            )
+        if self.claimed is not None and self.format != "png":
+            raise ValueError("`claimed` is for pictures in png")
+        if self.format == "webp" and max(self.width, self.height) > _WEBP_SIDE:
+            raise ValueError(f"a picture in webp has at most {_WEBP_SIDE} pixels along a side")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is nothing wrong with the file."""
+        return self.damage == "none" and self.claimed is None
+
 
 class Clip(_Strict):
     """A video, as decoded frames: one picture that moves, so that no two frames are alike."""
@@ -46,6 +73,11 @@ class Clip(_Strict):
     fps: float | None = Field(default=None, gt=0)
     """Frames a second; absent: the video does not say."""
     seed: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is something to see."""
+        return self.frames > 0
 
 
 class Sound(_Strict):
@@ -58,6 +90,11 @@ class Sound(_Strict):
     format: Literal["wav", "flac"] = "wav"
     damage: Damage = "none"
     seed: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is nothing wrong with the file."""
+        return self.damage == "none" and self.wave != "nan" and self.samples > 0
 
 
 class TextPiece(_Strict):
@@ -114,8 +151,26 @@ class Prompts:
     there is only text."""
 
 
+def marker_ids(config: Mapping[str, Any], kind: MediaKind) -> tuple[int | None, int | None, int | None]:
+    """Token ids before, in place of and behind the soft tokens of a kind; None where there is none.
+
+    The published 12B calls one of them `eoa_token_index`.
+    """
+    before, soft, behind = (
+        config.get(f"{name}_token_id", config.get(f"{name}_token_index")) for name in MARKERS[kind]
+    )
+    return before, soft, behind
+
+
 def kind_of(piece: MediaPiece) -> MediaKind:
     """`image`, `video` or `audio`."""
     if isinstance(piece, ImagePiece):
         return "image"
     return "video" if isinstance(piece, VideoPiece) else "audio"
+
+
+def what(piece: MediaPiece) -> Picture | Clip | Sound:
+    """What a piece is of."""
+    if isinstance(piece, ImagePiece):
+        return piece.image
+    return piece.video if isinstance(piece, VideoPiece) else piece.audio

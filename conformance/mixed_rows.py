@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from conformance import media_files
-from conformance.media import MARKERS, TEXT, Prompts, TextPiece, VideoPiece, kind_of
+from conformance.loading import text_ids
+from conformance.media import TEXT, Prompts, TextPiece, VideoPiece, kind_of, marker_ids
 from conformance.suites import MixedRows
 from conformance.targets import reference_media
 from conformance.targets.protocol import MediaForm, MediaKind
@@ -69,10 +70,7 @@ class _Writer:
         self._counts = counts
         self._draw = random.Random(seed)  # noqa: S311 - seeded test data
         self._block = 0
-        # Text must not hold placeholders; markers among it would be harmless, but mean something.
-        names = {name for markers in MARKERS.values() for name in markers}
-        ids = [config[f"{name}_token_id"] for name in names if config.get(f"{name}_token_id") is not None]
-        self._text_ids = min(ids)
+        self._text_ids = text_ids(config)
 
     def row(self, pieces: tuple[Any, ...]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -86,7 +84,7 @@ class _Writer:
                 if kind == "video":
                     self._text(ids, blocks, _TIMESTAMP)
                 count = next(self._counts[kind])
-                before, soft, behind = (self._config[f"{name}_token_id"] for name in MARKERS[kind])
+                before, soft, behind = (token or 0 for token in marker_ids(self._config, kind))
                 number = TEXT if kind == "audio" else self._block
                 self._block += kind != "audio"
                 ids += [before, *[soft] * count, behind]

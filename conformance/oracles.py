@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 WriteCheckpoint = Callable[[dict[str, Any], Path, int], None]
 Ids = Sequence[int]
 
+_MAX_PREPARED = 8
+"""Answers about media that are kept: each may hold tens of megabytes."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -115,16 +118,20 @@ class Oracles:
         if not isinstance(rows, MixedRows):
             return Prompts(resolve_rows(rows, config))
         from conformance import mixed_rows
+        from model_impl.errors import MediaError
 
         key = _digest("prompts", rows.model_dump(), config)
         if key not in self._prompts:
             folder = self._path() / f"prompts-{key[:16]}"
-            folder.mkdir()
-            self._prompts[key] = mixed_rows.build(rows, config, folder)
+            folder.mkdir(exist_ok=True)
+            try:
+                self._prompts[key] = mixed_rows.build(rows, config, folder)
+            except MediaError as error:
+                raise EngineError(f"{type(error).__name__}: {error}") from error
         return self._prompts[key]
 
     def preprocess(self, spec: str, request: PreprocessRequest) -> PreprocessResult:
-        """What the oracle makes of media.
+        """What the oracle makes of media; the tensors' file is there until some more have been asked for.
 
         Raises:
             EngineError: the oracle raised; the message names it.
@@ -136,6 +143,9 @@ class Oracles:
                 self._prepared[key] = self._open_target(spec).preprocess(request)
             except EngineError as error:
                 raise EngineError(f"the oracle {spec}: {error}", traceback=error.traceback) from error
+            if len(self._prepared) > _MAX_PREPARED:
+                oldest = self._prepared.pop(next(iter(self._prepared)))
+                Path(oldest.path).unlink(missing_ok=True)
         return self._prepared[key]
 
     def files(self, pieces: Sequence[MediaPiece]) -> tuple[MediaFile, ...]:
@@ -145,7 +155,7 @@ class Oracles:
         key = _digest("files", [piece.model_dump() for piece in pieces])
         if key not in self._files:
             folder = self._path() / f"files-{key[:16]}"
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             self._files[key] = tuple(
                 media_files.write(piece, folder, f"{kind_of(piece)}-{number}")
                 for number, piece in enumerate(pieces, 1)

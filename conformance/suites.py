@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from conformance.media import Budget, MediaPiece, Piece, TextPiece
+from conformance.media import Budget, MediaPiece, Piece, TextPiece, what
 from conformance.targets.protocol import (
     AttentionBackend,
     DType,
@@ -183,6 +183,9 @@ class MixedRows(Strict):
             raise ValueError("a row has no piece")
         if all(isinstance(piece, TextPiece) for row in self.pieces for piece in row):
             raise ValueError("there is nothing but text; use `random`")
+        media = [piece for row in self.pieces for piece in row if not isinstance(piece, TextPiece)]
+        if not all(what(piece).whole for piece in media):
+            raise ValueError("what is damaged or empty has no tensors; it is for suites of kind `processor`")
         return self
 
 

@@ -42,11 +42,10 @@ What makes a random stack blow up rounding is kept low, so that float32 decides:
 is no 1/sqrt(d) and higher ones make attention sharp; what a layer adds; and what it takes from the stream."""
 
 
-_TOWER_RANGES = {
+_BOUNDS = {
     # Averages of values are below the bounds of what is projected, products of gates smaller still. Of two
     # bounds around silu only the tighter one bites: in one network the first, in the other the second.
-    "post.input": (0.1, 0.2),
-    "post.output": (0.1, 0.2),
+    "self_attn.post.": (0.1, 0.2),
     "linear_end.output": (0.1, 0.2),
     "linear_end.input_min": (0.1, 0.2),
     "feed_forward1.ffw_layer_1.output": (0.2, 0.3),
@@ -54,39 +53,45 @@ _TOWER_RANGES = {
     "feed_forward2.ffw_layer_2.input": (0.05, 0.1),
     "ffw_layer_2.output": (0.05, 0.15),
     "gate_proj.output": (0.2, 0.5),
-    "down_proj": (0.04, 0.09),
-    "": (0.5, 1.0),
+    "down_proj.": (0.04, 0.09),
 }
 """Magnitudes of the bounds of clipped linears, by a part of the name. What cuts nothing off would say nothing
 in a comparison."""
+_USUAL_BOUND = (0.5, 1.0)
 
-_TOWER_TENSORS = {
+_TOWER_RANGES = {
     "per_dim_scale": (-1.5, 0.5),
     "std_scale": (0.2, 1.2),
     "std_bias": (-5.0, 5.0),
     "q_norm.weight": (0.3, 0.7),
     "k_norm.weight": (0.3, 0.7),
+    "input_layernorm.weight": (0.5, 1.7),
     "post_attention_layernorm.weight": (0.2, 0.5),
+    "pre_feedforward_layernorm.weight": (0.5, 1.7),
     "post_feedforward_layernorm.weight": (0.2, 0.5),
+    "pre_layer_norm.weight": (0.5, 1.7),
     "post_layer_norm.weight": (0.2, 0.5),
+    "norm_pre_attn.weight": (0.5, 1.7),
     "norm_post_attn.weight": (0.2, 0.5),
-    "linear_end.linear.weight": (-0.1, 0.1),
+    "norm_out.weight": (0.5, 1.7),
+    "conv_norm.weight": (0.5, 1.7),
+    "norm.weight": (0.5, 1.7),
+    "pos_norm.weight": (0.5, 1.7),
+    "pos_norm.bias": (-0.5, 0.5),
+    "patch_ln1.weight": (0.5, 1.7),
+    "patch_ln1.bias": (-1.5, 1.5),
+    # Vectors before the last norm are so small that the norm's epsilon shows.
     "patch_dense.weight": (-2e-4, 2e-4),
     "patch_dense.bias": (-0.02, 0.02),
-    "ln1.bias": (-1.5, 1.5),
-    "bias": (-0.5, 0.5),
-    "norm_out.weight": (0.5, 1.7),
-    "norm_pre_attn.weight": (0.5, 1.7),
-    "norm.weight": (0.5, 1.7),
-    "ln1.weight": (0.5, 1.7),
-    "ln2.weight": (0.005, 0.017),
-    "layernorm.weight": (0.5, 1.7),
+    "patch_ln2.weight": (0.005, 0.017),
+    "patch_ln2.bias": (-0.5, 0.5),
+    "output_proj.bias": (-0.5, 0.5),
+    "linear_end.linear.weight": (-0.1, 0.1),
 }
-"""Uniform ranges by the end of a tensor's name. The unified model's vectors before its last norm are so small
-that the norm's epsilon shows."""
+"""Uniform ranges by the last parts of a tensor's name."""
 
-_TOWER_DEVIATIONS = {"position_embedding_table": 0.4, "pos_embedding": 0.004}
-"""Of normal distributions, by the end of a name; elsewhere what keeps the variance."""
+_LARGE = {"std_bias": 7e4, "std_scale": 1e-4}
+"""First element of a vector: one feature has a mean beyond float16, as in published checkpoints (M01)."""
 
 
 def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int) -> None:
@@ -206,18 +211,24 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def _tower_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = _generator(name, seed)
+    made = torch.empty(shape)
     if name.endswith(("_min", "_max")):
-        low, high = next(span for part, span in _TOWER_RANGES.items() if part in name)
-        bound = torch.empty(shape).uniform_(low, high, generator=generator)
+        low, high = next((span for part, span in _BOUNDS.items() if part in name), _USUAL_BOUND)
+        bound = made.uniform_(low, high, generator=generator)
         return -bound if name.endswith("_min") else bound
-    for end, (low, high) in _TOWER_TENSORS.items():
-        if name.endswith(end):
-            return torch.empty(shape).uniform_(low, high, generator=generator)
-    for end, deviation in _TOWER_DEVIATIONS.items():
-        if name.endswith(end):
-            return torch.empty(shape).normal_(0.0, deviation, generator=generator)
-    inputs = math.prod(shape[1:])
-    return torch.empty(shape).normal_(0.0, inputs**-0.5, generator=generator)
+    for end, (low, high) in _TOWER_RANGES.items():
+        if name.endswith(f".{end}"):
+            made.uniform_(low, high, generator=generator)
+            if end in _LARGE:
+                made[0] = _LARGE[end]
+            return made
+    if name.endswith(".pos_embedding"):
+        return made.normal_(0.0, 0.004, generator=generator)
+    if name.endswith(".position_embedding_table"):
+        return made.normal_(0.0, 0.4, generator=generator)
+    if made.ndim < 2:
+        raise ValueError(f"no rule says how to draw the weights {name}; add one to `_TOWER_RANGES`")
+    return made.normal_(0.0, math.prod(shape[1:]) ** -0.5, generator=generator)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -12,8 +12,15 @@ from PIL import Image, ImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_impl.errors import MediaError
 from model_impl.preprocess import audio, images, prompt, video
-from model_impl.preprocess.audio import AudioBatch, frame_count, prepare_waves, soft_token_count
+from model_impl.preprocess.audio import (
+    AudioBatch,
+    frame_count,
+    load_audio,
+    prepare_waves,
+    soft_token_count,
+)
 from model_impl.preprocess.images import ImageBatch, load_image, prepare_images, target_size
 from model_impl.preprocess.video import Video
 from tests.lying_processors import Fake, Patched
@@ -73,6 +80,21 @@ def numbers_of_colours(source: Any, name: str, **options: Any) -> Tensor:
     return load_image(opened, name)
 
 
+def without_a_pixel_limit(source: Any, name: str, **options: Any) -> Tensor:
+    return load_image(source, name, pixel_limit=1 << 60)
+
+
+def with_a_lower_limit(source: Any, name: str, **options: Any) -> Tensor:
+    return load_image(source, name, pixel_limit=images.PIXEL_LIMIT - 1)
+
+
+def silent_where_broken(source: Any, name: str, **options: Any) -> Tensor:
+    try:
+        return load_audio(source, name)
+    except MediaError:
+        return torch.zeros(3000)
+
+
 def blue_first(source: Any, name: str, **options: Any) -> Tensor:
     return load_image(source, name).flip(0)
 
@@ -113,6 +135,10 @@ def numbered_among_the_taken(self: Video) -> tuple[float, ...]:
 
 def at_24_a_second(self: Video) -> tuple[float, ...]:
     return tuple(index / 24 for index in self.indices)
+
+
+def at_a_whole_rate(self: Video) -> tuple[float, ...]:
+    return tuple(index / round(self.fps or 24) for index in self.indices)
 
 
 def at_30_a_second(self: Video) -> tuple[float, ...]:
@@ -294,6 +320,12 @@ FAULTS = [
         "prompt",
     ),
     Fault(
+        "29.97 rounded to 30",
+        Patched((Video, "seconds", property(at_a_whole_rate))),
+        "videos::broken-rate",
+        "prompt",
+    ),
+    Fault(
         "30 a second by default",
         Patched((Video, "seconds", property(at_30_a_second))),
         "videos::no-rate",
@@ -398,6 +430,34 @@ FAULTS = [
     Fault("NaN let through", Patched((audio, "_check_clip", nothing)), "malformed::nan", "accepted"),
     Fault(
         "NaN let through", Patched((audio, "_check_clip", nothing)), "malformed::nan-for-waves", "accepted"
+    ),
+    Fault(
+        "any number of pixels",
+        Patched((images, "load_image", without_a_pixel_limit)),
+        "malformed::too-many-pixels",
+        "accepted",
+    ),
+    Fault(
+        "a limit one too low",
+        Patched((images, "load_image", with_a_lower_limit)),
+        "malformed::most-pixels",
+        "raised",
+    ),
+    Fault(
+        "checksums not looked at",
+        Patched((audio, "load_audio", silent_where_broken)),
+        "malformed::corrupt-flac",
+        "accepted",
+    ),
+    Fault("no FLAC", Patched((audio, "FORMATS", ("WAV",))), "malformed::whole-flac", "raised"),
+    *(
+        Fault("other rates taken as they are", Patched((audio, "_check_header", nothing)), case, "accepted")
+        for case in (
+            "malformed::telephone-rate",
+            "malformed::disc-rate",
+            "malformed::other-rate-for-waves",
+            "malformed::other-rate-among-good-ones",
+        )
     ),
     Fault(
         "half a sound", Patched((audio, "_check_bytes", nothing)), "malformed::truncated-sound", "accepted"

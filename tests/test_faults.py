@@ -22,7 +22,7 @@ from conformance.runner import TargetPool
 from conformance.targets import registry as targets
 
 FAULTS = list(registry().values())
-FEW = {"parity": 2, "mask": 3, "processor": 8}
+FEW = {"parity": 3, "mask": 4, "processor": 4}
 """Most cases of a suite that are run for a fault, by kind, where it is not all."""
 
 

@@ -101,7 +101,7 @@ def test_a_claimed_size_stands_in_the_header() -> None:
 
 
 def test_only_a_png_claims_a_size() -> None:
-    with pytest.raises(ValueError, match="PNG"):
+    with pytest.raises(ValueError, match="for pictures in png"):
         picture_bytes(Picture(width=40, height=30, format="jpeg", claimed=(9, 9)))
 
 
@@ -138,8 +138,7 @@ def test_a_sound_has_its_samples(kind: str, wave: str) -> None:
 
 
 def test_flac_holds_the_samples_of_wav() -> None:
-    apart = samples(samples=2000, format="flac") - samples(samples=2000)
-    assert apart.abs().max() <= 1.01 / 32_768  # the two are rounded by different rules
+    assert torch.equal(samples(samples=2000, format="flac"), samples(samples=2000))
 
 
 def test_a_tone_is_one_frequency() -> None:

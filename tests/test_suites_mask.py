@@ -127,6 +127,44 @@ def test_liars_are_caught_by_the_rules_of_their_lies(suite: str, oracles: Oracle
         assert rules or liar not in SUITABLE[suite], f"{liar.__name__} should fail {suite}"
 
 
+def cites(source: str) -> list[LoadedCase]:
+    """Cases that name a source, but for those that only show where the bug does no harm."""
+    return [
+        case
+        for case in load_suites([resources.suites_dir()]).cases
+        if isinstance(case.case, MaskCase) and source in case.case.source and not case.case.control_of
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "liar"),
+    [
+        ("M05", liars.NeverOpens),
+        ("M06", liars.DropsLongImages),
+        ("M07", liars.CrossesTheWindow),
+        ("huggingface/transformers#46711", liars.CrossesTheWindow),
+        ("vllm-project/vllm#47217", liars.DropsLongImages),
+        ("M10", liars.OpensEverywhere),
+        ("spec 12.10", liars.WindowTooLong),
+    ],
+)
+def test_a_case_that_cites_a_bug_fails_by_it(source: str, liar: type[Honest], oracles: Oracles) -> None:
+    found = cites(source)
+    assert found
+    for case in found:
+        outcome = judge(case.case, case.suite.suite, liar(), oracles=oracles)
+        assert {problem.rule for problem in outcome.problems} & liar.rules, case.address
+
+
+def test_every_backend_is_asked_for_and_others_than_the_usual_one_for_long_images_too() -> None:
+    def asked(*suites: str) -> set[str | None]:
+        cases = [case for suite in suites for case in SUITES[suite].suite.cases]
+        return {case.attention for case in cases if isinstance(case, MaskCase)}
+
+    assert asked(*SUITES) == {None, "eager", "sdpa", "flex"}
+    assert asked("mask/long-images") >= {"eager", "flex"}
+
+
 def test_the_lies_of_the_catalogue_have_a_rule_of_their_own() -> None:
     """What breaks a rule first is not taken for something else."""
     own = {
@@ -159,5 +197,5 @@ def test_images_are_as_long_as_the_cases_say(oracles: Oracles) -> None:
             assert lengths == [rule.window]
         elif case.id.endswith("many-windows"):
             assert lengths[0] > 5 * rule.window
-        elif case.id.endswith("beside-one-that-fits"):
+        elif case.id.endswith(("beside-one-that-fits", "flex-attention")):
             assert lengths[0] > rule.window >= lengths[1]

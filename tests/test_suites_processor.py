@@ -96,7 +96,7 @@ def honest(address: str) -> str:
 def verdict_of(address: str, target: Any) -> tuple[str, list[str]]:
     case = CASES[address]
     oracles = Oracles(lambda spec: REFERENCE)
-    oracles.unavailable = lambda spec: ""  # type: ignore[method-assign,assignment]
+    oracles.unavailable = lambda spec, part="": ""  # type: ignore[method-assign,assignment]
     try:
         outcome = judge(case.case, case.suite.suite, target, oracles=oracles)
     finally:

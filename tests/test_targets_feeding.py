@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from conformance.chunking import chunk_texts
 from conformance.suites import PlainText
-from conformance.targets.protocol import Chunking, Piece
+from conformance.targets.protocol import Chunking, Delta, Piece
 from conformance.tokenization import pieces
 from conformance.worker import adapter
 
@@ -132,3 +133,17 @@ def test_what_the_parser_raises_ends_that_stream_only() -> None:
         {"deltas": [], "error": "ValueError: no exclamation"},
     ]
     assert len(sessions[0].fed) == 2, "nothing is fed after an error"
+
+
+def test_a_chunk_of_a_stream_as_a_delta() -> None:
+    function = SimpleNamespace(name="add", arguments='{"a":')
+    calls = [
+        SimpleNamespace(index=1, id="call-1", type="function", function=function),
+        SimpleNamespace(index=1, id=None, type=None, function=None),
+    ]
+    delta = Delta.model_validate(adapter.delta_json("So", None, calls))
+    assert (delta.reasoning, delta.content) == ("So", None)
+    first, second = delta.tool_calls
+    assert (first.index, first.id, first.name, first.arguments) == (1, "call-1", "add", '{"a":')
+    assert (second.index, second.id, second.name, second.arguments) == (1, None, None, None)
+    assert Delta.model_validate(adapter.delta_json(None, "text", None)) == Delta(content="text")

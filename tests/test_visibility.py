@@ -173,6 +173,13 @@ def test_image_attention_is_what_the_text_configuration_says(text: dict[str, Any
     assert Visibility.of(whole).image_attention == found
 
 
+@pytest.mark.parametrize("other", ["all", "", False, True, "audio"])
+def test_image_attention_that_the_rule_does_not_know_is_refused(other: object) -> None:
+    """`all` is another rule: nothing is causal, and the window reaches half as far on either side."""
+    with pytest.raises(EngineError, match=f"`use_bidirectional_attention: {other}`"):
+        Visibility.of({**TEXT_CONFIG, "use_bidirectional_attention": other})
+
+
 @pytest.mark.parametrize("window", [None, 0, -1, True, "12"])
 def test_a_configuration_without_a_window_is_refused(window: object) -> None:
     with pytest.raises(EngineError, match="sliding_window"):

@@ -61,7 +61,7 @@ def judge(case: MaskCase, suite: MaskSuite, target: Target, oracles: Oracles) ->
     """Compare the masks of all layers with the rule.
 
     Raises:
-        EngineError: the configuration is none of a Gemma 4 model, or a piece of media cannot be made.
+        EngineError: the rule does not cover the configuration, or a piece of media cannot be made.
         WorkerDiedError, TargetTimeoutError: from the target.
     """
     reason = _not_asked(case, target)

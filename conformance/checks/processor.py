@@ -2,12 +2,16 @@
 
 1. Files of the pieces are made, and the target is asked for the prompt with a placeholder for each soft token
    and for the tensors that a model reads. These must fit together, and be what the case says.
-2. They must be what the suite's oracle makes of the same bytes: the prompt, the positions and the masks
+2. They must be what the suite's oracle makes of the same pieces: the prompt, the positions and the masks
    exactly, pixels and features within the case's tolerance. Pieces may be padded behind to any length. The
-   first place that differs is named.
-3. What is `refused` must raise an error that names the input, and the next request must be answered. No
-   oracle is asked about it.
+   first place that differs is named. The oracle gets the same bytes, but sounds always in WAV, as not every
+   oracle decodes more; other formats of sounds lose nothing.
+3. What is `refused` must raise an error that names the input, by its file or by its number among those of its
+   kind, and the next request must be answered. Videos are handed over as frames, so that an engine need not
+   know their files: of one video by itself any error will do. No oracle is asked about what is refused.
 4. A processor that exits judges nothing: the case is an error.
+5. A target whose adapter cannot hand a piece to its engine is not judged: the case is skipped. What the
+   adapter says is no refusal of the engine's.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from conformance.checks.base import CheckOutcome
-from conformance.errors import EngineError
+from conformance.errors import EngineError, NotAskedError
 from conformance.media import (
     Budget,
     Clip,
@@ -31,6 +35,7 @@ from conformance.media import (
     SoundPiece,
     VideoPiece,
     kind_of,
+    what,
 )
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
@@ -49,12 +54,18 @@ _SOFT = re.compile(
 _RUN = re.compile("|".join(rf"(?:{re.escape(token)}){{4,}}" for token in _PLACEHOLDERS.values()))
 _INCOMPARABLE = ("missing-tensor", "shape", "not-finite")
 """Rules without which values cannot be compared."""
-_EXITS = ("SystemExit:", "KeyboardInterrupt:")
-"""How an error begins with which an engine in another process meant to end that process."""
+_WORDS: dict[MediaKind, tuple[str, ...]] = {
+    "image": ("image",),
+    "video": ("video",),
+    "audio": ("audio", "sound"),
+}
+"""What an error may call a piece, with its number behind."""
 _PART = "images"
 """Part of an oracle's environment that processes images and videos; a default installation lacks it."""
 _SAMPLED = 32
 """Frames that are taken of a video."""
+_RATE = 16_000
+"""Samples a second that the models take."""
 
 _GOOD: dict[MediaKind, tuple[MediaPiece, str]] = {
     "image": (
@@ -94,9 +105,17 @@ def judge(case: ProcessorCase, suite: ProcessorSuite, target: Target, oracles: O
     """Ask once, or twice where the case is to be refused.
 
     Raises:
-        EngineError: the oracle raised, or gave what contradicts the case; or the target's processor exited.
+        EngineError: the oracle raised, could not be asked, or gave what contradicts the case; or the target's
+            processor exited.
         WorkerDiedError, TargetTimeoutError: from the target or the oracle.
     """
+    try:
+        return _judge(case, suite, target, oracles)
+    except NotAskedError as error:
+        return CheckOutcome("skip", reason=f"{target.spec} cannot be asked: {error}")
+
+
+def _judge(case: ProcessorCase, suite: ProcessorSuite, target: Target, oracles: Oracles) -> CheckOutcome:
     info = target.describe()
     if "preprocess" not in info.capabilities:
         why = info.unavailable.get("preprocess")
@@ -113,7 +132,7 @@ def judge(case: ProcessorCase, suite: ProcessorSuite, target: Target, oracles: O
     request = _request(case, oracles)
     truth = None
     if not (is_oracle or lacking):
-        truth = _oracle_answer(case, suite.oracle, request, oracles)
+        truth = _oracle_answer(case, suite.oracle, oracles)
     expected = _expected(case, suite.oracle, truth)
     try:
         answer = _ask(case, target, request)
@@ -144,7 +163,8 @@ def _judge_refusal(case: ProcessorCase, target: Target, oracles: Oracles) -> Che
     request = _request(case, oracles)
     names = _culprits(case, request.media)
     named = " or ".join(names)
-    expected = f"An error that names {named}, and an answer to the next request."
+    wanted = f"An error that names {named}" if names else "An error"
+    expected = f"{wanted}, and an answer to the next request."
     problems = []
     got: dict[str, Any]
     try:
@@ -152,7 +172,7 @@ def _judge_refusal(case: ProcessorCase, target: Target, oracles: Oracles) -> Che
     except EngineError as error:
         told = _told(error, request)
         got = {"error": told}
-        if not any(re.search(rf"(?<!\d){re.escape(name)}(?!\d)", told) for name in names):
+        if names and not any(re.search(rf"(?i)(?<!\w){re.escape(name)}(?!\d)", told) for name in names):
             problems.append(
                 Problem(
                     rule="unnamed-input", message=f"the error does not name {named}", expected=named, got=told
@@ -161,33 +181,46 @@ def _judge_refusal(case: ProcessorCase, target: Target, oracles: Oracles) -> Che
     else:
         got = answer.shown
         problems.append(
-            Problem(rule="accepted", message=f"{named} must be refused, and was answered", got=answer.shown)
+            Problem(
+                rule="accepted",
+                message=f"{named or 'the video'} must be refused, and was answered",
+                got=answer.shown,
+            )
         )
     problems += _next_problems(case, target, oracles)
     return CheckOutcome.from_problems(problems, _evidence(case, request, expected, got))
 
 
 def _culprits(case: ProcessorCase, files: Sequence[MediaFile]) -> tuple[str, ...]:
-    """What an error has to name, any one of these: a budget, a placeholder, or a bad file."""
+    """What an error has to name, any one of these: a budget, a placeholder, or a bad file or its number.
+
+    Nothing where the video that is bad is the only one.
+    """
     kinds = {file.kind for file in files}
     for kind, budget in (("image", case.image_budget), ("video", case.frame_budget)):
         if kind in kinds and budget not in get_args(Budget):
             return (str(budget),)
     if case.extra_placeholders:
         return (_PLACEHOLDERS[kind_of(case.pieces[0])],)
-    names = [Path(file.path).name for file in files]
-    bad = [name for name, piece in zip(names, case.pieces, strict=True) if _is_bad(piece, case.sample_frames)]
-    return tuple(bad or names)
+    bad = [n for n, piece in enumerate(case.pieces) if _is_bad(piece, case.sample_frames)]
+    told = []
+    for n in bad or range(len(files)):
+        kind = files[n].kind
+        alike = [place for place, file in enumerate(files) if file.kind == kind]
+        if kind == "video" and len(alike) == 1:
+            return ()
+        told.append(Path(files[n].path).name)
+        told += [f"{word} {alike.index(n) + 1}" for word in _WORDS[kind]]
+    return tuple(told)
 
 
 def _is_bad(piece: MediaPiece, sample_frames: bool) -> bool:
     """Whether a piece by itself is a reason to refuse."""
-    if isinstance(piece, ImagePiece):
-        return piece.image.damage != "none" or piece.image.claimed is not None
-    if isinstance(piece, SoundPiece):
-        sound = piece.audio
-        return sound.samples == 0 or sound.wave == "nan" or sound.damage != "none"
-    return piece.video.frames < (_SAMPLED if sample_frames else 1)
+    if isinstance(piece, VideoPiece):
+        return piece.video.frames < (_SAMPLED if sample_frames else 1)
+    if isinstance(piece, SoundPiece) and piece.audio.rate != _RATE:
+        return True
+    return not what(piece).whole
 
 
 def _next_problems(case: ProcessorCase, target: Target, oracles: Oracles) -> Iterator[Problem]:
@@ -224,11 +257,14 @@ def _next_problems(case: ProcessorCase, target: Target, oracles: Oracles) -> Ite
         )
 
 
-def _request(case: ProcessorCase, oracles: Oracles) -> PreprocessRequest:
+def _request(
+    case: ProcessorCase, oracles: Oracles, pieces: Sequence[MediaPiece] | None = None
+) -> PreprocessRequest:
+    """Of the case, or of others in the place of its pieces."""
     return PreprocessRequest(
         form=case.form,
         prompt=_prompt(case),
-        media=oracles.files(case.pieces),
+        media=oracles.files(case.pieces if pieces is None else pieces),
         image_budget=case.image_budget,
         frame_budget=case.frame_budget,
         sample_frames=case.sample_frames,
@@ -324,15 +360,25 @@ def _soft_tokens(prompt: str) -> list[tuple[MediaKind, int]]:
     return found
 
 
-def _oracle_answer(case: ProcessorCase, oracle: str, request: PreprocessRequest, oracles: Oracles) -> _Answer:
+def _oracle_answer(case: ProcessorCase, oracle: str, oracles: Oracles) -> _Answer:
     """The oracle's answer, which must break no rule that needs none."""
-    own = request.model_copy(update={"output": str(oracles.output())})
-    answer = _read(case, oracles.preprocess(oracle, own))
+    request = _request(case, oracles, [_as_wav(piece) for piece in case.pieces])
+    try:
+        result = oracles.preprocess(oracle, request)
+    except NotAskedError as error:
+        raise EngineError(f"the oracle {oracle} cannot be asked: {error}") from error
+    answer = _read(case, result)
     if answer.problems:
         raise EngineError(
             f"the oracle {oracle} breaks `{answer.problems[0].rule}`: {answer.problems[0].message}"
         )
     return answer
+
+
+def _as_wav(piece: MediaPiece) -> MediaPiece:
+    if not isinstance(piece, SoundPiece):
+        return piece
+    return SoundPiece(audio=piece.audio.model_copy(update={"format": "wav"}))
 
 
 def _oracle_problems(case: ProcessorCase, answer: _Answer, truth: _Answer) -> Iterator[Problem]:
@@ -371,9 +417,9 @@ def _told(error: EngineError, request: PreprocessRequest) -> str:
     Raises:
         EngineError: the engine did not refuse the request but meant to end its process.
     """
-    text = str(error)
-    if text.startswith(_EXITS):
+    if error.exited:
         raise error
+    text = str(error)
     for folder in {str(Path(file.path).parent) for file in request.media}:
         text = text.replace(f"{folder}/", "")
     return text

@@ -112,20 +112,27 @@ class Visibility:
             long_blocks: What becomes of images that are longer than the window; `clamp_past` if left out.
 
         Raises:
-            EngineError: the configuration does not say how long the window is.
+            EngineError: the configuration does not say how long the window is, or asks for image attention
+                that the rule does not know.
         """
         text = config.get("text_config", config)
         count = text["num_hidden_layers"]
         window = text.get("sliding_window")
         if type(window) is not int or window < 1:
             raise EngineError("the configuration needs a positive `sliding_window`")
+        opened = text.get("use_bidirectional_attention")
+        if opened not in (None, "vision"):
+            raise EngineError(
+                f"the configuration has `use_bidirectional_attention: {opened}`; "
+                "there is a rule for `null` and for `vision`"
+            )
         given: Sequence[LayerType] | None = text.get("layer_types")
         layers = list(given or [SLIDING if number % _PATTERN else FULL for number in range(1, count + 1)])
         layers[-1] = FULL  # whatever is listed
         return cls(
             layers=tuple(layers),
             window=window,
-            image_attention=text.get("use_bidirectional_attention") == "vision",
+            image_attention=opened == "vision",
             long_blocks=long_blocks or "clamp_past",
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from conformance.faults.base import Collection, Patch, replace
 from model_impl import config, multimodal, text
 from model_impl.config import AttentionKind, TextConfig
+from model_impl.layers import backends
 from model_impl.layers.backends import Mask
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
 from model_impl.runtime import masks
@@ -36,6 +37,11 @@ def _masks_of(kind: AttentionKind, rule: Rule) -> Patch:
         return rule(self, positions, blocks)
 
     return replace(TextModel, "_mask", changed_mask)
+
+
+def _same_image(blocks: Tensor) -> Tensor:
+    """Pairs of tokens of one image, bool [B, 1, T, T]."""
+    return (blocks[:, None, :, None] == blocks[:, None, None, :]) & (blocks != NO_BLOCK)[:, None, :, None]
 
 
 @mask("both-ways-in-full-layers", source=("spec 3.6",), module=text)
@@ -73,11 +79,22 @@ def _beyond_the_window() -> Patch:
     """Tokens of an image see all of it, however far beyond the window."""
 
     def everything(self: TextModel, positions: Tensor, blocks: Tensor) -> Mask:
-        window = self.config.sliding_window
-        same = (blocks[:, None, :, None] == blocks[:, None, None, :]) & (blocks != NO_BLOCK)[:, None, :, None]
-        return Mask(visible(positions, positions, window) | same)
+        return Mask(visible(positions, positions, self.config.sliding_window) | _same_image(blocks))
 
     return _masks_of("sliding_attention", everything)
+
+
+@mask("flex-not-clamped", source=("spec 10",), module=text)
+def _flex_not_clamped() -> Patch:
+    """With FlexAttention alone, tokens of an image see all of it, however far beyond the window."""
+
+    def of_flex_alone(self: TextModel, positions: Tensor, blocks: Tensor) -> Mask:
+        own = Blocks(blocks, blocks, self.long_blocks)
+        right = visible(positions, positions, self.config.sliding_window, own)
+        wrong = right | _same_image(blocks)
+        return Mask(right, derived={"blocks": backends._blocks(wrong, wrong, wrong)})
+
+    return _masks_of("sliding_attention", of_flex_alone)
 
 
 def _mode(old: BlockMode, new: BlockMode) -> Patch:

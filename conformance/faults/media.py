@@ -110,7 +110,7 @@ def _sounds_dropped() -> Patch:
 
 @media(
     "token-ids-of-the-text-config",
-    source=("vllm-project/vllm#39450", "M23"),
+    source=("spec 3.4",),
     module=media_config,
     where=r"vision_tower\.patch_embedder|vision_embedder|audio_tower\.subsample_conv_projection|embed_audio|"
     + _EMBEDDED,
@@ -330,12 +330,6 @@ def _padding_pooled() -> Patch:
     return _pooled(also_padding)
 
 
-@media("pooled-in-half-precision", source=("M01",), module=vision, where="vision_tower")
-def _pooled_in_half() -> Patch:
-    """Pooled features pass through float16 before they are standardised."""
-    return _pooled(lambda pool: lambda *given: pool(*given).half().float())
-
-
 def _with_statistics(change: Callable[[VisionTower], None]) -> Patch:
     """A patch of the tower's stored statistics, in force during its pass."""
     original = VisionTower.forward
@@ -351,6 +345,16 @@ def _with_statistics(change: Callable[[VisionTower], None]) -> Patch:
             self.std_bias, self.std_scale = kept
 
     return replace(VisionTower, "forward", forward)
+
+
+@media("statistics-in-half-precision", source=("M01",), module=vision, where="vision_tower")
+def _statistics_in_half() -> Patch:
+    """Features are standardised in float16, which a large mean overflows."""
+
+    def half(tower: VisionTower) -> None:
+        tower.std_bias = tower.std_bias.half().float()
+
+    return _with_statistics(half)
 
 
 @media("scaled-before-shifted", source=("M01", "spec 3.2"), module=vision, where="vision_tower")
@@ -422,15 +426,31 @@ def _distances_reversed() -> Patch:
     return replace(audio, "sinusoids", lambda past, like: original(past, like).flip(0))
 
 
+def _audio_config(part: type[nn.Module], **values: float) -> Patch:
+    """A patch of what one kind of module in the audio tower reads from the configuration."""
+    original: Any = part.__init__
+
+    def init(self: nn.Module, config: AudioConfig) -> None:
+        original(self, changed(config, **values))  # type: ignore[arg-type]
+
+    return replace(part, "__init__", init)
+
+
 @media("logits-not-capped", source=("spec 3.8",), module=audio, where=_FIRST_AUDIO)
 def _logits_not_capped() -> Patch:
-    """Logits of the audio tower's attention are capped at a tenth of the limit."""
-    original = LocalAttention.__init__
+    """Logits of the audio tower's attention are not capped."""
+    return _audio_config(LocalAttention, logit_cap=1e9)
 
-    def init(self: LocalAttention, config: AudioConfig) -> None:
-        original(self, changed(config, logit_cap=config.logit_cap / 10))
 
-    return replace(LocalAttention, "__init__", init)
+@media(
+    "activations-not-clamped",
+    source=("spec 3.8",),
+    module=audio,
+    where=r"audio_tower\.layers\.0\.feed_forward1",
+)
+def _not_clamped() -> Patch:
+    """Feed-forward networks of the audio tower do not clamp what they read and give."""
+    return _audio_config(audio.FeedForward, clamp=1e10)
 
 
 @media(
@@ -470,12 +490,7 @@ def _sees_the_future() -> Patch:
 @media("whole-residual", source=("spec 3.8",), module=audio, where=r"audio_tower\.layers\.0\.feed_forward1")
 def _whole_residual() -> Patch:
     """Feed-forward networks of the audio tower are added whole, and not by half."""
-    original = audio.FeedForward.__init__
-
-    def init(self: audio.FeedForward, config: AudioConfig) -> None:
-        original(self, changed(config, residual_weight=1.0))
-
-    return replace(audio.FeedForward, "__init__", init)
+    return _audio_config(audio.FeedForward, residual_weight=1.0)
 
 
 __all__ = ["faults"]

@@ -328,6 +328,22 @@ def _damage_unnoticed() -> Patch:
     return replace(images, "load_image", load)
 
 
+@faults(
+    "no-pixel-limit",
+    source=("https://cwe.mitre.org/data/definitions/409.html",),
+    area="malformed-input",
+    module=images,
+)
+def _no_pixel_limit() -> Patch:
+    """An image may have any number of pixels."""
+    original = images.load_image
+
+    def load(source: Any, name: str, **options: Any) -> Tensor:
+        return original(source, name, **options | {"pixel_limit": 10**18})
+
+    return replace(images, "load_image", load)
+
+
 @faults("error-without-a-name", source=("spec 3.1",), area="malformed-input", module=images)
 def _without_a_name() -> Patch:
     """What is wrong with a file is said, and not with which."""

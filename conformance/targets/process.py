@@ -2,8 +2,8 @@
 
 Whatever the engine does there costs one request: an exception is an `EngineError`; death, a broken or
 endless answer a `WorkerDiedError`; a missed deadline a `TargetTimeoutError`. The next request starts a new
-worker where the old one is gone. `conformance.worker.guardian` sees to it that no process is left behind,
-even when this one is killed.
+worker where the old one is gone. `conformance.worker.guardian` sees to it that no process and no file is left
+behind, even when this one is killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from typing import IO, Any, Self, TypeVar
 
 from pydantic import TypeAdapter
 
-from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
+from conformance.errors import (
+    EngineError,
+    NotAskedError,
+    TargetError,
+    TargetTimeoutError,
+    WorkerDiedError,
+)
 from conformance.targets import guarded
 from conformance.targets.protocol import (
     Certificate,
@@ -52,6 +58,8 @@ ENGINE_TIMEOUT = 300.0
 """Seconds for generation beyond those of any request: one engine may have to end, another to start."""
 MAX_LINE = 64 * 2**20
 """Bytes of one answer."""
+_EXITS = ("SystemExit", "KeyboardInterrupt")
+"""Exceptions that mean to end a process."""
 _STDERR_TAIL = 8192
 
 _T = TypeVar("_T")
@@ -212,10 +220,10 @@ class WorkerTarget:
 
     @contextlib.contextmanager
     def _fatal(self) -> Iterator[None]:
-        """End the worker on everything but an exception of its engine."""
+        """End the worker on everything but an exception of its engine or adapter."""
         try:
             yield
-        except EngineError:
+        except (EngineError, NotAskedError):
             raise
         except (WorkerDiedError, TargetTimeoutError) as error:
             error.stderr_tail = self._stop(gently=False)
@@ -313,6 +321,7 @@ class _Worker:
 
         Raises:
             EngineError: the engine raised.
+            NotAskedError: the adapter cannot hand the request to it.
             WorkerDiedError: the worker ended, or what it wrote is no answer.
             TargetTimeoutError: no answer came in time.
         """
@@ -373,7 +382,7 @@ class _Worker:
             answer = json.loads(line)
             if answer["id"] != number:
                 raise ValueError(f"expected an answer to request {number}")
-            error = _engine_error(answer["error"]) if "error" in answer else None
+            error = _raised(answer["error"]) if "error" in answer else None
             result = answer["result"] if error is None else None
         except (ValueError, LookupError, TypeError, RecursionError) as bad:
             raise self._broken(f"what is no answer: {_shorten(line)}") from bad
@@ -409,8 +418,14 @@ def _drain(stderr: IO[bytes], tail: bytearray) -> None:
             del tail[:-_STDERR_TAIL]
 
 
-def _engine_error(error: dict[str, str]) -> EngineError:
-    return EngineError(f"{error['type']}: {error['message']}", traceback=str(error["traceback"]))
+def _raised(error: dict[str, str]) -> EngineError | NotAskedError:
+    if error["type"] == NotAskedError.__name__:
+        return NotAskedError(error["message"])
+    return EngineError(
+        f"{error['type']}: {error['message']}",
+        traceback=str(error["traceback"]),
+        exited=error["type"] in _EXITS,
+    )
 
 
 def _shorten(line: bytes) -> str:

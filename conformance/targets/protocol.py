@@ -327,8 +327,9 @@ class ForwardResult(Model):
     order: tuple[str, ...] = ()
     """The captured names in the order in which the modules ended, as far as they ran."""
     effective: dict[str, str] = Field(default_factory=dict)
-    """`attention`, `experts` (where there are any) and `dtype`, read back from the model; with media also
-    `image_calls`, `video_calls` and `audio_calls`: how many times a tower ran for pieces of that kind."""
+    """`attention`, `experts` (where there are any) and `dtype`, read back from the model. With media also
+    `image_calls`, `video_calls` and `audio_calls`, how many times a tower ran for pieces of that kind, and
+    `rows`: `one by one` where rows do not run together."""
 
 
 class Speculation(Model):
@@ -375,7 +376,8 @@ class GenerateRequest(Model):
     prompts: tuple[tuple[int, ...], ...] = Field(min_length=1)
     """Token ids; none is empty."""
     images: tuple[tuple[str, ...], ...] = ()
-    """Image files of each prompt, in the order of their placeholders; empty: no prompt has any."""
+    """Image files of each prompt, in order: the prompt holds one unexpanded `<|image|>` for each. Empty: no
+    prompt has any."""
     adapter: str | None = None
     """Folder of a LoRA adapter in PEFT's form, for every prompt."""
     max_new_tokens: int = Field(ge=1)

@@ -35,7 +35,7 @@ def forward(request: ForwardRequest) -> ForwardResult:
     """Answer a `ForwardRequest`: all rows as one batch, padded on the right; all media of a kind as one too.
 
     Raises:
-        EngineError: masks are asked for of a pass in steps, or the file of media cannot be read.
+        EngineError: a mask is asked for of what is no attention, or the file of media cannot be read.
         ModelError: the model refuses the request.
     """
     whole = None
@@ -183,38 +183,55 @@ def _soft_frames(config: MultimodalConfig) -> Callable[[int], int]:
 def _masks(
     model: TextModel, names: Sequence[str], recorder: Recorder, rows: Sequence[Sequence[int]]
 ) -> Iterator[dict[str, Tensor]]:
-    """Which keys each token sees, float32 [tokens, longest row], as the attention backend is handed them."""
+    """Which keys each token sees, float32 [tokens, longest row], by what the attention backend goes by.
+
+    Raises:
+        EngineError: there is no attention of a name.
+    """
     found: dict[str, Tensor] = {}
-    running: list[str] = []
-    width = max(map(len, rows))
+    running = ""
 
-    def enter(name: str) -> Any:
-        return lambda _module, _inputs: running.append(name)
+    def enter(name: str) -> Callable[[nn.Module, Any], None]:
+        def remember(_module: nn.Module, _inputs: Any) -> None:
+            nonlocal running
+            running = name
 
-    def handed(attend: backends.Attend) -> backends.Attend:
+        return remember
+
+    def heard(backend: str, attend: backends.Attend) -> backends.Attend:
         def call(q: Tensor, k: Tensor, v: Tensor, mask: backends.Mask) -> Tensor:
-            if running:
-                name = running.pop()
-                dense = mask.dense(q.shape[2], k.shape[2], q.device)
-                seen = torch.ones(1, 1, q.shape[2], k.shape[2]) if dense is None else dense.float()
-                seen = seen.expand(len(rows), 1, -1, -1)[:, 0]
+            nonlocal running
+            name, running = running, ""
+            output = attend(q, k, v, mask)
+            if name:
+                seen = _seen(backend, q, k, mask).float().expand(len(rows), 1, -1, -1)[:, 0]
                 found[name] = torch.cat([own[: len(row)] for own, row in zip(seen, rows, strict=True)])
                 recorder.order.append(name)
-            return attend(q, k, v, mask)
+            return output
 
         return call
 
-    hooks = []
-    for name in names:
-        module = model.get_submodule(name.removesuffix(MASK))
-        if not isinstance(module, Attention):
-            raise EngineError(f"{name}: there is no attention of that name")
-        hooks.append(module.register_forward_pre_hook(enter(name)))
-    wrapped = {name: handed(attend) for name, attend in backends.BACKENDS.items()}
-    try:
-        with patch.object(backends, "BACKENDS", wrapped):
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert all(seen.shape[1] == width for seen in found.values())
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name.removesuffix(MASK))
+            if not isinstance(module, Attention):
+                raise EngineError(f"{name}: there is no attention of that name")
+            stack.enter_context(module.register_forward_pre_hook(enter(name)))
+        wrapped = {backend: heard(backend, attend) for backend, attend in backends.BACKENDS.items()}
+        stack.enter_context(patch.object(backends, "BACKENDS", wrapped))
+        yield found
+
+
+def _seen(backend: str, q: Tensor, k: Tensor, mask: backends.Mask) -> Tensor:
+    """What a mask let a backend see that has just run; it broadcasts to bool [rows, 1, queries, keys]."""
+    queries, keys = q.shape[2], k.shape[2]
+    if backend == "flex":
+        # It makes its own form of the mask for the first layer, and reads nothing else from then on.
+        from torch.nn.attention.flex_attention import create_mask
+
+        blocks = mask.derived["blocks"]
+        if blocks is not None:
+            return create_mask(blocks.mask_mod, len(q), 1, queries, keys, device=q.device.type)
+    elif (dense := mask.dense(queries, keys, q.device)) is not None:
+        return dense
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=q.device)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from conformance.worker.modules import LOGITS
 
@@ -47,11 +48,12 @@ class Recorder:
         unknown = [name for name in names if name != LOGITS and name not in modules]
         if unknown:
             raise ValueError(f"{type(root).__name__} has no module {', '.join(unknown)}")
-        self._hooks = [
-            modules[name].register_forward_hook(partial(self._hook, name)) for name in names if name != LOGITS
-        ]
+        self._modules = {name: modules[name] for name in names if name != LOGITS}
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
+        for name, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(partial(self._hook, name)))
         return self
 
     def __exit__(

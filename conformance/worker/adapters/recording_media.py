@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _STRIDES = (1, 2, 4)
 """How many places of the input become one: a tower of sound has two convolutions that halve them."""
@@ -37,9 +38,12 @@ class MediaRecorder:
         modules = dict(root.named_modules())
         if unknown := [name for name in names if name not in modules]:
             raise ValueError(f"{type(root).__name__} has no module {', '.join(unknown)}")
-        self._hooks = [modules[name].register_forward_hook(partial(self._hook, name)) for name in names]
+        self._modules = {name: modules[name] for name in names}
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
+        for name, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(partial(self._hook, name)))
         return self
 
     def __exit__(

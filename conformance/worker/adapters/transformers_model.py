@@ -61,6 +61,8 @@ def forward(request: Json) -> Json:
     model = load(Path(request["checkpoint"]), request["dtype"], request["attention"] or "sdpa")
     order, calls = _run(model, request)
     effective_calls = {f"{kind}_calls": str(count) for kind, count in calls.items()}
+    if effective_calls:
+        effective_calls["rows"] = "one by one"
     return {"path": request["output"], "order": order, "effective": {**effective(model), **effective_calls}}
 
 

@@ -8,7 +8,8 @@ which are its classes' defaults, and the harness's tokenizer.
 * The processors of images are those on torchvision, as wherever it is installed.
 * Frames of videos are given as tensors, with their metadata.
 * transformers reads sounds with librosa or torchcodec, which the environment has not. They are decoded here,
-  and only from WAV: 16 bits, or floats as they are.
+  and only from WAV at the models' rate: 16 bits, or floats as they are. transformers is not asked about other
+  sounds or damaged ones, as the refusal would be this module's.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from transformers.models.gemma4_unified.video_processing_gemma4_unified import (
 )
 from transformers.video_utils import VideoMetadata  # type: ignore[import-not-found]
 
+from conformance.errors import NotAskedError
 from conformance.worker.adapter import Json
 
 _RATE = 16_000
@@ -70,12 +72,12 @@ _PCM, _FLOAT = 1, 3
 """Formats of samples in WAV."""
 
 
-class SoundError(Exception):
-    """A sound cannot be decoded here."""
-
-
 def preprocess(request: Json) -> Json:
-    """Answer a `PreprocessRequest`. Whatever the processor raises is its answer."""
+    """Answer a `PreprocessRequest`. Whatever the processor raises is its answer.
+
+    Raises:
+        NotAskedError: a sound cannot be decoded here.
+    """
     processor = _processor(request["form"])
     files = {
         kind: [file for file in request["media"] if file["kind"] == kind]
@@ -115,21 +117,21 @@ def read_sound(path: Path) -> Any:
     """Samples of a WAV file, float32 [samples]; channels are averaged.
 
     Raises:
-        SoundError: it is none, it is not whole, or it has another rate or other samples.
+        NotAskedError: it is none, it is not whole, or it has another rate or other samples.
     """
     data = path.read_bytes()
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise SoundError(f"{path.name}: no WAV file, and this environment has no decoder of other sounds")
+        raise NotAskedError(f"{path.name}: no WAV file, and this environment has no decoder of other sounds")
     chunks = _chunks(data, path.name)
     try:
         kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunks[b"fmt "])
         samples = chunks[b"data"]
     except (KeyError, struct.error) as error:
-        raise SoundError(f"{path.name}: a WAV file without a whole header or without samples") from error
+        raise NotAskedError(f"{path.name}: a WAV file without a whole header or without samples") from error
     if rate != _RATE:
-        raise SoundError(f"{path.name}: {rate} samples a second; nothing here makes {_RATE} of them")
+        raise NotAskedError(f"{path.name}: {rate} samples a second; nothing here makes {_RATE} of them")
     if (kind, bits) not in ((_PCM, 16), (_FLOAT, 32)) or len(samples) % (channels * bits // 8):
-        raise SoundError(
+        raise NotAskedError(
             f"{path.name}: samples of format {kind} in {bits} bits; 16-bit integers and floats are read"
         )
     if kind == _PCM:
@@ -147,7 +149,7 @@ def _chunks(data: bytes, name: str) -> dict[bytes, bytes]:
         (size,) = struct.unpack_from("<I", data, place + 4)
         chunk = data[place + 8 : place + 8 + size]
         if len(chunk) < size:
-            raise SoundError(f"{name}: truncated; {len(chunk)} of {size} bytes of a part are there")
+            raise NotAskedError(f"{name}: truncated; {len(chunk)} of {size} bytes of a part are there")
         chunks[data[place : place + 4]] = chunk
         place += 8 + size + size % 2
     return chunks
