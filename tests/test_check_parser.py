@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conformance.checks import judge
+from conformance.checks import judge, streams
 from conformance.checks.base import CheckOutcome
 from conformance.checks.parser import build_request
 from conformance.errors import EngineError
@@ -132,6 +132,12 @@ STREAMED: dict[type[StreamLiar], tuple[str, tuple[str, ...]]] = {
     liars.LeaksSplitMarker: ("a<tool_call|>b", ("a<", "tool_call|>b")),
     liars.TrustsIds: ("<|channel>abc def<channel|>so", ("<|channel>abc def", "<channel|>so")),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def time_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is certified here does not depend on how busy the machine is."""
+    monkeypatch.setattr(streams, "MAX_SECONDS", 120.0)
 
 
 @pytest.mark.parametrize("liar", STREAM_LIARS)

@@ -368,6 +368,7 @@ def test_bfloat16_is_what_runs(newest: Target, checkpoint: Callable[[str], Path]
             "dtype": dtype,
             "experts": "eager",
             "image_calls": "1",
+            "rows": "one by one",
         }
     for module in capture[:2]:
         wide, narrow = made["float32"][module], made["bfloat16"][module]
