@@ -22,7 +22,6 @@ KEY = "sk-probe-0123456789"
 AREAS = {
     "server-concurrency",
     "server-errors",
-    "server-images",
     "server-json",
     "server-limits",
     "server-logprobs",
