@@ -6,11 +6,12 @@ maps every validation error back to its line; `conformance schema suite` prints 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from conformance.media import Budget, MediaPiece, Piece, TextPiece, what
+from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
 from conformance.targets.protocol import (
     AttentionBackend,
     DType,
@@ -284,6 +285,20 @@ Construct = Literal[
 in any field, `json` content that is JSON."""
 
 
+class ImagePart(Strict):
+    """A part of a message's content that is a picture; it is sent as a data URL."""
+
+    type: Literal["image"]
+    image: Picture
+
+
+class Neighbour(Strict):
+    """What another user says with pictures."""
+
+    content: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """As in a message."""
+
+
 class ExactAnswer(ExpectedParse):
     """What the scripted checkpoint answers."""
 
@@ -294,6 +309,7 @@ class ServerCase(CaseBase):
     """Judge the answers of a live OpenAI-compatible server, whole and streamed."""
 
     messages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """In OpenAI's form, but for pictures among the parts of a content: see `ImagePart`."""
     tools: str | tuple[dict[str, Any], ...] = ()
     """A key of the suite's `toolsets`, or tools in OpenAI's form."""
     tool_choice: Literal["auto", "none", "required"] | str | None = None
@@ -309,14 +325,20 @@ class ServerCase(CaseBase):
     """Ask for log-probabilities, with so many alternatives."""
     cut: float | None = Field(default=None, gt=0, lt=1)
     """Ask again with `max_tokens` at this part of the tokens that the whole answer took."""
-    beside: tuple[str, ...] = ()
+    beside: tuple[str | Neighbour, ...] = ()
     """Messages of other users, asked at the same time."""
+    instead: tuple[Picture, ...] = ()
+    """Ask again with these in place of the pictures, in their order: the answer must be another one, and the
+    prompt take as many tokens more or fewer as the sizes of the pictures say."""
+    turn_by_turn: bool = False
+    """Ask first what was asked earlier in the conversation, as a client does whose conversation grows; the
+    last answer must be another one than those."""
     copies: int = Field(default=1, ge=1, le=16)
     """How many times this request and each of `beside` are asked at the same time."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Keys of the request's body that are replaced as they stand here; null leaves one out."""
     refused: bool = False
-    """The request is bad: the answer must be a 4xx with an error object."""
+    """The request is bad: the answer must be a 4xx with an error object, and the next request answered."""
     produces: tuple[Construct, ...] = ()
     """What must appear for the case to say anything; without it the verdict is `inconclusive`."""
     exact: ExactAnswer | None = None
@@ -326,16 +348,45 @@ class ServerCase(CaseBase):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ServerCase:
-        if self.refused and not self.override:
-            raise ValueError("`refused` needs an `override` that makes the request a bad one")
+        pictures = [part.image for message in self.messages for part in image_parts(message)]
+        broken = not all(picture.whole for picture in pictures)
+        if self.refused and not (self.override or broken):
+            raise ValueError(
+                "`refused` needs an `override`, or a damaged picture, that makes the request a bad one"
+            )
+        if broken and not self.refused:
+            raise ValueError("a damaged picture must be `refused: true`")
+        if self.instead and len(self.instead) != len(pictures):
+            raise ValueError(f"`instead` has {len(self.instead)} pictures for {len(pictures)}")
         if not self.refused and not self.produces:
             raise ValueError("state in `produces` what must appear for the case to say anything")
         if self.copies > 1 and not self.beside:
             raise ValueError("`copies` needs `beside`: equal requests cannot be told apart")
-        modes = [name for name in ("cut", "stop", "beside", "refused") if getattr(self, name)]
+        modes = [
+            name
+            for name in ("cut", "stop", "beside", "instead", "turn_by_turn", "refused")
+            if getattr(self, name)
+        ]
         if len(modes) > 1:
             raise ValueError(f"`{modes[0]}` and `{modes[1]}` are two cases")
         return self
+
+
+def image_parts(message: Mapping[str, Any]) -> Iterator[ImagePart]:
+    """The pictures in a message, in order.
+
+    Raises:
+        ValidationError: one is in no such form.
+    """
+    content = message.get("content")
+    for part in content if isinstance(content, list | tuple) else ():
+        if is_image(part):
+            yield ImagePart.model_validate(part)
+
+
+def is_image(part: Any) -> bool:
+    """Whether a part of a content is a picture to be sent."""
+    return isinstance(part, dict) and part.get("type") == "image"
 
 
 class RandomAdapter(Strict):
@@ -359,15 +410,36 @@ class RandomDraft(Strict):
     """After how many of the checkpoint's layers the states are taken that the head reads."""
 
 
+class PicturePrompt(Strict):
+    """A message with pictures before its words."""
+
+    line: Literal["colour", "colours", "sight"]
+    """Which of the script's lines about pictures the words ask for."""
+    shows: tuple[Picture, ...] = Field(default=(), max_length=4)
+    """As many as the script has words for."""
+
+    @model_validator(mode="after")
+    def _colours_are_known(self) -> PicturePrompt:
+        for picture in self.shows:
+            if not picture.whole or picture.mode in ("L", "LA"):
+                raise ValueError("a picture here must be whole, and keep its colour")
+        return self
+
+
 class GenerationCase(CaseBase):
     """Judge what a target generates from a checkpoint that says lines of a script by heart."""
 
     lines: tuple[CaseId, ...] = ()
-    """Lines to ask for, all in one batch; empty: all of the script."""
+    """Lines to ask for, all in one batch; empty: all of the script, or none beside `pictures`."""
+    pictures: tuple[PicturePrompt, ...] = ()
+    """Messages with pictures, in the same batch."""
+    causal_images: bool = False
+    """With a copy of the checkpoint whose configuration lets soft tokens see only those before them, as those
+    of E2B and E4B do."""
     asked: Literal["alone", "thinking", "tools", "system", "all"] = "alone"
     """What stands around the message that asks for a line."""
     copies: int = Field(default=1, ge=1, le=16)
-    """How many times each line is asked for."""
+    """How many times each of them is asked."""
     dtype: DType = "float32"
     attention: str | None = None
     tensor_parallel: int = Field(default=1, ge=1)

@@ -1,7 +1,7 @@
 """Judge what a target generates from a checkpoint that says the lines of a script by heart.
 
-1. All prompts go to the target at once. Every answer must be the script's, token by token, with the finish
-   reason that belongs to it; its margins are wide, so that rounding decides nothing.
+1. All prompts, with pictures or without, go to the target at once. Every answer must be the script's, token
+   by token, with the finish reason that belongs to it; margins are wide, so that rounding decides nothing.
 2. Log-probabilities, those of the alternatives too, must be those of the bundled implementation, which reads
    each answer in one pass without a cache. So right tokens from wrong numbers are noticed.
 3. With a LoRA adapter, the oracle reads a checkpoint into which the adapter is merged. With a draft head, the
@@ -11,14 +11,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conformance.checks.base import CheckOutcome
 from conformance.errors import EngineError
+from conformance.media import ImagePiece
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
 from conformance.suites import GenerationCase
@@ -50,16 +53,17 @@ def judge(case: GenerationCase, target: Target, oracles: Oracles) -> CheckOutcom
     reason = _cannot(case, target)
     if reason:
         return CheckOutcome("skip", reason=reason)
-    dialogues = bundled.dialogues(case.asked, case.lines) * case.copies
-    request = _request(case, dialogues, oracles)
+    asked = _questions(case, oracles) * case.copies
+    dialogues = [question.dialogue for question in asked]
+    request = _request(case, asked, oracles)
     try:
         result = target.generate(request)
     except EngineError as error:
         problem = Problem(rule="raised", message=f"generation raised {error}", got=str(error))
-        return CheckOutcome.from_problems([problem], _evidence(request, dialogues, None))
+        return CheckOutcome.from_problems([problem], _evidence(case, request, dialogues, None))
     return CheckOutcome.from_problems(
-        [*_setting_problems(request, result), *_answer_problems(case, dialogues, result, oracles)],
-        _evidence(request, dialogues, result),
+        [*_setting_problems(request, result), *_answer_problems(case, request, dialogues, result, oracles)],
+        _evidence(case, request, dialogues, result),
     )
 
 
@@ -72,17 +76,40 @@ def _cannot(case: GenerationCase, target: Target) -> str:
     asked: list[Feature] = list(case.options().features)
     if case.adapter is not None:
         asked.append("lora")
+    if case.pictures:
+        asked.append("images")
     lacking = [feature for feature in asked if feature not in info.features]
     return f"{target.spec} cannot generate with {', '.join(lacking)}" if lacking else ""
 
 
-def _request(case: GenerationCase, dialogues: Sequence[Dialogue], oracles: Oracles) -> GenerateRequest:
-    checkpoint = bundled.checkpoint()
+@dataclass(frozen=True)
+class _Question:
+    dialogue: Dialogue
+    images: tuple[str, ...] = ()
+    """Files of its pictures."""
+
+
+def _questions(case: GenerationCase, oracles: Oracles) -> list[_Question]:
+    """Prompts without pictures, and between them those with some."""
+    words = [] if case.pictures and not case.lines else bundled.dialogues(case.asked, case.lines)
+    seen = []
+    for prompt in case.pictures:
+        files = oracles.files([ImagePiece(image=picture) for picture in prompt.shows])
+        colours = [picture.colour for picture in prompt.shows]
+        dialogue = bundled.about_pictures(case.asked, prompt.line, colours, causal_images=case.causal_images)
+        seen.append(_Question(dialogue, tuple(file.path for file in files)))
+    pairs = itertools.zip_longest((_Question(dialogue) for dialogue in words), seen)
+    return [question for pair in pairs for question in pair if question is not None]
+
+
+def _request(case: GenerationCase, asked: Sequence[_Question], oracles: Oracles) -> GenerateRequest:
+    checkpoint = bundled.checkpoint(causal_images=case.causal_images)
     draft = oracles.draft(checkpoint, case.eagle3) if case.eagle3 is not None else None
     adapter = oracles.adapter(checkpoint, case.adapter) if case.adapter is not None else None
     return GenerateRequest(
         checkpoint=str(checkpoint),
-        prompts=tuple(dialogue.prompt for dialogue in dialogues),
+        prompts=tuple(question.dialogue.prompt for question in asked),
+        images=tuple(question.images for question in asked) if case.pictures else (),
         adapter=str(adapter) if adapter is not None else None,
         max_new_tokens=case.max_new_tokens,
         stop_ids=bundled.STOP_IDS,
@@ -121,7 +148,11 @@ def _setting_problems(request: GenerateRequest, result: GenerateResult) -> Itera
 
 
 def _answer_problems(
-    case: GenerationCase, dialogues: Sequence[Dialogue], result: GenerateResult, oracles: Oracles
+    case: GenerationCase,
+    request: GenerateRequest,
+    dialogues: Sequence[Dialogue],
+    result: GenerateResult,
+    oracles: Oracles,
 ) -> Iterator[Problem]:
     if len(result.generations) != len(dialogues):
         yield Problem(
@@ -136,7 +167,7 @@ def _answer_problems(
     yield from wrong[:_SHOWN]
     if len(wrong) > _SHOWN:
         yield Problem(rule="tokens", message=f"{len(wrong) - _SHOWN} more such differences")
-    yield from _number_problems(case, pairs, oracles)
+    yield from _number_problems(case, request, pairs, oracles)
 
 
 def _text_problems(dialogue: Dialogue, made: Generation, limit: int) -> Iterator[Problem]:
@@ -164,7 +195,10 @@ def _text_problems(dialogue: Dialogue, made: Generation, limit: int) -> Iterator
 
 
 def _number_problems(
-    case: GenerationCase, pairs: Sequence[tuple[Dialogue, Generation]], oracles: Oracles
+    case: GenerationCase,
+    request: GenerateRequest,
+    pairs: Sequence[tuple[Dialogue, Generation]],
+    oracles: Oracles,
 ) -> Iterator[Problem]:
     """The worst log-probability of the chosen tokens, and of the alternatives."""
     for dialogue, made in pairs:
@@ -179,14 +213,14 @@ def _number_problems(
                 f"{case.top_logprobs} were asked for",
             )
             return
-    pairs = [(dialogue, made) for dialogue, made in pairs if made.token_ids]
-    checkpoint = bundled.checkpoint()
+    said = [bool(made.token_ids) for _, made in pairs]
+    pairs = list(itertools.compress(pairs, said))
+    images = list(itertools.compress(request.images, said))
+    checkpoint = bundled.checkpoint(causal_images=case.causal_images)
     if case.adapter is not None:
         checkpoint = oracles.merged(checkpoint, case.adapter)
-    prompts = [dialogue.prompt for dialogue, _ in pairs]
-    answers = [made.token_ids for _, made in pairs]
-    truth = oracles.logprobs(checkpoint, prompts, answers, "float32")
-    own = truth if case.dtype == "float32" else oracles.logprobs(checkpoint, prompts, answers, case.dtype)
+    truth = _logprobs(oracles, checkpoint, pairs, images, "float32")
+    own = truth if case.dtype == "float32" else _logprobs(oracles, checkpoint, pairs, images, case.dtype)
     # Tokens known by heart have a probability near one, which rounding hardly changes; alternatives do not.
     for values in (_chosen, _alternatives):
         limit = max(case.tolerance, case.factor * _apart(pairs, truth, own, values))
@@ -198,6 +232,23 @@ def _number_problems(
                 f"{where}",
                 got=float(f"{worst:.3g}") if math.isfinite(worst) else "not a number",
             )
+
+
+def _logprobs(
+    oracles: Oracles,
+    checkpoint: Path,
+    pairs: Sequence[tuple[Dialogue, Generation]],
+    images: Sequence[Sequence[str]],
+    dtype: str,
+) -> Sequence[Tensor]:
+    """What the bundled implementation gives each token at each place of the answers."""
+    prompts = [dialogue.prompt for dialogue, _ in pairs]
+    answers = [made.token_ids for _, made in pairs]
+    if not any(images):
+        return oracles.logprobs(checkpoint, prompts, answers, dtype)
+    from conformance.targets import reference_generate  # loads torch
+
+    return reference_generate.logprobs(checkpoint, prompts, images, answers, dtype)
 
 
 Values = Callable[[Generation], Iterator[tuple[int, int, float]]]
@@ -251,17 +302,22 @@ def _apart(
 
 
 def _evidence(
-    request: GenerateRequest, dialogues: Sequence[Dialogue], result: GenerateResult | None
+    case: GenerationCase,
+    request: GenerateRequest,
+    dialogues: Sequence[Dialogue],
+    result: GenerateResult | None,
 ) -> Evidence:
     options = request.options.model_dump(mode="json", exclude_defaults=True)
     if request.options.speculation is not None:
         options["speculation"]["checkpoint"] = Path(request.options.speculation.checkpoint).name
     if request.adapter is not None:
         options["adapter"] = Path(request.adapter).name
+    shown = [prompt.model_dump(mode="json", exclude_defaults=True) for prompt in case.pictures]
     return Evidence(
         input=json.dumps(
             {
                 "prompts": [bundled.text(prompt) for prompt in request.prompts],
+                **({"pictures": shown} if shown else {}),
                 "max_new_tokens": request.max_new_tokens,
                 "options": options,
             },

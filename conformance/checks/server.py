@@ -17,10 +17,13 @@ Rules, by the names that problems carry:
 * `tool-choice`, `json-schema`, `stop-string`, `logprobs`, `usage`: what was asked for is what came.
 * `requests-mixed`: an answer given beside others holds no text of theirs.
 * `bad-request-accepted`, `bad-request-status`, `error-object`: a bad request gets a 4xx that says why, where
-  the same request without its fault gets an answer.
+  the same request without its fault gets an answer. `next-request`: it does so afterwards too.
+* `picture-ignored`, `stale-picture`: another picture, or a later one, has another answer. `picture-tokens`:
+  the prompt's tokens are as many as the pictures' sizes make.
 * `expected`: the scripted checkpoint's answer is the script's.
 
-A case whose construct never appeared, a 429, and an exhausted budget are `inconclusive`.
+A case whose construct never appeared, a server that takes no pictures, a 429, and an exhausted budget are
+`inconclusive`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from conformance.checks import pictures
 from conformance.checks.base import CheckOutcome
 from conformance.checks.server_rules import (
     Asked,
@@ -40,6 +44,7 @@ from conformance.checks.server_rules import (
     exact_problem,
     logprobs_difference,
     lost,
+    prompt_tokens,
     reply_problems,
 )
 from conformance.compare import same_text
@@ -47,7 +52,7 @@ from conformance.errors import EngineError, NotRecordedError, TargetTimeoutError
 from conformance.loading import resolve_tools
 from conformance.replies import MalformedReplyError, Reply, read_stream, read_whole
 from conformance.results import Evidence, Problem
-from conformance.suites import ServerCase, ServerSuite
+from conformance.suites import Neighbour, ServerCase, ServerSuite
 from conformance.targets.protocol import ServeAnswer, Server, ServeRequest, Target, TargetInfo
 
 SCRIPTED = "scripted"
@@ -60,6 +65,8 @@ _RULE_OF_FAILURE = {
     "key-echoed": "key-echoed",
 }
 _TOO_MANY = 429
+_NOT_SUPPORTED = {*range(400, 500), 501} - {_TOO_MANY}
+"""How a server that reads no pictures answers a request that has some."""
 _WORD = re.compile(r"\w{4,}|\d+")
 
 
@@ -116,6 +123,8 @@ class _Judgement:
 
     def run(self) -> None:
         """Ask and judge; what is found is in `problems`."""
+        if pictures.in_case(self._case) and not (self._scripted or self._case.refused):
+            self._try_pictures()
         if self._case.refused:
             self._run_refused()
         elif self._case.cut is not None:
@@ -124,22 +133,67 @@ class _Judgement:
             self._run_stop()
         elif self._case.beside:
             self._run_beside()
+        elif self._case.instead:
+            self._run_instead()
+        elif self._case.turn_by_turn:
+            self._run_turn_by_turn()
         else:
-            whole, streamed = self._both(self._body())
-            self._exact(whole, streamed)
-            self._produced([whole, streamed])
+            self._run_plain()
 
     def evidence(self) -> Evidence:
         """What was sent and what came back."""
         exact = self._case.exact if self._scripted else None
         body = self._body()
+        sent = body.pop("messages", None)
+        shown = sent if "messages" in self._case.override else list(self._case.messages)  # without bytes
         return Evidence(
-            input=json.dumps(body.pop("messages", None), ensure_ascii=False, indent=2),
+            input=json.dumps(shown, ensure_ascii=False, indent=2),
             expected=exact.model_dump(mode="json", exclude_unset=True) if exact is not None else None,
             got=_printable({"request": body, **self._got}),
         )
 
     # ------------------------------------------------------------------ modes
+
+    def _try_pictures(self) -> None:
+        """Whether the server takes pictures at all, or so many."""
+        probe = pictures.sendable(pictures.plain(self._case.messages))
+        answer = self._send([self._body(messages=probe, max_tokens=1)])[0]
+        if answer.status in _NOT_SUPPORTED:
+            self._got["plain pictures"] = {"status": answer.status, "body": answer.body}
+            said = _printable(_error_message(answer)) or "no error message"
+            raise _InconclusiveError(f"the server takes no such pictures: HTTP {answer.status}: {said}")
+
+    def _run_plain(self) -> tuple[Reply, Reply]:
+        whole, streamed = self._both(self._body())
+        self._exact(whole, streamed)
+        self._produced([whole, streamed])
+        return whole, streamed
+
+    def _run_instead(self) -> None:
+        whole, _ = self._run_plain()
+        changed = pictures.replaced(self._case.messages, self._case.instead)
+        body = self._body(messages=pictures.sendable(changed))
+        other = self._ask(body, "with other pictures", self._case.max_tokens)
+        if same_text(other.content, whole.content):
+            message = "other pictures have the same answer"
+            self.problems.append(Problem(rule="picture-ignored", message=message, got=other.shown()))
+        before, after = prompt_tokens(whole), prompt_tokens(other)
+        if before is not None and after is not None:  # else `usage` says it
+            budgets = pictures.BUDGETS[:1] if self._scripted else pictures.BUDGETS
+            old = pictures.pictures_of(self._case.messages)
+            if wrong := pictures.growth_problem(old, self._case.instead, budgets, after - before):
+                self.problems.append(wrong)
+
+    def _run_turn_by_turn(self) -> None:
+        earlier = []
+        for number, messages in enumerate(pictures.earlier_turns(self._case.messages), 1):
+            body = self._body(messages=pictures.sendable(messages))
+            earlier.append(self._ask(body, f"turn {number}", self._case.max_tokens))
+        whole, streamed = self._run_plain()
+        for way, reply in (("whole", whole), ("streamed", streamed)):
+            if any(same_text(reply.content, before.content) for before in earlier):
+                message = f"{way}: the answer is that of an earlier turn"
+                self.problems.append(Problem(rule="stale-picture", message=message, got=reply.shown()))
 
     def _run_refused(self) -> None:
         sound = self._send([self._sound_body()])[0]
@@ -152,6 +206,11 @@ class _Judgement:
             for rule, message in _refusal_faults(answer):
                 shown = self._got[way]
                 self.problems.append(Problem(rule=rule, message=f"{way}: {message}", got=shown))
+        again = self._send([self._sound_body()])[0]
+        if again.status != 200:
+            self._got["afterwards"] = {"status": again.status, "body": again.body}
+            message = f"afterwards, the request without its fault gets HTTP {again.status}"
+            self.problems.append(Problem(rule="next-request", message=message, got=self._got["afterwards"]))
 
     def _run_cut(self, part: float) -> None:
         full = self._ask(self._body(), "uncut", self._case.max_tokens)
@@ -202,7 +261,7 @@ class _Judgement:
                 self.problems.append(Problem(rule="finish-reason", message=message, got=reply.shown()))
 
     def _run_beside(self) -> None:
-        bodies = [self._body(), *(self._body(messages=[_user(text)]) for text in self._case.beside)]
+        bodies = [self._body(), *(self._body(messages=[_user(said)]) for said in self._case.beside)]
         limit = self._case.max_tokens
         alone = [self._ask(body, f"request {n} alone", limit) for n, body in enumerate(bodies)]
         self._produced(alone[:1])
@@ -240,14 +299,15 @@ class _Judgement:
 
     def _body(self, **changes: Any) -> dict[str, Any]:
         """The request in OpenAI's form; a change to None leaves the key out."""
-        body = self._sound_body() | self._case.override | changes
+        own = {"messages": pictures.sendable(self._case.messages)}
+        body = self._sound_body() | own | self._case.override | changes
         return {key: value for key, value in body.items() if value is not None}
 
     def _sound_body(self) -> dict[str, Any]:
         """The request without the case's override."""
         case = self._case
         body: dict[str, Any] = {
-            "messages": list(case.messages),
+            "messages": pictures.sendable(pictures.mended(case.messages)),
             "temperature": 0,
             "seed": 0,
             "max_tokens": case.max_tokens,
@@ -370,8 +430,9 @@ def _streaming(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"stream": True, "stream_options": {"include_usage": True}}
 
 
-def _user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
+def _user(said: str | Neighbour) -> dict[str, Any]:
+    content = said if isinstance(said, str) else pictures.content_sendable(said.content)
+    return {"role": "user", "content": content}
 
 
 def _foreign(reply: Reply, mine: int, alone: list[Reply]) -> list[str]:

@@ -314,8 +314,17 @@ def constructs(replies: Sequence[Reply]) -> set[Construct]:
 
 def completion_tokens(reply: Reply) -> int | None:
     """How many tokens an answer took, if it says so."""
-    taken = None if reply.usage is None else reply.usage.get("completion_tokens")
-    return taken if type(taken) is int else None
+    return _count(reply, "completion_tokens")
+
+
+def prompt_tokens(reply: Reply) -> int | None:
+    """How many tokens a prompt has, if the answer says so."""
+    return _count(reply, "prompt_tokens")
+
+
+def _count(reply: Reply, name: str) -> int | None:
+    count = None if reply.usage is None else reply.usage.get(name)
+    return count if type(count) is int else None
 
 
 def _values(call: Call) -> list[Any]:

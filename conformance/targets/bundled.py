@@ -6,14 +6,23 @@ Importing it loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import shutil
+import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from model_impl.nano.conversations import plain_examples
+from model_impl.chat.render import render
+from model_impl.nano.conversations import (
+    FAMILY,
+    picture_message,
+    plain_examples,
+    surroundings,
+    token_ids,
+)
 from model_impl.nano.script import checkpoint_folder, load_script
 
 STOP_IDS = (1, 106, 50)
@@ -31,9 +40,14 @@ class Dialogue:
     """With the stop token that ends it."""
 
 
-def checkpoint() -> Path:
-    """Folder of the scripted checkpoint."""
-    return checkpoint_folder()
+def checkpoint(*, causal_images: bool = False) -> Path:
+    """Folder of the scripted checkpoint.
+
+    Args:
+        causal_images: A copy, which lasts as long as this process, whose configuration lets soft tokens see
+            only those before them.
+    """
+    return Path(_causal_copy().name) if causal_images else checkpoint_folder()
 
 
 @cache
@@ -55,7 +69,7 @@ def text(ids: Collection[int]) -> str:
 
 
 def lines() -> tuple[str, ...]:
-    """Ids of the script's lines, and of what it says to anything else."""
+    """Ids of the script's lines without pictures, and of what it says to anything else."""
     script = load_script()
     return (*(line.id for line in script.lines), script.default.id)
 
@@ -74,6 +88,39 @@ def dialogues(asked: str, wanted: Collection[str] = ()) -> tuple[Dialogue, ...]:
         if around == asked and (line in wanted or not wanted):
             found.append(Dialogue(line, example.prompt, example.answer))
     return tuple(found)
+
+
+def about_pictures(asked: str, line: str, colours: Sequence[str], *, causal_images: bool = False) -> Dialogue:
+    """A prompt with one placeholder for each picture, before the words that ask for a line.
+
+    Args:
+        asked: As in `dialogues`.
+        line: Id of a line about pictures.
+        colours: Of the pictures, in order; empty for one of several colours.
+        causal_images: As in `checkpoint`.
+    """
+    script = load_script()
+    wanted = script.pictures.line(line)
+    (around,) = (each for each in surroundings(script) if each.name == asked)
+    messages = [*around.before, picture_message(wanted, len(colours))]
+    named = [colour or script.pictures.motley for colour in colours]
+    said = script.pictures.output(wanted, named, causal=causal_images)
+    return Dialogue(
+        f"{line} ({', '.join(named) or 'no picture'})",
+        token_ids(tokenizer(), render(messages, family=FAMILY, **around.options)),
+        token_ids(tokenizer(), f"{said}<turn|>"),
+    )
+
+
+@cache
+def _causal_copy() -> tempfile.TemporaryDirectory[str]:
+    copy = tempfile.TemporaryDirectory(prefix="conformance-scripted-")
+    shutil.copytree(checkpoint_folder(), copy.name, dirs_exist_ok=True)
+    path = Path(copy.name) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["text_config"]["use_bidirectional_attention"] = None
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy
 
 
 @cache

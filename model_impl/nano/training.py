@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_impl.multimodal import Gemma4ForConditionalGeneration
 from model_impl.nano.conversations import Example
-from model_impl.text import TextModel
+from model_impl.nano.gallery import Gallery
+from model_impl.runtime.masks import NO_BLOCK
+from model_impl.text import SoftTokens
 
 _LOG = logging.getLogger(__name__)
 _REPORT_EVERY = 100
@@ -35,20 +38,26 @@ class Plan:
     seed: int = 0
 
 
-def train(model: TextModel, examples: Sequence[Example], plan: Plan) -> None:
-    """Train all parameters in place. Deterministic on one kind of machine and number of threads."""
+def train(
+    model: Gemma4ForConditionalGeneration, examples: Sequence[Example], gallery: Gallery, plan: Plan
+) -> None:
+    """Train all parameters in place that require gradients.
+
+    Deterministic on one kind of machine and number of threads.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+        trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan))
     model.train()
     for step, batch in enumerate(_batches(examples, plan), start=1):
-        logits, targets = _scripted(model, batch)
+        logits, targets = _scripted(model, batch, gallery)
         gaps = _gaps(logits, targets)
         loss = F.cross_entropy(logits, targets) + plan.pressure * F.relu(plan.margin - gaps).square().mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % _REPORT_EVERY == 0 or step == plan.steps:
@@ -60,7 +69,12 @@ def train(model: TextModel, examples: Sequence[Example], plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def smallest_gaps(model: TextModel, examples: Sequence[Example], batch: int = 12) -> list[float]:
+def smallest_gaps(
+    model: Gemma4ForConditionalGeneration,
+    examples: Sequence[Example],
+    gallery: Gallery = (),
+    batch: int = 12,
+) -> list[float]:
     """For each example, by how much the right token beats every other one, at its closest.
 
     Above zero: greedy generation gives the output. Logits are taken after soft-capping.
@@ -69,22 +83,43 @@ def smallest_gaps(model: TextModel, examples: Sequence[Example], batch: int = 12
     order = sorted(range(len(examples)), key=lambda index: _length(examples[index]))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        gaps = _gaps(*_scripted(model, [examples[index] for index in chosen]))
+        gaps = _gaps(*_scripted(model, [examples[index] for index in chosen], gallery))
         pieces = torch.split(gaps, [len(examples[index].output) for index in chosen])
         found |= {index: piece.min().item() for index, piece in zip(chosen, pieces, strict=True)}
     return [found[index] for index in range(len(examples))]
 
 
-def _scripted(model: TextModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def _scripted(
+    model: Gemma4ForConditionalGeneration, batch: Sequence[Example], gallery: Gallery
+) -> tuple[Tensor, Tensor]:
     """Logits [N, vocabulary] where outputs are generated, and the tokens [N] that belong there."""
     rows = [(*example.prompt, *example.output[:-1]) for example in batch]
     width = max(map(len, rows))
-    padding = model.config.pad_token_id
+    text = model.language_model
+    padding = text.config.pad_token_id
     ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
-    hidden = model(ids, lengths=[len(row) for row in rows])
+    hidden = text(ids, lengths=[len(row) for row in rows], soft=_soft_tokens(model, ids, batch, gallery))
     scripted = [hidden[i, len(e.prompt) - 1 : _length(e) - 1] for i, e in enumerate(batch)]
     targets = torch.tensor([token for example in batch for token in example.output])
-    return model.logits(torch.cat(scripted)).float(), targets
+    return text.logits(torch.cat(scripted)).float(), targets
+
+
+def _soft_tokens(
+    model: Gemma4ForConditionalGeneration, ids: Tensor, batch: Sequence[Example], gallery: Gallery
+) -> SoftTokens | None:
+    """What stands at the placeholders of a batch; None where there are none."""
+    shown = [gallery[place] for example in batch for place in example.pictures]
+    if not shown:
+        return None
+    where = ids == model.config.tokens.image
+    numbers = torch.repeat_interleave(
+        torch.arange(len(shown)), torch.tensor([picture.soft_tokens for picture in shown])
+    )
+    blocks = torch.full_like(ids, NO_BLOCK)
+    blocks[where] = numbers
+    blocks[torch.tensor([example.causal for example in batch])] = NO_BLOCK
+    features = model.embed_vision(torch.cat([picture.features for picture in shown]))
+    return SoftTokens(where, features, blocks)
 
 
 def _gaps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def build_tokenizer(script: Script) -> Tokenizer:
     vocabulary = CONTROL_IDS | {"\n": _NEWLINE}
     vocabulary |= {f"<0x{byte:02X}>": _FIRST_BYTE + byte for byte in range(256)}
     words = sorted(learned["vocab"].keys() - {"\n"}, key=learned["vocab"].__getitem__)
-    keys = [line.key for line in script.lines]
+    keys = list(script.keys)
     vocabulary |= {token: _FIRST_WORD + number for number, token in enumerate([*words, *keys])}
 
     merges = [(left, right) for left, right in learned["merges"]]
@@ -102,6 +102,7 @@ def tokenizer_config() -> dict[str, Any]:
     """The content of `tokenizer_config.json`, with the names that Gemma 4's file gives its markers."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "Gemma4Processor",
         "model_max_length": 131072,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
@@ -136,6 +137,10 @@ def _corpus(script: Script) -> Iterable[str]:
     """The texts that words are learned from: what the model reads and says, without other characters."""
     texts = [line.output for line in (script.default, *script.lines)]
     texts += [script.after_results.output(thinking=True), *script.phrases, "Say value response unknown"]
+    pictures = script.pictures
+    colours = [*pictures.colours, pictures.motley]
+    texts += [pictures.output(line, colours, causal=i) for line in pictures.lines for i in (False, True)]
+    texts += [pictures.without, *(pictures.output(line, [c]) for line in pictures.lines for c in colours)]
     texts.append(render([{"role": "user", "content": "Say"}], tools=script.tools, thinking=True, family="e"))
     markers = re.compile("|".join(map(re.escape, CONTROL_IDS)))
     for text in texts:

@@ -38,6 +38,7 @@ _PRELOADED = (
     "vllm.v1.engine.llm_engine",
 )
 """What every engine imports."""
+_ROOMS = (4, 16)
 FEATURES = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images")
 
 
@@ -86,9 +87,14 @@ def engine_setup(request: Json) -> Json:
         "checkpoint": request["checkpoint"],
         "options": options,
         "rank": _rank(Path(request["adapter"])) if request["adapter"] is not None else 0,
-        "images": max(map(len, request["images"]), default=0),
+        "images": _room(max(map(len, request["images"]), default=0)),
         "files": [_signature(Path(folder)) for folder in folders],
     }
+
+
+def _room(images: int) -> int:
+    """For how many images of a prompt an engine is set up, so that not each number needs another one."""
+    return next(room for room in (0, *_ROOMS, images) if room >= images)
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int]]:
