@@ -29,6 +29,8 @@ class LyingServer:
         self.key = key
         self.seen: list[tuple[str, dict[str, str], str]] = []
         """Path, headers and body of every request."""
+        self.statuses: list[int] = []
+        """Of the honest answers."""
         self.active: list[Exchange] = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -75,7 +77,9 @@ def _handler(server: LyingServer) -> type[BaseHTTPRequestHandler]:
             exchange = Exchange(json.loads(text), self.headers.get("Authorization", ""))
             with server.lock:
                 number = len(server.seen)
+                exchange.earlier = tuple(server.statuses)
                 answer(exchange, number)
+                server.statuses.append(exchange.status)
                 server.active.append(exchange)
             try:
                 if exchange.status == 200 and any(name.startswith("requests-") for name in server.lies):

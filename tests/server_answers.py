@@ -15,6 +15,7 @@ import jsonschema
 
 from model_impl.chat.parser import MessageBuilder, Parser, parse
 from model_impl.nano.script import load_script
+from tests.server_pictures import BadPictureError, colour, opened, parts_of, soft_tokens
 
 MODEL = "scripted"
 _PIECE = re.compile(r"<\|?[a-z_\"|]+\|?>|.{1,3}", re.DOTALL)
@@ -38,6 +39,8 @@ class Exchange:
     """Sent as an event after the last one."""
     beside: Exchange | None = None
     """Another request that is answered at the same time."""
+    earlier: tuple[int, ...] = ()
+    """Statuses of the answers to earlier requests."""
 
     @property
     def streaming(self) -> bool:
@@ -91,11 +94,28 @@ def chunk(exchange: Exchange, delta: dict[str, Any], finish: str | None = None) 
     }
 
 
+def words(message: dict[str, Any]) -> str:
+    """The text of a message, without its pictures."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    return str(content)
+
+
+def _said(body: dict[str, Any]) -> str:
+    """What the model says by heart."""
+    script = load_script()
+    keys = _KEY.findall(words(body["messages"][-1]))
+    about = {line.id: line for line in script.pictures.lines}
+    if keys and keys[-1] in about:
+        colours = [colour(opened(part)) for part in parts_of(body["messages"])]
+        return script.pictures.output(about[keys[-1]], colours)
+    return script.line(keys[-1]).output if keys else script.default.output
+
+
 def _output(body: dict[str, Any]) -> str:
     """What the model says by heart, or is made to say: calls without arguments, JSON of enums."""
-    script = load_script()
-    keys = _KEY.findall(str(body["messages"][-1].get("content")))
-    output = script.line(keys[-1]).output if keys else script.default.output
+    output = _said(body)
     choice = body.get("tool_choice")
     named = choice["function"]["name"] if isinstance(choice, dict) else None
     if (named or choice == "required") and f"<|tool_call>call:{named or ''}" not in output:
@@ -126,6 +146,11 @@ def _bad_request(body: Any) -> tuple[int, str] | None:
     declared = [tool["function"]["name"] for tool in body.get("tools", [])]
     if isinstance(choice, dict) and choice["function"]["name"] not in declared:
         return 400, "`tool_choice` names a function that `tools` does not declare"
+    try:
+        for part in parts_of(messages):
+            opened(part)
+    except BadPictureError as error:
+        return 400, str(error)
     if body.get("response_format", {"type": "text"})["type"] not in ("text", "json_object", "json_schema"):
         return 400, "unknown type of `response_format`"
     return None
@@ -156,7 +181,8 @@ def answer(exchange: Exchange, number: int) -> None:
     message = builder.message(parser)
     finish = "length" if cut else "tool_calls" if message.tool_calls else "stop"
     taken = len(pieces) + (not cut)
-    prompt = sum(len(str(m.get("content")).split()) for m in body["messages"]) + 5
+    prompt = sum(len(words(message).split()) for message in body["messages"]) + 5
+    prompt += sum(soft_tokens(opened(part)) + 2 for part in parts_of(body["messages"]))
     usage = {"prompt_tokens": prompt, "completion_tokens": taken, "total_tokens": prompt + taken}
     logprobs = {"content": [_logprob(piece) for piece in [*pieces, "<turn|>"][:taken]]}
     calls = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.server_answers import Exchange, answer, chunk
+from tests.server_answers import Exchange, answer, chunk, words
+from tests.server_pictures import parts_of
 
 Lie = Callable[[Exchange], None]
 LIES: dict[str, Lie] = {}
@@ -440,3 +442,63 @@ def key_echoed_after_the_end(e: Exchange) -> None:
 @lie
 def key_echoed_in_an_error(e: Exchange) -> None:
     e.status, e.whole = 500, {"error": {"message": f"wrong: {e.authorization}"}}
+
+
+def _answer_otherwise(e: Exchange, body: dict[str, Any]) -> None:
+    """Answer another request, and count the tokens of this prompt all the same."""
+    prompt = e.whole["usage"]["prompt_tokens"]
+    _replace(e, body)
+    for usage in (e.whole["usage"], e.chunks[-1].get("usage")):
+        if usage is not None:
+            usage.update(prompt_tokens=prompt, total_tokens=prompt + usage["completion_tokens"])
+
+
+def _other_pictures(e: Exchange, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Answer as though other pictures stood in the places of those in the request."""
+    body = copy.deepcopy(e.body)
+    pictures = copy.deepcopy(list(parts_of(body["messages"])))
+    for part, other in zip(parts_of(body["messages"]), change(pictures), strict=True):
+        part.update(other)
+    _answer_otherwise(e, body)
+
+
+@lie
+def pictures_swapped(e: Exchange) -> None:
+    _other_pictures(e, lambda pictures: pictures[::-1])
+
+
+@lie
+def first_picture_for_all(e: Exchange) -> None:
+    _other_pictures(e, lambda pictures: pictures[:1] * len(pictures))
+
+
+@lie
+def pictures_ignored(e: Exchange) -> None:
+    messages = [{**message, "content": words(message)} for message in e.body["messages"]]
+    _answer_otherwise(e, {**e.body, "messages": messages})
+
+
+@lie
+def pictures_not_counted(e: Exchange) -> None:
+    for usage in (e.whole["usage"], e.chunks[-1].get("usage")):
+        if usage is not None:
+            usage["prompt_tokens"] = 7
+            usage["total_tokens"] = 7 + usage["completion_tokens"]
+
+
+@lie
+def pictures_refused(e: Exchange) -> None:
+    if any(parts_of(e.body["messages"])):
+        e.status, e.whole = 400, {"error": {"message": "this model reads text only"}}
+
+
+@lie
+def png_alone(e: Exchange) -> None:
+    if any("image/png" not in part["image_url"]["url"] for part in parts_of(e.body["messages"])):
+        e.status, e.whole = 400, {"error": {"message": "send a PNG"}}
+
+
+@lie
+def broken_by_a_bad_request(e: Exchange) -> None:
+    if e.status == 200 and 400 in e.earlier:
+        e.status, e.whole = 503, {"error": {"message": "no worker is left"}}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
-from conformance import resources
+from conformance import media_files, resources
 from conformance.checks import CheckOutcome, judge
 from conformance.errors import EngineError, SuiteError
 from conformance.loading import case_digest, load_suite
+from conformance.media import Picture
 from conformance.oracles import Oracles
-from conformance.suites import GenerationCase, GenerationSuite, RandomAdapter, RandomDraft
-from conformance.targets import bundled, reference_model
+from conformance.suites import GenerationCase, GenerationSuite, PicturePrompt, RandomAdapter, RandomDraft
+from conformance.targets import bundled, reference_generate
 from conformance.targets.protocol import (
     Capability,
     Feature,
@@ -24,6 +26,8 @@ from conformance.targets.protocol import (
     Generation,
     TargetInfo,
 )
+from model_impl.nano.script import load_script
+from model_impl.preprocess.images import load_image
 from tests.test_scripted_checkpoint import MANIFEST
 
 LINES = ("plain", "call", "unicode")
@@ -45,14 +49,16 @@ class Fake:
         change: Change = lambda result: result,
         *,
         capabilities: tuple[Capability, ...] = ("generate",),
-        features: tuple[Feature, ...] = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora"),
+        features: tuple[Feature, ...] = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images"),
         merged: Path | None = None,
+        ask: Callable[[GenerateRequest], GenerateRequest] = lambda request: request,
     ) -> None:
         self.spec = "fake"
         self.change = change
         self.capabilities = capabilities
         self.features = features
         self.merged = merged
+        self.ask = ask
         self.requests: list[GenerateRequest] = []
 
     def describe(self) -> TargetInfo:
@@ -68,15 +74,14 @@ class Fake:
         self.requests.append(request)
         options = request.options
         plain = options.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 1, "speculation": None})
-        result = reference_model.generate(
-            request.model_copy(
-                update={
-                    "options": plain,
-                    "adapter": None,
-                    "checkpoint": str(self.merged) if self.merged else request.checkpoint,
-                }
-            )
+        answered = self.ask(request).model_copy(
+            update={
+                "options": plain,
+                "adapter": None,
+                "checkpoint": str(self.merged) if self.merged else request.checkpoint,
+            }
         )
+        result = reference_generate.generate(answered)
         effective = result.effective | {
             "tensor_parallel": str(options.tensor_parallel),
             "pipeline_parallel": str(options.pipeline_parallel),
@@ -273,7 +278,146 @@ def test_the_bundled_model_refuses_what_it_cannot_do() -> None:
         options=case_of(tensor_parallel=2).options(),
     )
     with pytest.raises(EngineError, match="cannot generate with tensor-parallel"):
-        reference_model.generate(request)
+        reference_generate.generate(request)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def about(line: str, *colours: str, width: int = 96) -> PicturePrompt:
+    shows = [{"width": width, "height": 96, "colour": colour} for colour in colours]
+    return PicturePrompt.model_validate({"line": line, "shows": shows})
+
+
+SEEN = (
+    about("colours", "red", "blue"),
+    about("colour", "green", width=300),
+    about("sight", "white"),
+    about("colour"),
+)
+
+
+def pictured(**fields: Any) -> GenerationCase:
+    return case_of(**({"lines": (), "pictures": SEEN} | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"lines": LINES, "copies": 2},
+        {"asked": "all"},
+        {"causal_images": True},
+        {"dtype": "bfloat16"},
+        {"max_new_tokens": 3},
+        {"pictures": (about("colour"),)},
+    ],
+)
+def test_the_bundled_model_sees_pictures(fields: dict[str, Any], oracles: Oracles) -> None:
+    target = Fake()
+    outcome = judged(pictured(**fields), target, oracles)
+    assert (outcome.verdict, outcome.problems) == ("pass", ())
+    (request,) = target.requests
+    shown = [len(prompt.shows) for prompt in fields.get("pictures", SEEN)] * fields.get("copies", 1)
+    assert sorted(map(len, request.images)) == sorted([*shown, *[0] * (len(request.prompts) - len(shown))])
+
+
+def test_prompts_without_pictures_stand_between_those_with_some(oracles: Oracles) -> None:
+    target = Fake()
+    assert judged(pictured(lines=LINES), target, oracles).verdict == "pass"
+    assert [len(files) for files in target.requests[0].images] == [0, 2, 0, 1, 0, 1, 0]
+
+
+def swapped(request: GenerateRequest) -> GenerateRequest:
+    return request.model_copy(update={"images": tuple(files[::-1] for files in request.images)})
+
+
+def of_another_prompt(request: GenerateRequest) -> GenerateRequest:
+    one = [files for files in request.images if len(files) == 1]
+    others = iter(one[::-1])
+    images = tuple(next(others) if len(files) == 1 else files for files in request.images)
+    return request.model_copy(update={"images": images})
+
+
+def without(request: GenerateRequest) -> GenerateRequest:
+    image = bundled.tokenizer().token_to_id("<|image|>")
+    prompts = tuple(tuple(token for token in prompt if token != image) for prompt in request.prompts)
+    return request.model_copy(update={"images": (), "prompts": prompts})
+
+
+@pytest.mark.parametrize(
+    ("ask", "wrong"),
+    [
+        (swapped, {"colours (red, blue)"}),
+        (of_another_prompt, {"colour (green)"}),
+        (without, {"colours (red, blue)", "colour (green)", "sight (white)"}),
+    ],
+)
+def test_other_pictures_than_those_asked_about(
+    ask: Callable[[GenerateRequest], GenerateRequest], wrong: set[str], oracles: Oracles
+) -> None:
+    outcome = judged(pictured(), Fake(ask=ask), oracles)
+    assert set(rules(outcome)) == {"tokens", "logprobs"}
+    told = {p.message.split("'")[1] for p in outcome.problems if p.rule == "tokens"}
+    assert told == wrong
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_tokens_that_are_masked_by_the_other_rule(causal: bool, oracles: Oracles) -> None:
+    other = bundled.checkpoint(causal_images=not causal)
+    outcome = judged(pictured(causal_images=causal), Fake(merged=other), oracles)
+    assert set(rules(outcome)) == {"tokens", "logprobs"}
+    words = [problem for problem in outcome.problems if problem.rule == "tokens"]
+    assert ["'sight (white)'" in problem.message for problem in words] == [True]
+    quiet = judged(pictured(causal_images=causal, pictures=SEEN[:2]), Fake(merged=other), oracles)
+    assert set(rules(quiet)) == {"logprobs"}, "words come out right, numbers do not"
+
+
+def test_the_evidence_names_the_pictures(oracles: Oracles) -> None:
+    evidence = judged(pictured(pictures=SEEN[:1]), Fake(), oracles).evidence
+    assert '"colour": "blue"' in str(evidence.input)
+    assert "<|image|><|image|>Say #colours." in str(evidence.input)
+    assert evidence.expected == {"colours (red, blue)": "The first is red, the second is blue.<turn|>"}
+
+
+def test_a_target_that_sees_no_pictures_is_skipped(oracles: Oracles) -> None:
+    target = Fake(features=("lora",))
+    outcome = judged(pictured(), target, oracles)
+    assert (outcome.verdict, outcome.reason) == ("skip", "fake cannot generate with images")
+    assert target.requests == []
+
+
+def test_placeholders_that_do_not_match_the_pictures() -> None:
+    request = GenerateRequest(
+        checkpoint=str(bundled.checkpoint()),
+        prompts=((2, 105), (2, 55, 105)),
+        images=((), ("nowhere.png",)),
+        max_new_tokens=2,
+    )
+    with pytest.raises(EngineError, match=r"nowhere\.png: cannot be read"):
+        reference_generate.generate(request)
+    with pytest.raises(EngineError, match="prompt 0 has 0 placeholders and 1 pictures"):
+        reference_generate.generate(request.model_copy(update={"images": (("nowhere.png",), ())}))
+
+
+@pytest.mark.parametrize("fields", [{"damage": "empty"}, {"claimed": (9, 9)}, {"mode": "L"}])
+def test_pictures_that_have_no_known_colour_are_refused(fields: dict[str, Any]) -> None:
+    picture = Picture(width=9, height=9, colour="red", **fields)
+    with pytest.raises(ValidationError, match="must be whole, and keep its colour"):
+        PicturePrompt(line="colour", shows=(picture,))
+
+
+def test_the_script_has_words_for_what_cases_can_ask() -> None:
+    script = load_script().pictures
+    fields = PicturePrompt.model_fields
+    assert {line.id for line in script.lines} == set(get_args(fields["line"].annotation))
+    (most,) = (limit.max_length for limit in fields["shows"].metadata if hasattr(limit, "max_length"))
+    assert most == len(script.ordinals)
+    known = {name for name in get_args(Picture.model_fields["colour"].annotation) if name}
+    assert known == set(script.colours)
+    for name, colour in script.colours.items():
+        data = media_files.picture_bytes(Picture(width=1, height=1, colour=name))  # type: ignore[arg-type]
+        assert load_image(data, name).flatten().tolist() == list(colour)
 
 
 # ---------------------------------------------------------------------------------------- the suite's file
@@ -291,6 +435,10 @@ def test_the_suite_covers_every_option_and_line() -> None:
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     assert {case.asked for case in suite.cases} >= {"alone", "thinking", "all"}
+    seen = load_suite(resources.suites_dir() / "generation" / "scripted-vision.yaml").suite
+    assert isinstance(seen, GenerationSuite)
+    assert {prompt.line for case in seen.cases for prompt in case.pictures} == {"colour", "colours", "sight"}
+    assert {case.causal_images for case in seen.cases} == {False, True}
     assert len(bundled.lines()) >= 30
 
 

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer
 from model_impl.chat.parser import Message, parse
 from model_impl.chat.render import render
 from model_impl.nano import script as script_module
-from model_impl.nano.script import Line, ScriptError, checkpoint_folder, load_script, read_script
+from model_impl.nano.script import Line, PictureLine, ScriptError, checkpoint_folder, load_script, read_script
 from model_impl.nano.vocabulary import CONTROL_IDS, STOP_IDS, build_tokenizer, vocabulary_size
 
 SCRIPT = load_script()
 LINES = {line.id: line for line in SCRIPT.lines}
+PICTURES = SCRIPT.pictures
 FOLDER = checkpoint_folder()
 
 
@@ -84,6 +85,8 @@ def test_a_script_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 LINE = {"id": "a", "shows": "b", "output": "c"}
+SEEN = {"id": "a", "shows": "b"}
+ABOUT = PICTURES.model_dump(exclude_defaults=True)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,11 @@ LINE = {"id": "a", "shows": "b", "output": "c"}
         ({"lines": [LINE | {"stop": "<pad>"}]}, r"lines\.0\.stop: "),
         ({"lines": [LINE | {"output": 3}]}, r"lines\.0\.output: .*string"),
         ({"extra": 1}, r"extra: Extra inputs"),
+        ({"pictures": ABOUT | {"ordinals": []}}, r"pictures\.ordinals: .*at least 1"),
+        ({"pictures": ABOUT | {"lines": [LINE]}}, r"pictures\.lines\.0\.output: Extra inputs"),
+        ({"pictures": ABOUT | {"lines": [SEEN]}}, r"pictures\.lines\.0: .*exactly one of `each` and `sight`"),
+        ({"pictures": ABOUT | {"lines": [SEEN | {"each": "x", "id": "call"}]}}, r"there twice: call"),
+        ({"pictures": ABOUT | {"colours": {"red": [255, 0]}}}, r"pictures\.colours\.red"),
     ],
 )
 def test_a_bad_script_is_refused_with_the_field(tmp_path: Path, changes: Any, message: str) -> None:
@@ -116,6 +124,27 @@ def test_lines_are_found_by_id() -> None:
     assert SCRIPT.line("call") is LINES["call"]
     with pytest.raises(ScriptError, match=r"no line 'cal'; the lines are plain, "):
         SCRIPT.line("cal")
+    assert PICTURES.line("colours").key == "#colours"
+    with pytest.raises(ScriptError, match=r"no line 'plain'; the lines are colour, colours, sight"):
+        PICTURES.line("plain")
+
+
+@pytest.mark.parametrize(
+    ("line", "colours", "said"),
+    [
+        ("colour", [], "There is no picture."),
+        ("colour", ["red"], "The picture is red."),
+        ("colour", ["red", "motley"], "The picture is motley."),
+        ("colours", ["red"], "The first is red."),
+        ("colours", ["red", "blue", "red"], "The first is red, the second is blue, the third is red."),
+        ("sight", [], "There is no picture."),
+        ("sight", ["white"], "I see all of it at once."),
+    ],
+)
+def test_what_is_said_about_pictures(line: str, colours: list[str], said: str) -> None:
+    assert PICTURES.output(PICTURES.line(line), colours) == said
+    causal = PICTURES.output(PICTURES.line(line), colours, causal=True)
+    assert causal == ("I see one part after the other." if colours and line == "sight" else said)
 
 
 # ---------------------------------------------------------------------------------------- the tokenizer
@@ -137,13 +166,14 @@ def test_control_tokens_up_to_the_newline_have_published_ids(tokenizer: Tokenize
     )
 
 
-@pytest.mark.parametrize("line", SCRIPT.lines, ids=lambda line: line.id)
-def test_a_key_is_one_token_that_no_other_text_has(tokenizer: Tokenizer, line: Line) -> None:
-    key = tokenizer.token_to_id(line.key)
-    for text in (line.key, f"Say {line.key}.", f"x{line.key}\n", f"{line.key}{line.key}"):
-        assert ids(tokenizer, text).count(key) == text.count(line.key)
+@pytest.mark.parametrize("name", SCRIPT.keys)
+def test_a_key_is_one_token_that_no_other_text_has(tokenizer: Tokenizer, name: str) -> None:
+    key = tokenizer.token_to_id(name)
+    for text in (name, f"Say {name}.", f"x{name}\n", f"{name}{name}"):
+        assert ids(tokenizer, text).count(key) == text.count(name)
     others = [*SCRIPT.phrases, *(other.output for other in SCRIPT.lines)]
     others.append(render([{"role": "user", "content": "Hello!"}], tools=SCRIPT.tools, family="e"))
+    others += [key for key in SCRIPT.keys if key != name]
     assert not [text for text in others if key in ids(tokenizer, text)]
 
 
@@ -151,6 +181,15 @@ def test_a_key_is_one_token_that_no_other_text_has(tokenizer: Tokenizer, line: L
 def test_outputs_come_back_as_they_were(tokenizer: Tokenizer, line: Line) -> None:
     text = line.output + line.stop
     assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("line", PICTURES.lines, ids=lambda line: line.id)
+def test_words_about_pictures_are_whole_tokens(tokenizer: Tokenizer, line: PictureLine) -> None:
+    for colour in (*PICTURES.colours, PICTURES.motley):
+        for causal in (False, True):
+            text = PICTURES.output(line, [colour] * len(PICTURES.ordinals), causal=causal)
+            assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
+            assert f" {colour}" not in text or ids(tokenizer, f" {colour}")[0] in ids(tokenizer, text)
 
 
 def test_characters_outside_ascii_take_several_tokens(tokenizer: Tokenizer) -> None:
@@ -164,4 +203,6 @@ def test_the_embedding_table_has_a_row_for_every_token(tokenizer: Tokenizer) -> 
     rows = vocabulary_size(tokenizer)
     assert rows % 64 == 0
     assert max(tokenizer.get_vocab().values()) < rows
-    assert json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["vocab_size"] == rows
+    assert (
+        json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["text_config"]["vocab_size"] == rows
+    )

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from conformance import checks
-from conformance.checks import CheckOutcome
+from conformance.checks import CheckOutcome, pictures
 from conformance.checks.server_rules import Asked, reply_problems
 from conformance.errors import EngineError, TargetTimeoutError
 from conformance.http import Limits
 from conformance.loading import LoadedCase, load_suites, resolve_tools
+from conformance.media import Picture
 from conformance.replies import Reply
 from conformance.suites import ServerCase, ServerSuite
 from conformance.targets.endpoint import Endpoint
 from conformance.targets.openai import OpenAITarget
+from conformance.targets.protocol import TargetInfo
 from conformance.targets.reference import ReferenceTarget
 from model_impl.chat.parser import parse
 from model_impl.nano.script import load_script
+from model_impl.preprocess.images import target_size
 from tests.lying_server import LyingServer
-from tests.server_answers import MODEL
+from tests.server_answers import MODEL, words
 from tests.server_lies import LIES, TRANSPORT_LIES
+from tests.server_pictures import BadPictureError, opened
 
 KEY = "sk-test-0123456789"
 PATIENT = Limits(connect=10, idle=5, total=20, max_bytes=2_000_000)
 SUITES = [suite for suite in load_suites() if isinstance(suite.suite, ServerSuite)]
 CASES = {case.address.removeprefix("server/"): case for suite in SUITES for case in suite.cases}
+
+
+def server_case(loaded: LoadedCase) -> ServerCase:
+    assert isinstance(loaded.case, ServerCase)
+    return loaded.case
+
 
 CAUGHT: dict[str, tuple[str, str]] = {
     # lie: the case that is asked, and the rule that it must break
@@ -101,6 +113,13 @@ CAUGHT: dict[str, tuple[str, str]] = {
     "key-echoed-in-escapes": ("text::plain", "key-echoed"),
     "key-echoed-after-the-end": ("text::plain", "key-echoed"),
     "key-echoed-in-an-error": ("text::plain", "key-echoed"),
+    "pictures-swapped": ("images::two-in-order", "expected"),
+    "first-picture-for-all": ("images::later-turn", "stale-picture"),
+    "pictures-ignored": ("images::another-picture", "picture-ignored"),
+    "pictures-not-counted": ("images::soft-tokens", "picture-tokens"),
+    "pictures-refused": ("images::colour", "http-status"),
+    "png-alone": ("images::formats", "http-status"),
+    "broken-by-a-bad-request": ("images::truncated", "next-request"),
     "redirect": ("text::plain", "redirect"),
     "flood": ("text::plain", "response-size"),
     "compressed": ("text::plain", "malformed-response"),
@@ -153,6 +172,83 @@ def test_a_lie_breaks_the_rule_that_names_it(lie: str, name: str, rule: str) -> 
     assert rule in rules(outcome)
     assert KEY not in json.dumps([problem.model_dump() for problem in outcome.problems])
     assert KEY not in outcome.evidence.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("lie", "name", "rule"),
+    [
+        ("pictures-swapped", "two-the-other-way-round", "expected"),
+        ("pictures-swapped", "soft-tokens", "expected"),
+        ("pictures-swapped", "words-between", "expected"),
+        ("first-picture-for-all", "later-turn", "expected"),
+        ("first-picture-for-all", "formats", "expected"),
+        ("pictures-ignored", "colour", "expected"),
+        ("pictures-ignored", "soft-tokens", "picture-ignored"),
+        ("pictures-ignored", "both-ways", "expected"),
+        ("pictures-ignored", "earlier-picture", "expected"),
+        ("requests-mixed", "three-users", "requests-mixed"),
+        ("bad-request-500", "empty", "bad-request-status"),
+        ("bad-request-500", "claimed-pixels", "bad-request-status"),
+        ("bad-request-accepted", "other-format", "bad-request-accepted"),
+        ("error-without-object", "no-base64", "error-object"),
+    ],
+)
+def test_lies_about_pictures_break_rules(lie: str, name: str, rule: str) -> None:
+    with LyingServer(lie) as server:
+        outcome = judge(server, f"images::{name}")
+    assert outcome.verdict == "fail"
+    assert rule in rules(outcome)
+    assert len(outcome.evidence.input) < 2000, "no bytes of pictures"
+
+
+class Elsewhere(OpenAITarget):
+    """An endpoint whose model nobody knows by heart, though it is asked for by that name."""
+
+    def describe(self) -> TargetInfo:
+        info = super().describe()
+        return info.model_copy(update={"environment": {**info.environment, "model": "gemma"}})
+
+
+def judge_elsewhere(server: LyingServer, name: str) -> CheckOutcome:
+    loaded = CASES[name]
+    return checks.judge(
+        loaded.case, loaded.suite.suite, Elsewhere(Endpoint(server.url, MODEL), limits=PATIENT)
+    )
+
+
+PICTURE_CASES = [name for name, loaded in CASES.items() if pictures.in_case(server_case(loaded))]
+
+
+@pytest.mark.parametrize("name", PICTURE_CASES)
+def test_a_server_that_takes_no_pictures_is_inconclusive(name: str) -> None:
+    with LyingServer("pictures-refused") as server:
+        outcome = judge_elsewhere(server, name)
+    assert outcome.verdict == "inconclusive"
+    if server_case(CASES[name]).refused:
+        assert "without its fault is refused too" in outcome.reason
+    else:
+        assert "takes no such pictures: HTTP 400: this model reads text only" in outcome.reason
+
+
+@pytest.mark.parametrize("name", PICTURE_CASES)
+def test_an_honest_server_passes_whatever_its_name(name: str) -> None:
+    with LyingServer() as server:
+        outcome = judge_elsewhere(server, name)
+    assert (outcome.verdict, outcome.problems, outcome.reason) == ("pass", (), "")
+
+
+@pytest.mark.parametrize(
+    ("lie", "name", "rule"),
+    [
+        ("png-alone", "images::formats", "http-status"),
+        ("pictures-ignored", "images::another-picture", "picture-ignored"),
+        ("first-picture-for-all", "images::later-turn", "stale-picture"),
+        ("pictures-not-counted", "images::soft-tokens", "picture-tokens"),
+    ],
+)
+def test_some_rules_need_no_known_answer(lie: str, name: str, rule: str) -> None:
+    with LyingServer(lie) as server:
+        assert rules(judge_elsewhere(server, name)) == {rule}
 
 
 @pytest.mark.parametrize("choice", ["none", "required", "named"])
@@ -265,20 +361,24 @@ def test_a_target_that_does_not_serve_is_skipped() -> None:
 # ---------------------------------------------------------------------------- the suites
 
 
-def server_case(loaded: LoadedCase) -> ServerCase:
-    assert isinstance(loaded.case, ServerCase)
-    return loaded.case
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_asks_for_a_line_of_the_script_and_expects_it(name: str) -> None:
     case = server_case(CASES[name])
     script = load_script()
-    for text in [str(case.messages[-1]["content"]), *case.beside]:
-        assert any(f"{line.key}." in text for line in script.lines), text
+    asked = words(case.messages[-1])
+    beside = [
+        said if isinstance(said, str) else words({"content": list(said.content)}) for said in case.beside
+    ]
+    for text in [asked, *beside]:
+        assert sum(f"{key}." in text for key in script.keys) == 1, text
     if case.exact is None:
         return
-    line = next(line for line in script.lines if f"{line.key}." in str(case.messages[-1]["content"]))
+    about = [line for line in script.pictures.lines if f"{line.key}." in asked]
+    if about:
+        colours = [picture.colour for picture in pictures.pictures_of(case.messages)]
+        assert script.pictures.output(about[0], colours) == case.exact.content
+        return
+    line = next(line for line in script.lines if f"{line.key}." in asked)
     message = parse(line.output, tools=resolve_tools(case, CASES[name].suite.suite))
     assert message.content.strip() == case.exact.content.strip()
     assert message.reasoning.strip() == case.exact.reasoning.strip()
@@ -291,3 +391,61 @@ def test_tools_are_those_of_the_script() -> None:
     for case in CASES.values():
         for tool in resolve_tools(case.case, case.suite.suite):
             assert tool == declared[tool["function"]["name"]], case.address
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(1, 1), (48, 48), (512, 512), (1920, 1080), (3, 900), (900, 12), (1000, 1), (1, 20_000), (20_000, 100)],
+)
+def test_soft_tokens_are_those_of_the_bundled_processor(width: int, height: int) -> None:
+    picture = Picture(width=width, height=height)
+    for budget in pictures.BUDGETS:
+        rows, columns = target_size(height, width, budget)
+        assert pictures.soft_tokens(picture, budget) == rows * columns // 48**2
+
+
+def test_pictures_are_sent_as_data_urls_and_damage_can_be_mended() -> None:
+    case = server_case(CASES["images::truncated"])
+    broken, whole = (
+        pictures.sendable(messages)[0]["content"][0]["image_url"]["url"]
+        for messages in (case.messages, pictures.mended(case.messages))
+    )
+    assert whole.startswith("data:image/png;base64,")
+    assert whole != broken
+    data = {url: base64.b64decode(url.partition(",")[2]) for url in (whole, broken)}
+    assert data[whole].startswith(data[broken])
+    assert opened({"image_url": {"url": whole}}).size == (96, 96)
+    with pytest.raises(BadPictureError):
+        opened({"image_url": {"url": broken}})
+
+
+def test_a_case_without_pictures_sends_what_it_says() -> None:
+    messages = server_case(CASES["tools::nested"]).messages
+    assert pictures.sendable(messages) == [*messages]
+    assert not pictures.in_case(server_case(CASES["tools::nested"]))
+
+
+IMAGE = {"type": "image", "image": {"width": 9, "height": 9}}
+BROKEN = {"type": "image", "image": {"width": 9, "height": 9, "damage": "empty"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        ([{"type": "image", "image": {"width": 0, "height": 9}}], {}, "width"),
+        ([{"type": "image", "image": {"width": 9, "height": 9, "color": "red"}}], {}, "color"),
+        ([BROKEN], {"produces": ["content"]}, "a damaged picture must be `refused: true`"),
+        ([IMAGE], {"refused": True}, "`refused` needs an `override`, or a damaged picture"),
+        ([IMAGE], {"instead": [IMAGE["image"]] * 2}, "`instead` has 2 pictures for 1"),
+        ([IMAGE], {"instead": [IMAGE["image"]], "turn_by_turn": True}, "`instead` and `turn_by_turn`"),
+    ],
+)
+def test_a_bad_case_with_pictures_is_refused(
+    content: list[Any], fields: dict[str, Any], message: str
+) -> None:
+    case = {"id": "one", "title": "A case of the tests.", "source": ["spec 3.1"], "produces": ["content"]}
+    with pytest.raises(ValidationError, match=message):
+        ServerCase.model_validate({**case, "messages": [{"role": "user", "content": content}], **fields})

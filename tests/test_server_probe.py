@@ -22,6 +22,7 @@ KEY = "sk-probe-0123456789"
 AREAS = {
     "server-concurrency",
     "server-errors",
+    "server-images",
     "server-json",
     "server-limits",
     "server-logprobs",

@@ -74,6 +74,7 @@ def test_requests_that_can_share_an_engine(tmp_path: Path) -> None:
     plain = setup()
     assert setup(max_new_tokens=3, stop_ids=(), top_logprobs=0) == plain
     assert setup(images=((), ())) == plain
+    assert setup(images=(("one.png",), ())) == setup(images=((), ("one.png", "two.png", "three.png")))
     for rank, folder in ((4, tmp_path / "one"), (4, tmp_path / "two"), (9, tmp_path / "three")):
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
@@ -86,6 +87,8 @@ def test_requests_that_can_share_an_engine(tmp_path: Path) -> None:
         setup(options={"tensor_parallel": 2}),
         setup(options={"pipeline_parallel": 2}),
         setup(images=(("one.png",), ())),
+        setup(images=(("one.png",) * 5, ())),
+        setup(images=(("one.png",) * 17, ())),
         adapted,
         setup(adapter=str(tmp_path / "three")),
     ]
@@ -148,7 +151,7 @@ def test_options_become_arguments_of_the_engine(tmp_path: Path) -> None:
         "speculative_config": {"method": "eagle3", "model": str(tmp_path), "num_speculative_tokens": 2},
         "enable_lora": True,
         "max_lora_rank": 16,
-        "limit_mm_per_prompt": {"image": 2, "audio": 0, "video": 0},
+        "limit_mm_per_prompt": {"image": 4, "audio": 0, "video": 0},
         "skip_tokenizer_init": False,
     }.items() <= made.items()
     plain = vllm_engine.llm_arguments(setup(), (1, 8))
@@ -308,7 +311,7 @@ def test_a_lora_adapter_equals_merged_weights(engine: WorkerTarget, tmp_path: Pa
     first, other, again = (engine.generate(asked[number]) for number in (0, 1, 0))
     adapted = first.effective["adapter"].split(", ")
     assert len(adapted) == 4 * 4, "four layers, each with a fused and a single projection twice"
-    assert adapted[0] == "model.layers.0.mlp.down_proj"
+    assert adapted[0] == "language_model.model.layers.0.mlp.down_proj"
     assert first.effective == PLAIN | {"adapter": first.effective["adapter"]}
     for result in (first, again):
         assert [a.token_ids for a in result.generations] == [a.token_ids for a in expected.generations]

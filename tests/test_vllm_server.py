@@ -388,7 +388,13 @@ def test_the_real_server_says_its_lines() -> None:
     target = registry.open_target(SPEC)
     try:
         assert registry.describe(target).version == "0.32.0"
-        for address in ("server/text::unicode", "server/thinking::thought-call", "server/tools::three-calls"):
+        for address in (
+            "server/text::unicode",
+            "server/thinking::thought-call",
+            "server/tools::three-calls",
+            "server/images::two-in-order",
+            "server/images::later-turn",
+        ):
             case = CASES[address]
             outcome = checks.judge(case.case, case.suite.suite, target)
             assert outcome.verdict == "pass", (address, outcome.problems)
