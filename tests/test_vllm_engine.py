@@ -6,6 +6,7 @@ engines start: one answers all requests that can share it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -369,14 +370,17 @@ def test_images_are_seen_as_transformers_sees_them(engine: WorkerTarget, seeing:
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Processes below one, with their command lines."""
-    parents = {}
+    """Processes below one, with their names. Any of them may end while they are listed."""
+    parents, names = {}, {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        with contextlib.suppress(OSError):
+            head, _, tail = entry.read_text().rpartition(")")
+            pid = int(entry.parent.name)
+            parents[pid], names[pid] = int(tail.split()[1]), head.partition("(")[2]
     found = {root}
     while new := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= new
-    return {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in found - {root}}
+    return {pid: names[pid] for pid in found - {root}}
 
 
 def left(processes: dict[int, str]) -> dict[int, str]:
