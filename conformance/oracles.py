@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conformance.errors import EngineError
 from conformance.loading import resolve_rows
 from conformance.media import MediaPiece, Prompts, kind_of
+from conformance.scratch import Scratch
 from conformance.suites import MixedRows, RandomAdapter, RandomDraft, Rows
 from conformance.targets import environments, registry
 from conformance.targets.protocol import (
@@ -64,7 +64,7 @@ class Oracles:
     def __init__(self, open_target: Callable[[str], Target], write: WriteCheckpoint | None = None) -> None:
         self._open_target = open_target
         self._write = write or _write_checkpoint
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
         self._numbers = itertools.count()
         self._made: dict[str, Path] = {}
         self._answers: dict[str, ForwardResult] = {}
@@ -246,7 +246,7 @@ class Oracles:
     def close(self) -> None:
         """Delete all files. Safe to call twice."""
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
         self._folder = None
         self._made.clear()
         self._answers.clear()
@@ -274,8 +274,8 @@ class Oracles:
 
     def _path(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="conformance-models-")
-        return Path(self._folder.name)
+            self._folder = Scratch("conformance-models-")
+        return self._folder.path
 
 
 def _digest(*parts: Any) -> str:

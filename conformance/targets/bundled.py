@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from conformance.scratch import Scratch
 from model_impl.chat.render import render
 from model_impl.nano.conversations import (
     FAMILY,
@@ -47,7 +47,7 @@ def checkpoint(*, causal_images: bool = False) -> Path:
         causal_images: A copy, which lasts as long as this process, whose configuration lets soft tokens see
             only those before them.
     """
-    return Path(_causal_copy().name) if causal_images else checkpoint_folder()
+    return _causal_copy().path if causal_images else checkpoint_folder()
 
 
 @cache
@@ -113,10 +113,10 @@ def about_pictures(asked: str, line: str, colours: Sequence[str], *, causal_imag
 
 
 @cache
-def _causal_copy() -> tempfile.TemporaryDirectory[str]:
-    copy = tempfile.TemporaryDirectory(prefix="conformance-scripted-")
-    shutil.copytree(checkpoint_folder(), copy.name, dirs_exist_ok=True)
-    path = Path(copy.name) / "config.json"
+def _causal_copy() -> Scratch:
+    copy = Scratch("conformance-scripted-")
+    shutil.copytree(checkpoint_folder(), copy.path, dirs_exist_ok=True)
+    path = copy.path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["text_config"]["use_bidirectional_attention"] = None
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
