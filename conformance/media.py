@@ -41,6 +41,9 @@ class Picture(_Strict):
     format: Literal["png", "jpeg", "webp", "bmp"] = "png"
     colour: Literal["", "red", "green", "blue", "white", "black"] = ""
     """All of it; empty: ramps, edges and noise."""
+    orientation: int = Field(default=1, ge=1, le=8)
+    """As EXIF numbers it, how the picture is to be turned to stand upright; 1: not at all. `width` and `height`
+    are those of the file."""
     claimed: tuple[Side, Side] | None = None
     """Width and height that the header claims instead, in a PNG whose pixels are as many as it has."""
     damage: Damage = "none"
@@ -54,6 +57,8 @@ class Picture(_Strict):
             )
         if self.claimed is not None and self.format != "png":
             raise ValueError("`claimed` is for pictures in png")
+        if self.orientation != 1 and self.format == "bmp":
+            raise ValueError("`orientation` is for pictures in png, jpeg or webp; bmp holds no EXIF")
         if self.format == "webp" and max(self.width, self.height) > _WEBP_SIDE:
             raise ValueError(f"a picture in webp has at most {_WEBP_SIDE} pixels along a side")
         return self
@@ -81,9 +86,12 @@ class Clip(_Strict):
 
 
 class Sound(_Strict):
-    """A sound file of one channel."""
+    """A sound file."""
 
     samples: int = Field(ge=0, le=16_000 * 120)
+    """Of each channel."""
+    channels: int = Field(default=1, ge=1, le=8)
+    """Each has another loudness, so that an average differs from any one of them."""
     wave: Literal["noise", "silence", "tone", "nan"] = "noise"
     """`nan`: noise with one sample that is no number, in a file that holds floats."""
     rate: int = Field(default=16_000, ge=1)

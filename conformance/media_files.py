@@ -11,7 +11,7 @@ from typing import Any
 
 import soundfile  # type: ignore[import-untyped]
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -67,8 +67,13 @@ def picture_bytes(picture: Picture) -> bytes:
     if picture.mode in ("LA", "RGBA"):
         # Colours under what is clear are there all the same, and a background would show through.
         image.putalpha(_image(_ramps(*size, picture.seed + 1)).convert("L"))
+    options = dict(_SAVED.get(picture.format, {}))
+    if picture.orientation != 1:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = picture.orientation
+        options["exif"] = exif
     out = io.BytesIO()
-    image.save(out, picture.format, **_SAVED.get(picture.format, {}))
+    image.save(out, picture.format, **options)
     data = out.getvalue()
     if picture.claimed is not None:
         data = _claiming(data, *picture.claimed)
@@ -125,7 +130,10 @@ def _ramps(width: int, height: int, seed: int) -> Tensor:
 
 
 def _wave(sound: Sound) -> Tensor:
-    """float32 [samples]."""
+    """float32 [samples], or [samples, channels] where there are several."""
+    if sound.channels > 1:
+        mono = _wave(sound.model_copy(update={"channels": 1}))
+        return torch.stack([mono * 0.6**channel for channel in range(sound.channels)], dim=1)
     time = torch.arange(sound.samples, dtype=torch.float32)
     if sound.wave == "silence":
         return torch.zeros(sound.samples)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from conformance.media import Clip, ImagePiece, Picture, Sound, SoundPiece, VideoPiece
@@ -108,6 +109,21 @@ def test_only_a_png_claims_a_size() -> None:
 # ------------------------------------------------------------------------------------------------- clips
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_turned_picture_says_so_and_keeps_its_pixels(kind: Any) -> None:
+    straight = Picture(width=40, height=20, format=kind)
+    turned = Image.open(io.BytesIO(picture_bytes(straight.model_copy(update={"orientation": 6}))))
+    assert turned.getexif()[274] == 6
+    assert turned.size == (40, 20)
+    assert turned.tobytes() == Image.open(io.BytesIO(picture_bytes(straight))).tobytes()
+    assert ImageOps.exif_transpose(turned).size == (20, 40)
+
+
+def test_bmp_holds_no_orientation() -> None:
+    with pytest.raises(ValidationError, match="bmp holds no EXIF"):
+        Picture(width=4, height=4, format="bmp", orientation=3)
+
+
 def test_no_two_frames_are_alike() -> None:
     frames = clip_frames(Clip(frames=40, width=64, height=48))
     assert frames.shape == (40, 3, 48, 64)
@@ -160,6 +176,14 @@ def test_one_sample_is_no_number() -> None:
 def test_sounds_are_repeatable_and_unlike_each_other() -> None:
     made = {sound_bytes(Sound(samples=500, seed=seed)) for seed in (0, 1, 2, 1)}
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_channels_differ_in_loudness(kind: Any) -> None:
+    samples, _ = soundfile.read(io.BytesIO(sound_bytes(Sound(samples=900, channels=3, format=kind))))
+    assert samples.shape == (900, 3)
+    loudness = abs(samples).max(axis=0)
+    assert loudness[1:] / loudness[:-1] == pytest.approx([0.6, 0.6], abs=1e-3)
 
 
 def test_a_sound_without_samples() -> None:
