@@ -42,8 +42,8 @@ class Picture(_Strict):
     colour: Literal["", "red", "green", "blue", "white", "black"] = ""
     """All of it; empty: ramps, edges and noise."""
     orientation: int = Field(default=1, ge=1, le=8)
-    """As EXIF numbers it, how the picture is to be turned to stand upright; 1: not at all. `width` and `height`
-    are those of the file."""
+    """As EXIF numbers it, how the picture is to be turned to stand upright; 1: not at all. `width` and
+    `height` are those of the file."""
     claimed: tuple[Side, Side] | None = None
     """Width and height that the header claims instead, in a PNG whose pixels are as many as it has."""
     damage: Damage = "none"
