@@ -274,7 +274,7 @@ class Oracles:
 
     def _path(self) -> Path:
         if self._folder is None:
-            self._folder = Scratch("conformance-models-")
+            self._folder = Scratch("conformance-oracles-")
         return self._folder.path
 
 

@@ -114,7 +114,7 @@ def about_pictures(asked: str, line: str, colours: Sequence[str], *, causal_imag
 
 @cache
 def _causal_copy() -> Scratch:
-    copy = Scratch("conformance-scripted-")
+    copy = Scratch("conformance-causal-")
     shutil.copytree(checkpoint_folder(), copy.path, dirs_exist_ok=True)
     path = copy.path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
