@@ -153,9 +153,9 @@ def test_recorded_rows_have_no_padding_and_their_steps_in_time(tmp_path: Path) -
     model = Doubling()
     with Recorder(model, ["flat", "pair", "logits"], rows=2) as recorder:
         recorder.call([0, 1], [3, 1])
-        recorder.add("logits", model(tokens([1.0, 2.0, 3.0], [7.0, 99.0, 99.0])))
+        recorder.ended("logits", model(tokens([1.0, 2.0, 3.0], [7.0, 99.0, 99.0])))
         recorder.call([0, 1], [1, 0])
-        recorder.add("logits", model(tokens([4.0], [99.0])))
+        recorder.ended("logits", model(tokens([4.0], [99.0])))
     model(tokens([5.0]))  # the hooks are gone
     recorder.save(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")

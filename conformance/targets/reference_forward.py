@@ -100,7 +100,7 @@ def _run(model: TextModel, recorder: Recorder, request: ForwardRequest, soft: So
             lengths=lengths if ragged else None,
             soft=own if own is not None and own.where.any() else None,
         )
-        recorder.add(LOGITS, model.logits(hidden))
+        recorder.ended(LOGITS, model.logits(hidden))
 
 
 # ------------------------------------------------------------------------------------------------- media

@@ -5,6 +5,7 @@ Needs torch and safetensors, so it is imported at the first forward pass and not
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,28 +28,22 @@ def spans(length: int, prefill: int | None) -> Iterator[tuple[int, int]]:
         yield start, start + 1
 
 
-class Recorder:
-    """Hooks on named modules. Each output is cut into the tokens of each row, without padding.
+class ModuleHooks(ABC):
+    """Calls `ended` with the output of each named module whenever it ends. A context manager.
 
     Args:
         root: The module that the names are relative to.
-        names: Modules to record; `logits` is left to `add`.
-        rows: How many rows there are.
+        names: The modules.
 
     Raises:
         ValueError: the model has no module of such a name.
     """
 
-    def __init__(self, root: nn.Module, names: Sequence[str], rows: int) -> None:
-        self.order: list[str] = []
-        self._parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(rows)] for name in names}
-        self._rows: Sequence[int] = ()
-        self._lengths: Sequence[int] = ()
+    def __init__(self, root: nn.Module, names: Sequence[str]) -> None:
         modules = dict(root.named_modules())
-        unknown = [name for name in names if name != LOGITS and name not in modules]
-        if unknown:
+        if unknown := [name for name in names if name not in modules]:
             raise ValueError(f"{type(root).__name__} has no module {', '.join(unknown)}")
-        self._modules = {name: modules[name] for name in names if name != LOGITS}
+        self._modules = {name: modules[name] for name in names}
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -62,11 +57,40 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
 
+    @abstractmethod
+    def ended(self, name: str, output: Tensor) -> None:
+        """A module gave its output: of several tensors the first, of a router the weight of each expert."""
+
+    def _hook(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if name.endswith(".router"):
+            output = expert_weights(*output)
+        # transformers' outputs are no tuples, but give their first tensor as these do.
+        elif not isinstance(output, Tensor):
+            output = output[0]
+        self.ended(name, output)
+
+
+class Recorder(ModuleHooks):
+    """Records named modules. Each output is cut into the tokens of each row, without padding.
+
+    Args:
+        root: As in `ModuleHooks`.
+        names: Modules to record; `logits` is left to `ended`.
+        rows: How many rows there are.
+    """
+
+    def __init__(self, root: nn.Module, names: Sequence[str], rows: int) -> None:
+        super().__init__(root, [name for name in names if name != LOGITS])
+        self.order: list[str] = []
+        self._parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(rows)] for name in names}
+        self._rows: Sequence[int] = ()
+        self._lengths: Sequence[int] = ()
+
     def call(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Announce a call of the model: which rows stand in the batch, with how many tokens that count."""
         self._rows, self._lengths = rows, lengths
 
-    def add(self, name: str, output: Tensor) -> None:
+    def ended(self, name: str, output: Tensor) -> None:
         """Keep an output [batch, time, ...] or [batch * time, ...] of the call that is under way."""
         if name not in self._parts:
             return
@@ -88,13 +112,6 @@ class Recorder:
         }
         tensors |= others or {}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-    def _hook(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if name.endswith(".router"):
-            output = expert_weights(*output)
-        elif isinstance(output, tuple):
-            output = output[0]
-        self.add(name, output)
 
 
 def expert_weights(probabilities: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

@@ -7,50 +7,30 @@ Outside the text model there are no rows: what is recorded is `[patches, ...]`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from conformance.worker.adapters.recording import ModuleHooks
 
 _STRIDES = (1, 2, 4)
 """How many places of the input become one: a tower of sound has two convolutions that halve them."""
 
 
-class MediaRecorder:
-    """Hooks on named modules outside the text model.
+class MediaRecorder(ModuleHooks):
+    """Records named modules outside the text model.
 
     Args:
-        root: The module that the names are relative to.
+        root: As in `ModuleHooks`.
         names: Modules to record.
         order: Names are added to it in the order in which the modules first ended.
-
-    Raises:
-        ValueError: the model has no module of such a name.
     """
 
     def __init__(self, root: nn.Module, names: Sequence[str], order: list[str]) -> None:
+        super().__init__(root, names)
         self._order = order
         self._found: dict[str, list[Tensor]] = {}
         self._valid: Tensor | None = None
-        modules = dict(root.named_modules())
-        if unknown := [name for name in names if name not in modules]:
-            raise ValueError(f"{type(root).__name__} has no module {', '.join(unknown)}")
-        self._modules = {name: modules[name] for name in names}
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name, module in self._modules.items():
-            self._hooks.append(module.register_forward_hook(partial(self._hook, name)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def call(self, valid: Tensor) -> None:
         """Announce a call of a tower: bool [pieces, places], false at padding."""
@@ -60,9 +40,8 @@ class MediaRecorder:
         """What each module gave in all its calls."""
         return {name: torch.cat(parts) for name, parts in self._found.items()}
 
-    def _hook(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            output = output[0]
+    def ended(self, name: str, output: Tensor) -> None:
+        """Keep an output of the call that is under way."""
         if name not in self._order:
             self._order.append(name)
         self._found.setdefault(name, []).append(self._stripped(output).detach().float().clone())

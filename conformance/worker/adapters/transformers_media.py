@@ -155,11 +155,9 @@ class _RowRecorder(MediaRecorder):
             for name in names
         }
 
-    def _hook(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        # transformers' outputs are no tuples, but give their first tensor as these do.
-        first = output if isinstance(output, Tensor) else output[0]
+    def ended(self, name: str, output: Tensor) -> None:
         for published in self._published[name]:
-            super()._hook(published, module, inputs, first)
+            super().ended(published, output)
 
 
 def is_unified(config: Any) -> bool:

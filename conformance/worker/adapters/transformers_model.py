@@ -135,7 +135,7 @@ def _run(model: Any, request: Json) -> tuple[list[str], dict[str, int]]:
 
 
 def _keep_logits(recorder: Recorder) -> Any:
-    return lambda _model, _inputs, output: recorder.add(LOGITS, output.logits)
+    return lambda _model, _inputs, output: recorder.ended(LOGITS, output.logits)
 
 
 def _run_row(
