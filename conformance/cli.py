@@ -15,6 +15,7 @@ import conformance
 from conformance.commands.backtest import backtest_command
 from conformance.commands.bisect import bisect_command
 from conformance.commands.faults import faults_group
+from conformance.commands.gate import gate_group
 from conformance.commands.ladder import ladder_command
 from conformance.commands.listing import list_command
 from conformance.commands.new_case import new_case_command
@@ -24,6 +25,7 @@ from conformance.commands.requests import requests_command
 from conformance.commands.run import run_command
 from conformance.commands.schema import schema_command
 from conformance.commands.show import show_command
+from conformance.commands.store import store_group
 from conformance.commands.targets import targets_group
 from conformance.errors import ConformanceError
 
@@ -48,6 +50,8 @@ for command in (
     ladder_command,
     bisect_command,
     backtest_command,
+    store_group,
+    gate_group,
 ):
     cli.add_command(command)
 

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from conformance import yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.loading import LoadedSuites
-from conformance.suites import SourceRef, Strict
+from conformance.suitebase import SourceRef, Strict
 
 _GLOB = re.compile(r"[*?\[]")
 

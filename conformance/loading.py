@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from conformance import resources, yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
+from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.media import MARKERS, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
 from conformance.suites import (
@@ -57,6 +58,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "processor": ProcessorSuite,
     "server": ServerSuite,
     "generation": GenerationSuite,
+    "accuracy": AccuracySuite,
 }
 
 
@@ -96,7 +98,7 @@ class LoadedSuite:
         """All cases in file order."""
         cases: tuple[Case, ...] = self.suite.cases
         return tuple(
-            LoadedCase(self, case, line, case_digest(case, self.suite))
+            LoadedCase(self, case, line, case_digest(case, self.suite, self.path.parent))
             for case, line in zip(cases, self.lines, strict=True)
         )
 
@@ -206,7 +208,7 @@ def suite_files(root: Path) -> list[Path]:
 
 def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
-    if isinstance(case, ParityCase | MaskCase | ProcessorCase | GenerationCase):
+    if isinstance(case, ParityCase | MaskCase | ProcessorCase | GenerationCase | AccuracyCase):
         return ()
     if isinstance(case.tools, str):
         assert isinstance(suite, ToolsSuiteBase)
@@ -237,8 +239,14 @@ def resolve_prompt(case: ParserCase) -> str:
     return PROMPTS.get(case.prompt, case.prompt)
 
 
-def case_digest(case: Case, suite: AnySuite) -> str:
-    """SHA-256 over everything in the suite file that can change the case's verdict."""
+def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
+    """SHA-256 over everything in the suite file, and in what it refers to, that can change the verdict.
+
+    Args:
+        case: It.
+        suite: Where it stands.
+        folder: Of the suite's file; needed for the kind `accuracy`.
+    """
     content = {
         "schema": SCHEMA_VERSION,
         "suite": suite.id,
@@ -254,6 +262,11 @@ def case_digest(case: Case, suite: AnySuite) -> str:
         content["config"] = suite.configs[case.config]
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
+    if isinstance(case, AccuracyCase):
+        from conformance.gates import loading as gates
+
+        assert folder is not None
+        content["reference"] = gates.reference_sha256(case, folder)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -307,6 +320,8 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
             _check_placeholders(document, loc, case)
         elif isinstance(case, GenerationCase):
             _check_lines(document, loc, case)
+        elif isinstance(case, AccuracyCase):
+            _check_gate(document, loc, case)
         else:
             assert isinstance(suite, ToolsSuiteBase)
             _check_chat(document, loc, case, suite)
@@ -336,6 +351,15 @@ def _check_lines(document: yamlfile.Document, loc: tuple[str | int, ...], case: 
             raise document.error(
                 (*loc, "lines", index), f"the script has no line {line!r}; its lines are {', '.join(known)}"
             )
+
+
+def _check_gate(document: yamlfile.Document, loc: tuple[str | int, ...], case: AccuracyCase) -> None:
+    from conformance.gates import loading as gates  # SciPy, where there are gates
+
+    wrong = gates.check(case, document.path.parent)
+    if wrong is not None:
+        field, message = wrong
+        raise document.error((*loc, *field), message)
 
 
 def _check_placeholders(document: yamlfile.Document, loc: tuple[str | int, ...], case: ProcessorCase) -> None:

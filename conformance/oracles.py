@@ -224,11 +224,23 @@ class Oracles:
         )
 
     def logprobs(
-        self, checkpoint: Path, prompts: Sequence[Ids], answers: Sequence[Ids], dtype: str
+        self,
+        checkpoint: Path,
+        prompts: Sequence[Ids],
+        answers: Sequence[Ids],
+        dtype: str,
+        images: Sequence[Sequence[str]] = (),
     ) -> list[Tensor]:
         """The bundled implementation's log-probabilities at the answers' tokens, in one pass without a cache.
 
         Its parity with other implementations is what suites of kind `parity` judge.
+
+        Args:
+            checkpoint: Folder of the model.
+            prompts: Token ids, with one placeholder for each picture.
+            answers: Token ids of each answer.
+            dtype: Of weights and activations.
+            images: Files of each prompt's pictures, which `files` made; empty: no prompt has any.
 
         Returns:
             For each prompt, float32 [tokens of its answer, vocabulary].
@@ -236,11 +248,11 @@ class Oracles:
         Raises:
             EngineError: the bundled implementation raised.
         """
-        from conformance.targets import reference_model
+        from conformance.targets import reference_generate
 
-        key = _digest(str(checkpoint), prompts, answers, dtype)
+        key = _digest(str(checkpoint), prompts, answers, dtype, images)
         if key not in self._logprobs:
-            self._logprobs[key] = reference_model.logprobs(checkpoint, prompts, answers, dtype)
+            self._logprobs[key] = reference_generate.logprobs(checkpoint, prompts, images, answers, dtype)
         return self._logprobs[key]
 
     def close(self) -> None:

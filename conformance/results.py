@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from conformance.gates.decision import Decision
+from conformance.records import Record
+from conformance.scoring import Sheet, SheetHeader
 from conformance.targets.protocol import Chunking, ParseResult, TargetInfo
 
 Verdict = Literal["pass", "fail", "xfail", "xpass", "skip", "inconclusive", "error", "timeout"]
 
 SCHEMA_VERSION = 1
-
-
-class Record(BaseModel):
-    """Base of run-file lines."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Problem(Record):
@@ -92,6 +89,17 @@ class ParityEvidence(Record):
         return next((module for module in self.modules if module.rule), None)
 
 
+class AccuracyEvidence(Record):
+    """The scored answers of a target to a task, and what the gate made of them."""
+
+    sheet: Sheet
+    """Every item with its prompt and answer; never shortened."""
+    decision: Decision | None = None
+    """None where the gate refused to compare; the result's reason says why."""
+    reference: SheetHeader | None = None
+    """Of the stored answers that it is paired with."""
+
+
 class Shortened(Record):
     """A text or list that was too long to be kept whole."""
 
@@ -116,6 +124,7 @@ class Evidence(Record):
     """Name of the accepted answer that the target gave; `unlisted` if none."""
     spans: Any = None
     parity: ParityEvidence | None = None
+    accuracy: AccuracyEvidence | None = None
 
 
 class Result(Record):
@@ -255,6 +264,7 @@ class Run(Record):
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AccuracyEvidence",
     "Evidence",
     "Footer",
     "Header",

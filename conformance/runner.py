@@ -49,6 +49,8 @@ _MAX_OPEN = 2
 _FORWARD_LIMIT = 300.0
 """Seconds that a case may take beyond its requests where engines are imported and models run."""
 _KINDS_OF_MODELS = ("parity", "mask", "processor", "generation", "server")
+_ACCURACY_LIMIT = 12 * 3600.0
+"""The same where hundreds of questions are asked."""
 _MAX_REQUESTS = 20
 _REQUESTS_IN_PROCESS = 6
 _STDERR_TAIL = 4000
@@ -156,7 +158,12 @@ def run_case(
             opened.target.begin_case()
         with _deadline(limit):
             outcome = checks.judge(
-                loaded.case, loaded.suite.suite, opened.target, search=search, oracles=pool.oracles
+                loaded.case,
+                loaded.suite.suite,
+                opened.target,
+                search=search,
+                oracles=pool.oracles,
+                folder=loaded.suite.path.parent,
             )
     except TargetTimeoutError as error:
         outcome, stderr = CheckOutcome("timeout", reason=str(error)), error.stderr_tail
@@ -280,6 +287,8 @@ def in_process(spec: str) -> bool:
 def _case_limit(loaded: LoadedCase, spec: str, timeout: float) -> float:
     """Seconds for one case. Targets in other processes keep their own limit for each request."""
     limit = timeout * (_REQUESTS_IN_PROCESS if in_process(spec) else _MAX_REQUESTS)
+    if loaded.suite.suite.kind == "accuracy":
+        return limit + _ACCURACY_LIMIT
     return limit + (_FORWARD_LIMIT if loaded.suite.suite.kind in _KINDS_OF_MODELS else 0)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
+from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
+from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
 from conformance.targets.protocol import (
     AttentionBackend,
     DType,
@@ -20,19 +22,6 @@ from conformance.targets.protocol import (
     MediaForm,
     Speculation,
 )
-
-CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
-SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
-OracleSpec = Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]*@\d[\w.]*|[A-Za-z_][\w.]*:\w+)$")]
-"""Spec of the target that the others are compared with, with its version: `transformers@5.19.0`."""
-SourceRef = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^([RTCAMPSLBNX]\d{2}|spec [0-9.]+|check \d+|[\w.-]+/[\w.-]+#\d+|https://\S+)$"
-    ),
-]
-"""Where a case comes from: a catalogue id (`R05`, `X11`), a section of the fact sheet (`spec 6.5`),
-a cross-cutting check (`check 7`), an issue (`vllm-project/vllm#38855`) or a URL."""
 
 PROMPTS: dict[str, str] = {
     "model": "<bos><|turn>user\nHi<turn|>\n<|turn>model\n",
@@ -45,12 +34,6 @@ PROMPTS: dict[str, str] = {
     ),
 }
 """Names that a case may use for `prompt`: what the template leaves at the end of the prompt."""
-
-
-class Strict(BaseModel):
-    """Base: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PlainText(Strict):
@@ -80,18 +63,6 @@ class Answer(ExpectedParse):
     name: CaseId
     who: str
     """Which engines, tests or maintainers hold this answer."""
-
-
-class CaseBase(Strict):
-    """What every case has, whatever its kind."""
-
-    id: CaseId
-    title: str = Field(min_length=8)
-    """One sentence: the rule that the case checks."""
-    source: tuple[SourceRef, ...] = Field(min_length=1)
-    control_of: CaseId | None = None
-    """This case is the negative control of that one: nearly the same input, the rule must not fire."""
-    tags: tuple[CaseId, ...] = ()
 
 
 class ParserCase(CaseBase):
@@ -469,17 +440,6 @@ class GenerationCase(CaseBase):
         )
 
 
-class SuiteBase(Strict):
-    """Head of a suite file."""
-
-    id: SuiteId
-    """The file's path below `suites/` without extension, such as `parser/reasoning`."""
-    title: str
-    description: str
-    area: CaseId
-    """Row of the dashboard: `reasoning`, `tool-calls`, `recovery`, `typing`, `template`, `text-model`, …"""
-
-
 class ToolsSuiteBase(SuiteBase):
     """Head of a suite whose cases declare tools."""
 
@@ -544,7 +504,23 @@ class GenerationSuite(SuiteBase):
 
 
 AnySuite = (
-    ParserSuite | TemplateSuite | ParitySuite | MaskSuite | ProcessorSuite | ServerSuite | GenerationSuite
+    ParserSuite
+    | TemplateSuite
+    | ParitySuite
+    | MaskSuite
+    | ProcessorSuite
+    | ServerSuite
+    | GenerationSuite
+    | AccuracySuite
 )
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
-Case = ParserCase | TemplateCase | ParityCase | MaskCase | ProcessorCase | ServerCase | GenerationCase
+Case = (
+    ParserCase
+    | TemplateCase
+    | ParityCase
+    | MaskCase
+    | ProcessorCase
+    | ServerCase
+    | GenerationCase
+    | AccuracyCase
+)

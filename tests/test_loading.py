@@ -72,7 +72,7 @@ BROKEN = {
     "kind": (
         "kind: parser",
         "kind: parsr",
-        r':2: kind: expected one of parser, template, parity, mask, [a-z, ]+, generation, got "parsr"',
+        r':2: kind: expected one of parser, template, parity, mask, [a-z, ]+, accuracy, got "parsr"',
     ),
     "no kind": ("kind: parser\n", "", r":1: kind: expected one of parser, template"),
     "no title": ("title: Demo\n", "", r":1: the key `title` is required and missing"),
@@ -243,7 +243,7 @@ def test_what_looks_like_a_suite(tmp_path: Path) -> None:
 
 def test_bundled_suites_load_and_no_case_is_there_twice() -> None:
     suites = load_suites()
-    kinds = {"parser", "template", "parity", "mask", "processor", "server", "generation"}
+    kinds = {"parser", "template", "parity", "mask", "processor", "server", "generation", "accuracy"}
     assert {s.suite.kind for s in suites} == kinds
     assert len({c.digest for c in suites.cases}) == len(suites.cases)
     for suite in suites:

@@ -37,6 +37,7 @@ from model_impl.nano.script import Line, Script, checkpoint_folder, load_script
 from model_impl.nano.scripted import MARGIN, PLAIN_PICTURES, SEED
 from model_impl.nano.settings import SOFT_TOKENS
 from model_impl.nano.training import smallest_gaps
+from model_impl.nano.vocabulary import vocabulary_size
 from model_impl.preprocess.prompt import expand
 from model_impl.runtime.generate import GenerationConfig, generate
 from model_impl.text import TextModel
@@ -113,7 +114,8 @@ def test_the_files_are_those_of_the_manifest() -> None:
 
 
 def test_the_text_files_are_what_the_recipe_writes(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    settings.write_texts(tmp_path, tokenizer)
+    config = settings.config(vocabulary_size(tokenizer))
+    settings.write_texts(tmp_path, tokenizer, config, FAMILY)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (FOLDER / file.name).read_bytes(), file.name
 

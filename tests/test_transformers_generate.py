@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance.errors import EngineError
-from conformance.targets import bundled, reference_model, registry
+from conformance.targets import bundled, reference_generate, registry
 from conformance.targets.protocol import (
     EngineOptions,
     GenerateRequest,
@@ -45,7 +45,9 @@ def ask(target: Target, **changes: Any) -> GenerateResult:
 def test_it_says_so(target: Target) -> None:
     info = registry.describe(target)
     assert "generate" in info.capabilities
-    assert info.features == ("media",)  # of forward passes
+    assert info.features[0] == "media"  # of forward passes
+    images = "preprocess" in info.capabilities
+    assert info.features[1:] == (("images", "sounds") if images else ())
 
 
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
@@ -56,7 +58,7 @@ def test_tokens_and_numbers_are_the_bundled_model_s(target: Target, attention: s
     assert answers == [dialogue.answer for dialogue in DIALOGUES]
     assert {made.finish_reason for made in result.generations} == {"stop"}
     prompts = [dialogue.prompt for dialogue in DIALOGUES]
-    truth = reference_model.logprobs(bundled.checkpoint(), prompts, answers, "float32")
+    truth = reference_generate.logprobs(bundled.checkpoint(), prompts, (), answers, "float32")
     for made, row in zip(result.generations, truth, strict=True):
         own = row.gather(1, torch.tensor(made.token_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(made.logprobs), own, atol=1e-4)
@@ -100,7 +102,7 @@ def test_without_stop_tokens_only_the_limit_ends_an_answer(target: Target) -> No
             "without speculative decoding",
         ),
         ({"adapter": "somewhere"}, "without a LoRA adapter"),
-        ({"prompts": ((2, 3),), "images": (("a.png",),)}, "without images"),
+        ({"prompts": ((2, 3),), "images": (("a.png",),)}, "."),
         ({"options": EngineOptions(max_model_len=100)}, "max_model_len is 100"),
         ({"checkpoint": str(Path(__file__).parent)}, "."),
     ],

@@ -175,7 +175,7 @@ def masks(name: str) -> tuple[str, ...]:
 def test_it_says_what_it_can_do(target: Target) -> None:
     info = registry.describe(target)
     assert "forward" in info.capabilities
-    assert info.features == ("media",)
+    assert info.features[0] == "media"
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -25,7 +25,13 @@ from conformance.errors import EngineError, TargetTimeoutError
 from conformance.targets import bundled, environments, process, reference_model, registry
 from conformance.targets.bundled import Dialogue
 from conformance.targets.process import WorkerTarget
-from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation
+from conformance.targets.protocol import (
+    GenerateRequest,
+    GenerateResult,
+    Generation,
+    LoglikelihoodRequest,
+)
+from conformance.targets.reference import ReferenceTarget
 from conformance.worker.adapters import vllm_engine
 from model_impl.checkpoint import load_text_model
 from tests.processes import children
@@ -90,6 +96,7 @@ def test_requests_that_can_share_an_engine(tmp_path: Path) -> None:
         setup(images=(("one.png",), ())),
         setup(images=(("one.png",) * 5, ())),
         setup(images=(("one.png",) * 17, ())),
+        setup(sounds=(("one.wav",), ())),
         adapted,
         setup(adapter=str(tmp_path / "three")),
     ]
@@ -171,6 +178,18 @@ def test_an_answer_of_the_engine_becomes_a_generation() -> None:
     assert vllm_engine.generation(output, top=False) == expected | {"top": []}
 
 
+def test_likelihoods_are_of_the_end_of_a_prompt() -> None:
+    def at(**found: tuple[float, int]) -> dict[int, SimpleNamespace]:
+        return {
+            int(name[1:]): SimpleNamespace(logprob=value, rank=rank) for name, (value, rank) in found.items()
+        }
+
+    said = [None, at(t5=(-9.0, 7), t6=(-0.1, 1)), at(t6=(-0.5, 1)), at(t7=(-2.0, 2), t8=(-0.2, 1))]
+    assert vllm_engine.likelihood(said, [8]) == {"logprob": -0.2, "greedy": True}
+    assert vllm_engine.likelihood(said, [6, 8]) == {"logprob": -0.7, "greedy": True}
+    assert vllm_engine.likelihood(said, [6, 7]) == {"logprob": -2.5, "greedy": False}
+
+
 def test_what_ranks_disagree_about_is_said() -> None:
     ranks = [
         {name: [value] for name, value in PLAIN.items() if value != "none"}
@@ -198,7 +217,9 @@ def test_without_the_engine_part_the_target_says_how_to_get_it(monkeypatch: pyte
         target.close()
     assert "generate" not in info.capabilities
     assert info.features == ()
-    assert "run `conformance targets install vllm@0.32.0`" in info.unavailable["generate"]
+    for name in ("generate", "loglikelihood"):
+        assert name not in info.capabilities
+        assert "run `conformance targets install vllm@0.32.0`" in info.unavailable[name]  # type: ignore[index]
 
 
 # --------------------------------------------------------------------------------------------- the engine
@@ -287,6 +308,22 @@ def test_what_the_engine_refuses_is_an_engine_error(engine: WorkerTarget) -> Non
         engine.generate(request(prompts=((2,) * 1100,)))
     with pytest.raises(EngineError, match=r"ValidationError.*(?s:.*)no-such-backend"):
         engine.generate(request(options={"attention": "no-such-backend"}))
+
+
+def test_likelihoods_are_those_of_its_answers(engine: WorkerTarget) -> None:
+    asked = dialogues()[:6]
+    request = LoglikelihoodRequest(
+        checkpoint=str(bundled.checkpoint()),
+        contexts=tuple(dialogue.prompt for dialogue in asked) * 2,
+        continuations=(*(dialogue.answer for dialogue in asked), *((9, 10, 11),) * len(asked)),
+    )
+    result = engine.loglikelihood(request)
+    assert result.effective == PLAIN
+    expected = ReferenceTarget().loglikelihood(request)
+    for mine, theirs in zip(result.likelihoods, expected.likelihoods, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-2)
+        assert mine.greedy == theirs.greedy
+    assert [each.greedy for each in result.likelihoods] == [True] * len(asked) + [False] * len(asked)
 
 
 def test_another_dtype_is_another_engine(engine: WorkerTarget) -> None:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from conformance import yamlfile
 from conformance.errors import UsageError
-from conformance.suites import Strict
+from conformance.suitebase import Strict
 from conformance.targets.protocol import PieceUnit
 
 TABLE = Path(__file__).with_name("table.yaml")

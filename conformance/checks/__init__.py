@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from conformance.checks import accuracy as accuracy_check
 from conformance.checks import generation as generation_check
 from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
@@ -10,6 +13,7 @@ from conformance.checks import processor as processor_check
 from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
+from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.oracles import Oracles
 from conformance.suites import (
     AnySuite,
@@ -40,6 +44,7 @@ def judge(
     seed: int = 0,
     search: Search = "bounded",
     oracles: Oracles | None = None,
+    folder: Path | None = None,
 ) -> CheckOutcome:
     """Judge one case on one target.
 
@@ -50,6 +55,7 @@ def judge(
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
         oracles: Needed for suites of the kinds `parity`, `mask`, `processor` and `generation`.
+        folder: Of the suite's file; needed for the kind `accuracy`.
 
     Raises:
         EngineError, WorkerDiedError, TargetTimeoutError: from the target.
@@ -72,6 +78,9 @@ def judge(
     if isinstance(suite, GenerationSuite) and isinstance(case, GenerationCase):
         assert oracles is not None
         return generation_check.judge(case, target, oracles)
+    if isinstance(suite, AccuracySuite) and isinstance(case, AccuracyCase):
+        assert folder is not None
+        return accuracy_check.judge(case, target, folder)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 

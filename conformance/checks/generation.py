@@ -219,8 +219,11 @@ def _number_problems(
     checkpoint = bundled.checkpoint(causal_images=case.causal_images)
     if case.adapter is not None:
         checkpoint = oracles.merged(checkpoint, case.adapter)
-    truth = _logprobs(oracles, checkpoint, pairs, images, "float32")
-    own = truth if case.dtype == "float32" else _logprobs(oracles, checkpoint, pairs, images, case.dtype)
+    prompts = [dialogue.prompt for dialogue, _ in pairs]
+    answers = [made.token_ids for _, made in pairs]
+    truth, own = (
+        oracles.logprobs(checkpoint, prompts, answers, dtype, images) for dtype in ("float32", case.dtype)
+    )
     # Tokens known by heart have a probability near one, which rounding hardly changes; alternatives do not.
     for values in (_chosen, _alternatives):
         limit = max(case.tolerance, case.factor * _apart(pairs, truth, own, values))
@@ -232,23 +235,6 @@ def _number_problems(
                 f"{where}",
                 got=float(f"{worst:.3g}") if math.isfinite(worst) else "not a number",
             )
-
-
-def _logprobs(
-    oracles: Oracles,
-    checkpoint: Path,
-    pairs: Sequence[tuple[Dialogue, Generation]],
-    images: Sequence[Sequence[str]],
-    dtype: str,
-) -> Sequence[Tensor]:
-    """What the bundled implementation gives each token at each place of the answers."""
-    prompts = [dialogue.prompt for dialogue, _ in pairs]
-    answers = [made.token_ids for _, made in pairs]
-    if not any(images):
-        return oracles.logprobs(checkpoint, prompts, answers, dtype)
-    from conformance.targets import reference_generate  # loads torch
-
-    return reference_generate.logprobs(checkpoint, prompts, images, answers, dtype)
 
 
 Values = Callable[[Generation], Iterator[tuple[int, int, float]]]

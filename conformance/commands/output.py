@@ -14,8 +14,10 @@ from rich.table import Table
 
 from conformance.backtests import BacktestResult
 from conformance.explain import visible
+from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
 from conformance.results import Preflight, Result, Verdict
+from conformance.store import Change, Merged, StoredRun, StoredVerdict
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -185,6 +187,147 @@ class ReportOutput(Output):
     results: int
 
 
+class MergedRow(Output):
+    """What became of one run file."""
+
+    run_file: str
+    error: str = ""
+    """Why it was not merged."""
+    merged: Merged | None = None
+
+
+class StoreMergeOutput(Output):
+    """Output of `conformance store merge`."""
+
+    database: str
+    """Its URL, without a password."""
+    files: tuple[MergedRow, ...]
+
+
+class StoreListOutput(Output):
+    """Output of `conformance store list`; what was not asked for is absent."""
+
+    runs: tuple[StoredRun, ...] | None = None
+    latest: tuple[StoredVerdict, ...] | None = None
+    """The newest result of each case on each target."""
+
+
+class StoreShowOutput(Output):
+    """Output of `conformance store show`."""
+
+    run: StoredRun
+    since: str | None
+    """The run that it is compared with; null where there is no earlier one."""
+    changes: tuple[Change, ...]
+    """Verdicts that differ between the two."""
+
+
+class StorePoint(Output):
+    """A case on a target in one run."""
+
+    verdict: StoredVerdict
+    decision: Decision | None
+    """Of accuracy cases."""
+    outcomes: dict[str, int]
+    """Items by outcome class, of accuracy cases."""
+
+
+class StoreHistoryOutput(Output):
+    """Output of `conformance store history`."""
+
+    address: str
+    points: tuple[StorePoint, ...]
+    """Oldest first."""
+
+
+class ChancesRow(Output):
+    """Chances of a gate's verdicts, where the true drop is this."""
+
+    drop: float
+    passes: float
+    fails: float
+    inconclusive: float
+    alarms: float
+    """Of the test of "no worse", whatever the verdict."""
+
+
+class PlanRow(Output):
+    """What a gate can detect, and what it needs."""
+
+    address: str
+    kind: Literal["paired", "unpaired"]
+    items: int
+    margin: float
+    floor: float
+    alpha: float
+    power: float
+    reaches: bool
+    """With so many items it has its power, for failing a drop of the margin and for passing none."""
+    needed: int | None
+    """Items that it takes; null: more than a million."""
+    detectable: float
+    """The least drop that fails with this power."""
+    certifiable: float
+    """The least margin that a target without any drop passes with this power."""
+    chances: tuple[ChancesRow, ...]
+    false_alarms_a_year: float
+    """Expected false failures, if it runs every night."""
+
+
+class GatePlanOutput(Output):
+    """Output of `conformance gate plan`."""
+
+    plans: tuple[PlanRow, ...]
+
+
+class GateRow(Output):
+    """What a gate said of a target."""
+
+    address: str
+    target: str
+    verdict: Verdict
+    reason: str
+    decision: Decision | None
+    holm: float | None
+    """P-value that takes all gates of this run into account."""
+    benjamini_hochberg: float | None
+    sheet: str | None
+    """Where the scored answers were written."""
+
+
+class GateRunOutput(Output):
+    """Output of `conformance gate run`."""
+
+    run: RunOutput
+    gates: tuple[GateRow, ...]
+
+
+class GateCompareOutput(Output):
+    """Output of `conformance gate compare`."""
+
+    decision: Decision
+    plan: PlanRow
+
+
+class SensitivityOutput(Output):
+    """Output of `conformance gate sensitivity`."""
+
+    faults: tuple[Sensitivity, ...]
+    caught: int
+    """Faults that some gate fails by itself."""
+
+
+class RebaselineOutput(Output):
+    """Output of `conformance gate rebaseline`."""
+
+    reference: str
+    record: str
+    """The history of the reference, with every comparison."""
+    replaced: bool
+    decision: Decision | None
+    """The new answers against the old ones; null where there were none."""
+
+
 class TargetsOutput(Output):
     """Output of `conformance targets` and its subcommands, except `doctor`."""
 
@@ -273,6 +416,15 @@ OUTPUTS: dict[str, type[Output]] = {
     "run": RunOutput,
     "probe": ProbeOutput,
     "report": ReportOutput,
+    "store-merge": StoreMergeOutput,
+    "store-list": StoreListOutput,
+    "store-show": StoreShowOutput,
+    "store-history": StoreHistoryOutput,
+    "gate-plan": GatePlanOutput,
+    "gate-run": GateRunOutput,
+    "gate-compare": GateCompareOutput,
+    "gate-rebaseline": RebaselineOutput,
+    "gate-sensitivity": SensitivityOutput,
     "targets": TargetsOutput,
     "doctor": DoctorOutput,
     "new-case": NewCaseOutput,
@@ -286,7 +438,9 @@ OUTPUTS: dict[str, type[Output]] = {
 
 def emit_json(output: Output) -> None:
     """Print an output as JSON."""
-    click.echo(output.model_dump_json(indent=2, exclude_unset=isinstance(output, ListOutput)))
+    click.echo(
+        output.model_dump_json(indent=2, exclude_unset=isinstance(output, ListOutput | StoreListOutput))
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

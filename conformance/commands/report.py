@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,11 @@ from conformance.backtests import read_findings
 from conformance.commands import output
 from conformance.commands.output import ReportOutput, json_option
 from conformance.commands.selection import select
+from conformance.commands.store import database_option
+from conformance.results import Run
+
+if TYPE_CHECKING:
+    from conformance.reporting.accuracy import History
 
 DEFAULT_SITE = Path("reports/site")
 _FILE = click.Path(path_type=Path)
@@ -24,6 +30,7 @@ _FILE = click.Path(path_type=Path)
     "--ladder", "ladders", multiple=True, type=_FILE, help="What `conformance ladder` wrote; may be repeated."
 )
 @click.option("--backtests", type=_FILE, help="What `conformance backtest` wrote.")
+@database_option("Draw the history of accuracy from this database.")
 @json_option
 def report_command(
     run_file: Path,
@@ -31,9 +38,13 @@ def report_command(
     paths: tuple[str, ...],
     ladders: tuple[Path, ...],
     backtests: Path | None,
+    database: str | None,
     as_json: bool,
 ) -> None:
-    """Write the dashboard of RUN_FILE as static HTML."""
+    """Write the dashboard of RUN_FILE as static HTML.
+
+    Without --database, accuracy is shown as this run has it, with no history.
+    """
     from conformance.report import write_site
 
     run = runfile.read(run_file)
@@ -45,9 +56,18 @@ def report_command(
         suites=select(paths).suites,
         ladders=[history.read(path) for path in ladders],
         backtests=read_findings(backtests) if backtests is not None else None,
+        history=_history(run, database) if database is not None else None,
     )
     index = out / "index.html"
     if as_json:
         output.emit_json(ReportOutput(run_file=str(run_file), index=str(index), results=len(run.latest())))
     else:
         click.echo(f"dashboard: {index}")
+
+
+def _history(run: Run, database: str) -> History:
+    from conformance.store.history import Store
+
+    scored = {key for key, result in run.latest().items() if result.evidence.accuracy is not None}
+    with Store(database) as store:
+        return store.accuracy(besides=scored)

@@ -133,7 +133,7 @@ def _open(answered: Path | None, capabilities: Sequence[Recordable], stream_unit
         stream_unit=stream_unit,
         features=()
         if "generate" not in capabilities
-        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images"),
+        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds"),
     )
     return ReplayTarget("replay", Path(os.devnull), Index(info), info)
 
@@ -198,8 +198,9 @@ def _with_files(request: GenerateRequest, files: Path | None) -> GenerateRequest
     changes: dict[str, Any] = {"checkpoint": _copied(request.checkpoint, files)}
     if request.adapter is not None:
         changes["adapter"] = _copied(request.adapter, files)
-    if request.images:
-        changes["images"] = tuple(tuple(_copied(image, files) for image in row) for row in request.images)
+    for name, media in (("images", request.images), ("sounds", request.sounds)):
+        if media:
+            changes[name] = tuple(tuple(_copied(file, files) for file in row) for row in media)
     if request.options.speculation is not None:
         draft = _copied(request.options.speculation.checkpoint, files)
         speculation = request.options.speculation.model_copy(update={"checkpoint": draft})

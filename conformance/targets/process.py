@@ -39,6 +39,8 @@ from conformance.targets.protocol import (
     ForwardResult,
     GenerateRequest,
     GenerateResult,
+    LoglikelihoodRequest,
+    LoglikelihoodResult,
     ParseRequest,
     ParseResult,
     PreprocessRequest,
@@ -164,6 +166,17 @@ class WorkerTarget:
             return result
 
         return self._ask("generate", request.model_dump(), validate, extra=ENGINE_TIMEOUT)
+
+    def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
+        """Score continuations; the start of the engine has time of its own."""
+
+        def validate(answer: Any) -> LoglikelihoodResult:
+            result = LoglikelihoodResult.model_validate(answer)
+            if len(result.likelihoods) != len(request.contexts):
+                raise ValueError(f"{len(result.likelihoods)} answers to {len(request.contexts)} pairs")
+            return result
+
+        return self._ask("loglikelihood", request.model_dump(), validate, extra=ENGINE_TIMEOUT)
 
     def close(self) -> None:
         """End the worker and all it started."""

@@ -17,16 +17,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from conformance.worker.modules import MASK
 
 Capability = Literal[
-    "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate", "serve"
+    "parse",
+    "parse_stream",
+    "certify",
+    "render",
+    "preprocess",
+    "forward",
+    "generate",
+    "loglikelihood",
+    "serve",
 ]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
 read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
-`serve`: chat completions over HTTP."""
+`loglikelihood`: how likely given ids are to follow others. `serve`: chat completions over HTTP."""
 
-Feature = Literal["tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "media", "long-blocks"]
-"""What not every target that generates or runs forward passes can do. `media`: forward passes with images,
-videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
+Feature = Literal[
+    "tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds", "media", "long-blocks"
+]
+"""What not every target that generates or runs forward passes can do. `images`, `sounds`: generation with
+them. `media`: forward passes with images, videos and sounds. `long-blocks`: a choice of what becomes of
+images longer than the window."""
 
 MediaKind = Literal["image", "video", "audio"]
 MediaForm = Literal["tower", "unified"]
@@ -378,6 +389,8 @@ class GenerateRequest(Model):
     images: tuple[tuple[str, ...], ...] = ()
     """Image files of each prompt, in order: the prompt holds one unexpanded `<|image|>` for each. Empty: no
     prompt has any."""
+    sounds: tuple[tuple[str, ...], ...] = ()
+    """Sound files of each prompt likewise, with one unexpanded `<|audio|>` for each."""
     adapter: str | None = None
     """Folder of a LoRA adapter in PEFT's form, for every prompt."""
     max_new_tokens: int = Field(ge=1)
@@ -391,8 +404,9 @@ class GenerateRequest(Model):
     def _fits_together(self) -> GenerateRequest:
         if not all(self.prompts):
             raise ValueError("a prompt is empty")
-        if self.images and len(self.images) != len(self.prompts):
-            raise ValueError(f"images for {len(self.images)} prompts, and {len(self.prompts)} prompts")
+        for kind, files in (("images", self.images), ("sounds", self.sounds)):
+            if files and len(files) != len(self.prompts):
+                raise ValueError(f"{kind} for {len(files)} prompts, and {len(self.prompts)} prompts")
         return self
 
 
@@ -416,6 +430,42 @@ class GenerateResult(Model):
     effective: dict[str, str] = Field(default_factory=dict)
     """Read back from the running engine: `attention`, `dtype`, `tensor_parallel`, `pipeline_parallel`,
     `speculation` (its method, or `none`), `adapter` (modules it is applied to, or `none`)."""
+
+
+class LoglikelihoodRequest(Model):
+    """Pairs of token ids: how likely is the second to follow the first?"""
+
+    checkpoint: str
+    """As in `GenerateRequest`."""
+    contexts: tuple[tuple[int, ...], ...] = Field(min_length=1)
+    """None is empty: a model says nothing of its first token."""
+    continuations: tuple[tuple[int, ...], ...]
+    """One for each context; none is empty."""
+    options: EngineOptions = EngineOptions()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LoglikelihoodRequest:
+        if len(self.contexts) != len(self.continuations):
+            raise ValueError(f"{len(self.contexts)} contexts and {len(self.continuations)} continuations")
+        if not all(self.contexts) or not all(self.continuations):
+            raise ValueError("a context or a continuation is empty")
+        return self
+
+
+class Loglikelihood(Model):
+    """Of one continuation."""
+
+    logprob: float
+    """Sum over its tokens of the natural logarithm of each one's probability at temperature 1."""
+    greedy: bool
+    """Each of its tokens is the likeliest at its place."""
+
+
+class LoglikelihoodResult(Model):
+    """One entry for each pair, and what really ran, as in `GenerateResult`."""
+
+    likelihoods: tuple[Loglikelihood, ...]
+    effective: dict[str, str] = Field(default_factory=dict)
 
 
 class ServeRequest(Model):
@@ -490,6 +540,10 @@ class Target(Protocol):
 
     def generate(self, request: GenerateRequest) -> GenerateResult:
         """Greedy answers to prompts; a request or an option that it refuses raises `EngineError`."""
+        ...
+
+    def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
+        """Likelihoods of given continuations; what it refuses raises `EngineError`."""
         ...
 
     def close(self) -> None:

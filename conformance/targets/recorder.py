@@ -28,6 +28,8 @@ from conformance.targets.protocol import (
     ForwardResult,
     GenerateRequest,
     GenerateResult,
+    LoglikelihoodRequest,
+    LoglikelihoodResult,
     ParseRequest,
     ParseResult,
     PreprocessRequest,
@@ -216,6 +218,10 @@ class RecordingTarget:
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Ask; tensors are not recorded."""
         return self._target.forward(request)
+
+    def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
+        """Ask; no suite judges likelihoods, so they are not recorded."""
+        return self._target.loglikelihood(request)
 
     def close(self) -> None:
         """Close the target; the recording goes on if it is opened again."""

@@ -172,8 +172,9 @@ def _contents(request: GenerateRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"checkpoint": content_digest(request.checkpoint)}
     if request.adapter is not None:
         found["adapter"] = content_digest(request.adapter)
-    if request.images:
-        found["images"] = [[content_digest(image) for image in images] for images in request.images]
+    for name, media in (("images", request.images), ("sounds", request.sounds)):
+        if media:
+            found[name] = [[content_digest(file) for file in files] for files in media]
     if request.options.speculation is not None:
         options = request.options.model_dump(exclude_defaults=True)
         options["speculation"]["checkpoint"] = content_digest(request.options.speculation.checkpoint)

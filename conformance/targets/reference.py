@@ -19,6 +19,8 @@ from conformance.targets.protocol import (
     ForwardResult,
     GenerateRequest,
     GenerateResult,
+    LoglikelihoodRequest,
+    LoglikelihoodResult,
     ParseRequest,
     ParseResult,
     Piece,
@@ -54,7 +56,7 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
-            features=("media", "long-blocks"),
+            features=("images", "sounds", "media", "long-blocks"),
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )
@@ -119,10 +121,16 @@ class ReferenceTarget:
         return reference_model.forward(request)
 
     def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Generate with the text model on the whole batch."""
-        from conformance.targets import reference_model
+        """Generate on the whole batch, with the whole model where there are pictures or sounds."""
+        from conformance.targets import reference_generate
 
-        return reference_model.generate(request)
+        return reference_generate.generate(request)
+
+    def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
+        """Read each pair in one pass."""
+        from conformance.targets import reference_generate
+
+        return reference_generate.loglikelihood(request)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -15,7 +15,10 @@ import os
 
 from conformance.worker import guardian
 
-_METHODS = ("describe", "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate")
+_METHODS = (
+    "describe", "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate",
+    "loglikelihood",
+)  # fmt: skip
 _TRACEBACK_LIMIT = 16_000
 
 

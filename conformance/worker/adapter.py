@@ -53,6 +53,10 @@ class Adapter(Protocol):
         """`GenerateRequest` to `GenerateResult`."""
         ...
 
+    def loglikelihood(self, request: Json) -> Json:
+        """`LoglikelihoodRequest` to `LoglikelihoodResult`."""
+        ...
+
 
 Opener = Callable[[Json], Callable[[], Session]]
 """Does for a `ParseRequest` what all its streams share; returns what opens a session for one of them."""

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimodal_model
-from model_impl.nano.conversations import plain_examples, random_examples, with_one_key
+from model_impl.nano.conversations import FAMILY, plain_examples, random_examples, with_one_key
 from model_impl.nano.gallery import Gallery, draw, show
 from model_impl.nano.pictured import (
     plain_picture_examples,
@@ -91,8 +91,9 @@ def make(folder: Path, script: Script, amounts: Amounts = DEFAULT) -> dict[str, 
     """
     start = time.process_time()
     tokenizer = build_tokenizer(script)
-    write_texts(folder, tokenizer)
-    model = _fresh_model(config(vocabulary_size(tokenizer)))
+    content = config(vocabulary_size(tokenizer))
+    write_texts(folder, tokenizer, content, FAMILY)
+    model = _fresh_model(content)
     gallery = _gallery(model, script, amounts.pictures, SEED)
     plain_pictures = gallery[:PLAIN_PICTURES]
     about = (script, tokenizer, gallery)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from model_impl.chat.render import template_text
-from model_impl.nano.conversations import FAMILY
-from model_impl.nano.vocabulary import BOS, CONTROL_IDS, STOP_IDS, tokenizer_config, vocabulary_size
+from model_impl.chat.render import Family, template_text
+from model_impl.nano.vocabulary import BOS, CONTROL_IDS, STOP_IDS, tokenizer_config
 
 SOFT_TOKENS = 70
 """Most soft tokens of a picture: the smallest of the published budgets."""
@@ -183,14 +183,21 @@ def processor_config() -> dict[str, Any]:
     }
 
 
-def write_texts(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write all of them into a folder."""
+def write_texts(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], family: Family) -> None:
+    """Write all files of a nano checkpoint but its weights.
+
+    Args:
+        folder: Must exist; files of the same names are replaced.
+        tokenizer: The checkpoint's.
+        config: The content of `config.json`; pictures have `SOFT_TOKENS`.
+        family: Of the chat template.
+    """
     for name, content in (
-        ("config.json", config(vocabulary_size(tokenizer))),
+        ("config.json", config),
         ("generation_config.json", generation_config()),
         ("processor_config.json", processor_config()),
         ("tokenizer_config.json", tokenizer_config()),
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template_text(FAMILY), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template_text(family), encoding="utf-8")

@@ -64,22 +64,33 @@ _PIECES = Regex(r" ?\p{L}+|[^\p{L}]")
 
 def build_tokenizer(script: Script) -> Tokenizer:
     """The tokenizer of a script; the same for the same script."""
+    return learned_tokenizer(_corpus(script), _WORDS, script.keys)
+
+
+def learned_tokenizer(corpus: Iterable[str], words: int, keys: Iterable[str] = ()) -> Tokenizer:
+    """A tokenizer whose words are learned from texts; the same for the same texts.
+
+    Args:
+        corpus: ASCII texts; markers in them are left out.
+        words: How many characters and merged tokens to have at most.
+        keys: Tokens of their own, wherever they stand in a text.
+    """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split(_PIECES, behavior="isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=_WORDS,
+        vocab_size=words,
         min_frequency=1,
         initial_alphabet=["\t", *map(chr, range(ord(" "), ord("~") + 1))],
         show_progress=False,
     )
-    learner.train_from_iterator(_corpus(script), trainer)
+    learner.train_from_iterator(_plain(corpus), trainer)
     learned = json.loads(learner.to_str())["model"]
 
     vocabulary = CONTROL_IDS | {"\n": _NEWLINE}
     vocabulary |= {f"<0x{byte:02X}>": _FIRST_BYTE + byte for byte in range(256)}
-    words = sorted(learned["vocab"].keys() - {"\n"}, key=learned["vocab"].__getitem__)
-    keys = list(script.keys)
-    vocabulary |= {token: _FIRST_WORD + number for number, token in enumerate([*words, *keys])}
+    found = sorted(learned["vocab"].keys() - {"\n"}, key=learned["vocab"].__getitem__)
+    keys = list(keys)
+    vocabulary |= {token: _FIRST_WORD + number for number, token in enumerate([*found, *keys])}
 
     merges = [(left, right) for left, right in learned["merges"]]
     bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)  # noqa: S106
@@ -142,6 +153,11 @@ def _corpus(script: Script) -> Iterable[str]:
     texts += [pictures.output(line, colours, causal=i) for line in pictures.lines for i in (False, True)]
     texts += [pictures.without, *(pictures.output(line, [c]) for line in pictures.lines for c in colours)]
     texts.append(render([{"role": "user", "content": "Say"}], tools=script.tools, thinking=True, family="e"))
+    yield from texts
+
+
+def _plain(texts: Iterable[str]) -> Iterable[str]:
+    """Without markers, and without characters that are written in bytes."""
     markers = re.compile("|".join(map(re.escape, CONTROL_IDS)))
     for text in texts:
         yield "".join(character for character in markers.sub(" ", text) if character.isascii())

@@ -59,18 +59,20 @@ class TransformersAdapter:
         """`TargetInfo`."""
         version = metadata.version("transformers")
         packages = ["jinja2", "regex", "tokenizers", "torch"]
-        capabilities = ["parse", "parse_stream", "certify", "render", "forward", "generate"]
+        capabilities = ["parse", "parse_stream", "certify", "render", "forward", "generate", "loglikelihood"]
+        features = ["media"]
         unavailable = {}
         if reason := _without_images(version):
             unavailable["preprocess"] = reason
         else:
             capabilities.append("preprocess")
+            features += ["images", "sounds"]
             packages += _IMAGES.values()
         return {
             "name": "transformers",
             "version": version,
             "capabilities": capabilities,
-            "features": ["media"],
+            "features": features,
             "unavailable": unavailable,
             "stream_unit": "characters",
             "environment": {
@@ -133,10 +135,16 @@ class TransformersAdapter:
         return transformers_model.forward(request)
 
     def generate(self, request: Json) -> Json:
-        """`Gemma4ForCausalLM.generate`."""
+        """`generate` of `Gemma4ForCausalLM`, or of the whole model where the checkpoint has towers."""
         from conformance.worker.adapters import transformers_generate
 
         return transformers_generate.generate(request)
+
+    def loglikelihood(self, request: Json) -> Json:
+        """One pass of the same model."""
+        from conformance.worker.adapters import transformers_generate
+
+        return transformers_generate.loglikelihood(request)
 
     def _opener(self, request: Json) -> Callable[[], _Session]:
         prompt_ids = self._prompt_ids(request)

@@ -1,13 +1,16 @@
-"""Greedy generation with Gemma 4's text model in Hugging Face transformers: its own `generate`.
+"""Greedy generation with Gemma 4 in Hugging Face transformers, by its own `generate`, and likelihoods.
 
-All prompts are one batch, padded on the left as `generate` wants it. Log-probabilities are taken from the
-scores that greedy search chooses by, before they are thrown away; no processor of the checkpoint's
-`generation_config.json` changes them, because it is not used.
+* Prompts without media are one batch, padded on the left as `generate` wants it. Where some have media, all
+  run one by one. Images and sounds are prepared as the checkpoint's `processor_config.json` says.
+* Log-probabilities are taken from the scores that greedy search chooses by, before they are thrown away. No
+  processor of the checkpoint's `generation_config.json` changes them, because it is not used.
+* Likelihoods are read from one pass without a cache.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor  # type: ignore[import-not-found]
@@ -26,14 +29,83 @@ class RequestError(Exception):
 
 def generate(request: Json) -> Json:
     """Answer a `GenerateRequest`."""
-    _check(request)
-    logging.disable_progress_bar()
+    model = _prepare(request, request["adapter"])
+    media = [request[kind] or [[]] * len(request["prompts"]) for kind in ("images", "sounds")]
+    if any(map(any, media)):
+        rows = [
+            _with_media(model, request, ids, *files)
+            for ids, *files in zip(request["prompts"], *media, strict=True)
+        ]
+        _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
+        generations = [
+            _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
+            for ids, arguments in rows
+        ]
+    else:
+        _check_length(max(map(len, request["prompts"])) + request["max_new_tokens"], request["options"])
+        generations = _batch(model, request, *_padded(request["prompts"]), {})
+    return {"generations": generations, "effective": _effective(model)}
+
+
+def loglikelihood(request: Json) -> Json:
+    """Answer a `LoglikelihoodRequest`."""
+    model = _prepare(request, None)
+    pairs = list(zip(request["contexts"], request["continuations"], strict=True))
+    _check_length(max(len(context) + len(rest) for context, rest in pairs), request["options"])
+    found = []
+    for context, rest in pairs:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*context, *rest[:-1]]])).logits[0, len(context) - 1 :]
+        values = logits.float().log_softmax(dim=-1)
+        chosen = values.gather(1, torch.tensor(rest)[:, None])[:, 0]
+        found.append(
+            {"logprob": float(chosen.double().sum()), "greedy": values.argmax(dim=-1).tolist() == list(rest)}
+        )
+    return {"likelihoods": found, "effective": _effective(model)}
+
+
+def _prepare(request: Json, adapter: str | None) -> Any:
+    """The model, set up as asked.
+
+    Raises:
+        RequestError: it cannot be.
+    """
     options = request["options"]
+    asked = {
+        "tensor parallelism": options["tensor_parallel"] > 1,
+        "pipeline parallelism": options["pipeline_parallel"] > 1,
+        "speculative decoding": options["speculation"] is not None,
+        "a LoRA adapter": adapter is not None,
+    }
+    if any(asked.values()):
+        wanted = ", ".join(name for name, is_asked in asked.items() if is_asked)
+        raise RequestError(f"the transformers adapter generates without {wanted}")
+    logging.disable_progress_bar()
     attention = options["attention"] or "sdpa"
     fresh_compiler(attention)
     model = load(Path(request["checkpoint"]), options["dtype"], attention)
     model.generation_config = GenerationConfig()
-    ids, mask = _padded(request["prompts"])
+    return model
+
+
+def _check_length(longest: int, options: Json) -> None:
+    if longest > options["max_model_len"]:
+        limit = options["max_model_len"]
+        raise RequestError(f"prompt and answer take up to {longest} tokens, max_model_len is {limit}")
+
+
+def _effective(model: Any) -> Json:
+    return {
+        **effective(model),
+        "tensor_parallel": "1",
+        "pipeline_parallel": "1",
+        "speculation": "none",
+        "adapter": "none",
+    }
+
+
+def _batch(model: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, media: Json) -> list[Json]:
+    """The answers to rows of one width."""
     chosen = _Chosen(request["top_logprobs"])
     with torch.inference_mode():
         sequences = model.generate(
@@ -46,37 +118,44 @@ def generate(request: Json) -> Json:
                 pad_token_id=_PADDING,
             ),
             logits_processor=[chosen],
+            **media,
         )
     answers = sequences[:, ids.shape[1] :].tolist()
     stops = set(request["stop_ids"])
-    return {
-        "generations": [chosen.generation(row, tokens, stops) for row, tokens in enumerate(answers)],
-        "effective": {
-            **effective(model),
-            "tensor_parallel": "1",
-            "pipeline_parallel": "1",
-            "speculation": "none",
-            "adapter": "none",
-        },
-    }
+    return [chosen.generation(row, tokens, stops) for row, tokens in enumerate(answers)]
 
 
-def _check(request: Json) -> None:
-    options = request["options"]
-    asked = {
-        "tensor parallelism": options["tensor_parallel"] > 1,
-        "pipeline parallelism": options["pipeline_parallel"] > 1,
-        "speculative decoding": options["speculation"] is not None,
-        "a LoRA adapter": request["adapter"] is not None,
-        "images": any(request["images"]),
+def _with_media(
+    model: Any, request: Json, prompt: list[int], images: list[str], sounds: list[str]
+) -> tuple[torch.Tensor, Json]:
+    """Token ids with a placeholder for each soft token, [tokens], and what `generate` takes besides."""
+    from conformance.worker.adapters import transformers_media as media
+    from conformance.worker.adapters.transformers_processor import prepare
+
+    tensors = prepare(Path(request["checkpoint"]), images, sounds)
+    row: list[int] = []
+    config = model.config
+    left = {kind: iter(media.soft_tokens(tensors, kind, config)) for kind in ("image", "audio")}
+    around = {
+        config.image_token_id: ("image", config.boi_token_id, config.eoi_token_id),
+        config.audio_token_id: ("audio", config.boa_token_id, config.eoa_token_id),
     }
-    if any(asked.values()):
-        wanted = ", ".join(name for name, is_asked in asked.items() if is_asked)
-        raise RequestError(f"the transformers adapter generates without {wanted}")
-    longest = max(map(len, request["prompts"])) + request["max_new_tokens"]
-    if longest > options["max_model_len"]:
-        limit = options["max_model_len"]
-        raise RequestError(f"prompt and answer take up to {longest} tokens, max_model_len is {limit}")
+    for token in prompt:
+        kind, begin, end = around.get(token, ("", 0, 0))
+        if not kind:
+            row.append(token)
+            continue
+        count = next(left[kind], None)
+        if count is None:
+            raise RequestError(f"a prompt has more placeholders of kind {kind!r} than media")
+        row += [begin, *[token] * count, end]
+    if any(next(counts, None) is not None for counts in left.values()):
+        raise RequestError("a prompt has fewer placeholders than media")
+    ids = torch.tensor(row)
+    types = torch.zeros_like(ids)
+    for number, kind in enumerate(media.KINDS, 1):
+        types[media.is_placeholder(ids, config, kind)] = number
+    return ids, {"mm_token_type_ids": types[None], **media.RowMedia(tensors, len(row)).arguments(model)}
 
 
 def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,4 +197,4 @@ class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not her
         }
 
 
-__all__ = ["RequestError", "generate"]
+__all__ = ["RequestError", "generate", "loglikelihood"]

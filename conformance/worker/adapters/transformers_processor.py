@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import functools
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer  # type: ignore[import-not-found]
+from transformers import AutoProcessor, AutoTokenizer  # type: ignore[import-not-found]
 from transformers.image_utils import load_image  # type: ignore[import-not-found]
 from transformers.models.gemma4.feature_extraction_gemma4 import (  # type: ignore[import-not-found]
     Gemma4AudioFeatureExtractor,
@@ -53,11 +51,9 @@ from transformers.models.gemma4_unified.video_processing_gemma4_unified import (
 )
 from transformers.video_utils import VideoMetadata  # type: ignore[import-not-found]
 
-from conformance.errors import NotAskedError
 from conformance.worker.adapter import Json
+from conformance.worker.adapters.wave import read_sound
 
-_RATE = 16_000
-"""Samples a second that the models take; nothing here converts others."""
 _TENSORS = {
     "pixel_values": ("image.pixels", torch.float32),
     "image_position_ids": ("image.positions", torch.int64),
@@ -68,8 +64,6 @@ _TENSORS = {
     "input_features_mask": ("audio.mask", torch.bool),
 }
 """Names of a processor's outputs to those of a `PreprocessResult`."""
-_PCM, _FLOAT = 1, 3
-"""Formats of samples in WAV."""
 
 
 def preprocess(request: Json) -> Json:
@@ -113,46 +107,24 @@ def preprocess(request: Json) -> Json:
     return {"path": request["output"], "prompt": processor.expanded}
 
 
-def read_sound(path: Path) -> Any:
-    """Samples of a WAV file, float32 [samples]; channels are averaged.
+def prepare(checkpoint: Path, images: Sequence[str], sounds: Sequence[str]) -> dict[str, Tensor]:
+    """Files as a checkpoint's own processor prepares them, named as in a `PreprocessResult`.
 
     Raises:
-        NotAskedError: it is none, it is not whole, or it has another rate or other samples.
+        NotAskedError: a sound cannot be decoded here.
     """
-    data = path.read_bytes()
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise NotAskedError(f"{path.name}: no WAV file, and this environment has no decoder of other sounds")
-    chunks = _chunks(data, path.name)
-    try:
-        kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunks[b"fmt "])
-        samples = chunks[b"data"]
-    except (KeyError, struct.error) as error:
-        raise NotAskedError(f"{path.name}: a WAV file without a whole header or without samples") from error
-    if rate != _RATE:
-        raise NotAskedError(f"{path.name}: {rate} samples a second; nothing here makes {_RATE} of them")
-    if (kind, bits) not in ((_PCM, 16), (_FLOAT, 32)) or len(samples) % (channels * bits // 8):
-        raise NotAskedError(
-            f"{path.name}: samples of format {kind} in {bits} bits; 16-bit integers and floats are read"
-        )
-    if kind == _PCM:
-        wave = np.frombuffer(samples, dtype="<i2").astype(np.float32) / 32768
-    else:
-        wave = np.frombuffer(samples, dtype="<f4").astype(np.float32)
-    return wave.reshape(-1, channels).mean(axis=1)
-
-
-def _chunks(data: bytes, name: str) -> dict[bytes, bytes]:
-    """The parts of a WAV file by their names; each has its size before it, and an even place."""
-    chunks: dict[bytes, bytes] = {}
-    place = 12
-    while place + 8 <= len(data):
-        (size,) = struct.unpack_from("<I", data, place + 4)
-        chunk = data[place + 8 : place + 8 + size]
-        if len(chunk) < size:
-            raise NotAskedError(f"{name}: truncated; {len(chunk)} of {size} bytes of a part are there")
-        chunks[data[place : place + 4]] = chunk
-        place += 8 + size + size % 2
-    return chunks
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    made: Json = {}
+    if images:
+        made |= processor.image_processor([[load_image(path) for path in images]], return_tensors="pt")
+    if sounds:
+        waves = [read_sound(Path(path)) for path in sounds]
+        made |= processor.feature_extractor(waves, return_tensors="pt")
+    return {
+        ours: made[theirs].to(dtype).contiguous()
+        for theirs, (ours, dtype) in _TENSORS.items()
+        if theirs in made
+    }
 
 
 def _metadata(frames: Tensor, file: Json) -> Any:

@@ -13,7 +13,7 @@ template variables, `adjust_request` as the renderer calls it, then `parse` for 
   of the text (`include_stop_str_in_output` is off by default) while its id stays among the output's ids.
   So a final `<turn|>` comes as an id without text.
 
-`generate` is in `vllm_engine`, where the engine's part of the environment is installed.
+`generate` and `loglikelihood` are in `vllm_engine`, where the engine's part of the environment is installed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class VllmAdapter:
     def describe(self) -> Json:
         """`TargetInfo`."""
         packages = ("transformers", "tokenizers", "torch", "xgrammar")
-        engine: Json = {"unavailable": {"generate": self._without_engine}}
+        by_engine = ("generate", "loglikelihood")
+        engine: Json = {"unavailable": dict.fromkeys(by_engine, self._without_engine)}
         if not self._without_engine:
             engine = {"features": list(vllm_engine.FEATURES)}
         return {
@@ -92,7 +93,7 @@ class VllmAdapter:
             "version": _version(),
             "capabilities": [
                 *("parse", "parse_stream", "certify"),
-                *([] if self._without_engine else ["generate"]),
+                *(() if self._without_engine else by_engine),
             ],
             **engine,
             "stream_unit": "tokens",
@@ -137,6 +138,10 @@ class VllmAdapter:
     def generate(self, request: Json) -> Json:
         """`vllm.LLM.generate`."""
         return self._engines.generate(request)
+
+    def loglikelihood(self, request: Json) -> Json:
+        """What `vllm.LLM.generate` says of prompts."""
+        return self._engines.loglikelihood(request)
 
     def _opener(self, request: Json) -> Callable[[], _Session]:
         chat = self._chat_request(request, streamed=True)

@@ -1,9 +1,10 @@
-"""vLLM's engine: `generate` through `vllm.LLM`, its class for offline inference.
+"""vLLM's engine: `generate` and `loglikelihood` through `vllm.LLM`, its class for offline inference.
 
 * One rank runs in the process that calls it; several are processes of vLLM's own ("mp").
 * All prompts go to one call of `LLM.generate`, so that vLLM schedules them as a batch. Its cache of prefixes
   is emptied before each, so that an answer does not depend on what was asked before.
 * The engine is kept while requests need the same one: `engine_setup` says what decides that.
+* Likelihoods are those that it gives the tokens of a prompt, before a token that nobody wants.
 * What really runs is read back inside each rank: from its attention layers, parameters, parallel groups and
   the buffers of its LoRA layers.
 
@@ -39,7 +40,9 @@ _PRELOADED = (
 )
 """What every engine imports."""
 _ROOMS = (4, 16)
-FEATURES = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images")
+FEATURES = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds")
+_RATE = 16_000
+"""Samples a second of every sound; the adapter converts none."""
 
 
 class RequestError(Exception):
@@ -55,6 +58,13 @@ class VllmEngines:
 
     def generate(self, request: Json) -> Json:
         """Answer a `GenerateRequest`."""
+        return self._ask(request)
+
+    def loglikelihood(self, request: Json) -> Json:
+        """Answer a `LoglikelihoodRequest`."""
+        return self._ask({**request, "adapter": None, "images": [], "sounds": []})
+
+    def _ask(self, request: Json) -> Json:
         setup = engine_setup(request)
         if self._process is None or setup != self._setup:
             self.close()
@@ -88,13 +98,14 @@ def engine_setup(request: Json) -> Json:
         "options": options,
         "rank": _rank(Path(request["adapter"])) if request["adapter"] is not None else 0,
         "images": _room(max(map(len, request["images"]), default=0)),
+        "sounds": _room(max(map(len, request["sounds"]), default=0)),
         "files": [_signature(Path(folder)) for folder in folders],
     }
 
 
-def _room(images: int) -> int:
-    """For how many images of a prompt an engine is set up, so that not each number needs another one."""
-    return next(room for room in (0, *_ROOMS, images) if room >= images)
+def _room(pieces: int) -> int:
+    """For how many media of a prompt an engine is set up, so that not each number needs another one."""
+    return next(room for room in (0, *_ROOMS, pieces) if room >= pieces)
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int]]:
@@ -137,9 +148,9 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
         "max_logprobs": 20,
         "seed": 0,
         "disable_log_stats": True,
-        "limit_mm_per_prompt": {"image": setup["images"], "audio": 0, "video": 0},
-        # Prompts are token ids; with images, the processor of the model needs a tokenizer.
-        "skip_tokenizer_init": not setup["images"],
+        "limit_mm_per_prompt": {"image": setup["images"], "audio": setup["sounds"], "video": 0},
+        # Prompts are token ids; with media, the processor of the model needs a tokenizer.
+        "skip_tokenizer_init": not setup["images"] and not setup["sounds"],
     }
     if options["attention"] is not None:
         arguments["attention_config"] = {"backend": options["attention"]}
@@ -165,6 +176,27 @@ def sampling_arguments(request: Json) -> Json:
         "ignore_eos": True,
         "logprobs": request["top_logprobs"],
         "detokenize": False,
+    }
+
+
+def scoring_arguments() -> Json:
+    """Arguments of `vllm.SamplingParams` where a prompt is to be scored."""
+    return {
+        "temperature": 0.0,
+        "max_tokens": 1,
+        "ignore_eos": True,
+        "prompt_logprobs": 1,
+        "detokenize": False,
+    }
+
+
+def likelihood(prompt_logprobs: Sequence[Any], continuation: Sequence[int]) -> Json:
+    """A `Loglikelihood` from what vLLM says of a prompt that ends with the continuation."""
+    behind = prompt_logprobs[len(prompt_logprobs) - len(continuation) :]
+    found = [at[token] for at, token in zip(behind, continuation, strict=True)]
+    return {
+        "logprob": sum(each.logprob for each in found),
+        "greedy": all(each.rank == 1 for each in found),
     }
 
 
@@ -216,6 +248,27 @@ class _LlmEngine:
         _forget_shared_memory()
 
     def answer(self, request: Json) -> Json:
+        self._llm.reset_prefix_cache()
+        return self._generate(request) if "prompts" in request else self._score(request)
+
+    def _score(self, request: Json) -> Json:
+        from vllm import SamplingParams
+
+        pairs = list(zip(request["contexts"], request["continuations"], strict=True))
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": [*context, *rest]} for context, rest in pairs],
+            SamplingParams(**scoring_arguments()),
+            use_tqdm=False,
+        )
+        return {
+            "likelihoods": [
+                likelihood(output.prompt_logprobs, rest)
+                for output, (_, rest) in zip(outputs, pairs, strict=True)
+            ],
+            "effective": agreed(self._llm.collective_rpc(read_back, args=(0,))),
+        }
+
+    def _generate(self, request: Json) -> Json:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
@@ -224,7 +277,6 @@ class _LlmEngine:
             name = json.dumps([request["adapter"], _signature(Path(request["adapter"]))])
             number = self._adapters.setdefault(name, len(self._adapters) + 1)
             lora = LoRARequest(f"adapter-{number}", number, request["adapter"])
-        self._llm.reset_prefix_cache()
         outputs = self._llm.generate(
             _prompts(request),
             SamplingParams(**sampling_arguments(request)),
@@ -258,7 +310,14 @@ def _prompts(request: Json) -> list[Json]:
         if files:
             from PIL import Image
 
-            prompt["multi_modal_data"] = {"image": [Image.open(file).convert("RGB") for file in files]}
+            media = prompt.setdefault("multi_modal_data", {})
+            media["image"] = [Image.open(file).convert("RGB") for file in files]
+    for prompt, files in zip(prompts, request["sounds"], strict=False):
+        if files:
+            from conformance.worker.adapters.wave import read_sound
+
+            media = prompt.setdefault("multi_modal_data", {})
+            media["audio"] = [(read_sound(Path(file)), _RATE) for file in files]
     return prompts
 
 

@@ -1,0 +1,11 @@
+"""Base of what run files hold, in a module of its own so that results may name records of other modules."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of run-file lines, and of what stands in them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

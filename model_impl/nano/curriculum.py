@@ -1,0 +1,95 @@
+"""What each nano checkpoint learns, in which order, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from model_impl.nano import dialogues, problems
+from model_impl.nano.batches import Course
+from model_impl.nano.lesson import Generator
+from model_impl.nano.subjects import SOUND_SUBJECTS, SUBJECTS, glance, glimpse, listening
+from model_impl.nano.words import lesson_tokenizer
+
+_PICTURES: tuple[Generator, ...] = tuple(subject.lesson for subject in SUBJECTS)
+_SOUNDS: tuple[Generator, ...] = tuple(subject.lesson for subject in SOUND_SUBJECTS)
+_SAMPLES: tuple[tuple[Generator, int], ...] = (
+    (problems.lesson, 1500),
+    (dialogues.lesson, 1500),
+    *((generator, 40) for generator in (*_PICTURES, *_SOUNDS, glance, glimpse, listening)),
+)
+
+_TALK: tuple[Generator, ...] = (problems.lesson, dialogues.lesson)
+
+TEXT = Course(_TALK, (8, 2))
+"""Reading, copying and reckoning: all else builds on them, and text is cheap."""
+GLANCES = Course((*_TALK, glance), (24, 6, 70))
+"""One tile a picture: with several from the start, the tower does not find out what there is to see."""
+NAMING = Course((*_TALK, glance, glimpse, *_PICTURES), (24, 8, 8, 40, *(2,) * len(_PICTURES)))
+"""All tiles of a picture: a question teaches one letter, a list teaches many words and places."""
+SIGHT = Course((*_TALK, glimpse, *_PICTURES), (34, 10, 8, *(5,) * len(_PICTURES)))
+"""All about text and pictures."""
+GLANCES_AND_TONES = Course((*GLANCES.generators, listening), (*GLANCES.weights, 30))
+NAMING_AND_TONES = Course(
+    (*NAMING.generators, listening, *_SOUNDS), (*NAMING.weights, 16, *(4,) * len(_SOUNDS))
+)
+SENSES = Course((*SIGHT.generators, listening, *_SOUNDS), (*SIGHT.weights, 4, *(5,) * len(_SOUNDS)))
+"""Everything."""
+
+
+def nano_tokenizer() -> Tokenizer:
+    """The tokenizer of all nano checkpoints; the same on every machine, as long as the lessons are."""
+    return lesson_tokenizer(_SAMPLES)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps of one course."""
+
+    course: Course
+    steps: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a checkpoint, beside its shape and the code."""
+
+    stages: tuple[Stage, ...]
+    batch: int = 64
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: int = 40
+    cooldown: float = 0.5
+    """Part of the steps at whose end the rates come down to zero."""
+    seed: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at a step, counted from 0."""
+        left = (self.steps - step) / (self.steps * self.cooldown)
+        return min(1.0, (step + 1) / self.warmup, left)
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """Which stage a step belongs to, and its number there."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return number, step
+            step -= stage.steps
+        raise IndexError("the step is beyond the last stage")
+
+
+_SIGHTED = (Stage(TEXT, 300), Stage(GLANCES, 80), Stage(NAMING, 220), Stage(SIGHT, 700))
+RECIPES: Mapping[str, Recipe] = {
+    "nano-e": Recipe(
+        (Stage(TEXT, 300), Stage(GLANCES_AND_TONES, 100), Stage(NAMING_AND_TONES, 250), Stage(SENSES, 800))
+    ),
+    "nano-a": Recipe(_SIGHTED),
+    "nano-d": Recipe(_SIGHTED),
+}

@@ -1,0 +1,16 @@
+"""Questions about generated pictures and sounds, for nano checkpoints to learn and to be examined on."""
+
+from model_impl.nano.subjects.exercise import Exercise, Subject
+from model_impl.nano.subjects.figures import FIGURES
+from model_impl.nano.subjects.hearing import listening
+from model_impl.nano.subjects.scattered import SCATTERED
+from model_impl.nano.subjects.seeing import glance, glimpse
+from model_impl.nano.subjects.telling import telling
+from model_impl.nano.subjects.tones import TONES
+
+SUBJECTS: tuple[Subject, ...] = (*SCATTERED, *FIGURES)
+"""Ten kinds of questions about pictures."""
+SOUND_SUBJECTS: tuple[Subject, ...] = TONES
+"""Three about sounds."""
+
+__all__ = ["SOUND_SUBJECTS", "SUBJECTS", "Exercise", "Subject", "glance", "glimpse", "listening", "telling"]

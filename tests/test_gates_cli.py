@@ -1,0 +1,160 @@
+"""`conformance gate` through the front door: what it prints, what it writes, how it exits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from conformance import runfile
+from conformance.cli import invoke
+from conformance.commands.schema import schemas
+from conformance.gates import baseline
+from conformance.scoring import Sheet
+from tests.conftest import Run
+from tests.gate_sheets import arms, sheet
+from tests.test_gates_cases import ITEMS, write_suite
+
+SOLVER = "gate_targets:Solver"
+
+
+def checked(text: str, schema: str) -> dict[str, Any]:
+    """The JSON that a command printed, checked against its schema."""
+    found: dict[str, Any] = json.loads(text)
+    jsonschema.validate(found, schemas()[schema]())
+    return found
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A suite with its reference, made by the command."""
+    return write_suite(tmp_path)
+
+
+def test_from_the_first_reference_to_a_verdict(reference: Path, run_conformance: Run, tmp_path: Path) -> None:
+    """Plan, make a reference, pass, fail, refuse to replace it, and replace it."""
+    case = f"{reference}::sums"
+
+    plan = run_conformance("gate", "plan", case)
+    assert plan.returncode == 0, plan.stderr
+    assert "reaches its margin" in plan.stdout
+    assert "least drop that fails with this power (MDE):" in plan.stdout
+
+    early = run_conformance("gate", "run", reference, "-t", SOLVER)
+    assert early.returncode == 2
+    assert "there is no such reference; make it by `conformance gate rebaseline`" in early.stderr
+
+    made = run_conformance("gate", "rebaseline", case, "-t", SOLVER, "--reason", "The first one.", "--json")
+    assert made.returncode == 0, made.stderr
+    assert checked(made.stdout, "gate-rebaseline") == {
+        "reference": str(reference.parent / "references" / "sums.jsonl"),
+        "record": str(reference.parent / "references" / "sums.baseline.json"),
+        "replaced": True,
+        "decision": None,
+    }
+
+    sheets = tmp_path / "sheets"
+    good = run_conformance("gate", "run", reference, "-t", SOLVER, "--sheets", sheets, "--out", "good.jsonl")
+    assert good.returncode == 0, good.stderr
+    assert "pass: 100.0% of 60 items are right, 100.0% of the reference's" in good.stdout
+    assert f"{ITEMS} of {ITEMS} items" in good.stderr
+    (written,) = sheets.iterdir()
+    (result,) = runfile.read(tmp_path / "good.jsonl").results
+    assert result.evidence.accuracy is not None
+    assert Sheet.read(written) == result.evidence.accuracy.sheet
+
+    worse = run_conformance(
+        *("gate", "run", reference, "-t", SOLVER, "--json", "--sheets", sheets),
+        env={"GATE_WRONG": "0.6"},
+    )
+    assert worse.returncode == 1, worse.stderr
+    found = checked(worse.stdout, "gate-run")
+    (gate,) = found["gates"]
+    assert gate["verdict"] == "fail"
+    assert gate["decision"]["reasons"] == ["drop", "alarm"]
+
+    bad = Path(gate["sheet"])
+    refused = run_conformance("gate", "rebaseline", case, "--sheet", bad, "--reason", "It fails, so there.")
+    assert refused.returncode == 1
+    assert "NOT replaced; look into it, or give --accept-drop" in refused.stdout
+    path = reference.parent / "references" / "sums.jsonl"
+    assert len(baseline.history(path).entries) == 1
+
+    forced = run_conformance(
+        *("gate", "rebaseline", case, "--sheet", bad, "--reason", "Known and accepted.", "--accept-drop")
+    )
+    assert forced.returncode == 0, forced.stderr
+    entries = baseline.history(path).entries
+    assert entries[1].comparison is not None
+    assert entries[1].comparison.verdict == "fail"
+    assert baseline.read(path) == Sheet.read(bad)
+
+
+@pytest.fixture
+def gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`conformance gate …` in this process: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = invoke(["gate", *arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+Gate = Callable[..., tuple[int, str, str]]
+
+
+def test_compare(tmp_path: Path, gate: Gate) -> None:
+    for name, each in zip(("a", "b"), arms(888, 12, 2, 98), strict=True):
+        each.write(tmp_path / f"{name}.jsonl")
+    code, out, _ = gate("compare", "a.jsonl", "b.jsonl", "--margin", "0.02", "--json")
+    assert code == 1
+    found = checked(out, "gate-compare")
+    assert found["decision"]["verdict"] == "fail"
+    assert found["plan"]["reaches"] is True
+
+    code, out, _ = gate("compare", "b.jsonl", "a.jsonl", "--margin", "0.02")
+    assert code == 0
+    assert "gained: doc-888, doc-889" in out
+
+    code, out, _ = gate("compare", "a.jsonl", "b.jsonl", "--margin", "0.012", "--floor", "0.011")
+    assert code == 3
+    assert "CANNOT reach its margin" in out
+
+
+def test_wrong_use(tmp_path: Path, gate: Gate) -> None:
+    sheet([True] * 5).write(tmp_path / "a.jsonl")
+    sheet([True] * 5, task="products").write(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    for arguments, says in [
+        (("compare", "a.jsonl", "b.jsonl"), "give --margin, or the gate of a case by --case"),
+        (("compare", "a.jsonl", "b.jsonl", "--margin", "0.5"), "they are answers to different questions"),
+        (("compare", "a.jsonl", "c.jsonl", "--margin", "0.5"), "c.jsonl:1: "),
+        (("compare", "a.jsonl", "none.jsonl", "--margin", "0.5"), "none.jsonl: cannot be read"),
+        (("compare", "a.jsonl", "a.jsonl", "--margin", "2"), "--margin: Input should be less than 1"),
+        (("run", "parser/reasoning"), "no accuracy cases are named"),
+        (("plan", "accuracy/published::none"), "no case 'none'"),
+        (("plan", "accuracy/published::gsm8k-31b", "--discordance", "0.1"), "an unpaired gate has no"),
+        (("plan", "accuracy/published::gsm8k-31b", "--items", "0"), "--items: Input should be greater"),
+        (("rebaseline", "accuracy/published::gsm8k-31b", "--reason", "Never."), "has no reference"),
+    ]:
+        code, out, err = gate(*arguments)
+        assert (code, out) == (2, ""), (arguments, err)
+        assert says in err
+
+
+def test_plan_of_a_gate_that_cannot_reach_its_margin(gate: Gate) -> None:
+    code, out, _ = gate("plan", "accuracy/published::gsm8k-31b", "--items", "200", "--json")
+    assert code == 1
+    (plan,) = checked(out, "gate-plan")["plans"]
+    assert plan["reaches"] is False
+    assert plan["needed"] > 700
+    assert plan["detectable"] > 0.04
