@@ -18,6 +18,7 @@ from conformance.backtests import Findings
 from conformance.errors import ConformanceError
 from conformance.history import Ladder
 from conformance.loading import LoadedSuite
+from conformance.reporting.accuracy import AccuracyView, History
 from conformance.reporting.backtests import BacktestsView
 from conformance.reporting.ladders import views
 from conformance.reporting.pages import Pages
@@ -39,6 +40,7 @@ def write_site(
     *,
     ladders: Iterable[Ladder] = (),
     backtests: Findings | None = None,
+    history: History | None = None,
 ) -> Path:
     """Write the dashboard of a run.
 
@@ -52,6 +54,7 @@ def write_site(
             Facts of a case are used only if the case is still the one that ran.
         ladders: Release ladders that get a page beside the run; the last one of a target counts.
         backtests: Backtests that get a page beside the run.
+        history: Results of accuracy cases over time; None for those of the run alone.
 
     Returns:
         The folder.
@@ -67,7 +70,8 @@ def write_site(
         try:
             site = Site(run, suites)
             shown = BacktestsView(backtests, site) if backtests is not None else None
-            _write_pages(Pages(site, views(ladders, site), shown), run, new)
+            accuracy = AccuracyView(site, history)
+            _write_pages(Pages(site, views(ladders, site), shown, accuracy), run, new)
             _check_replaceable(out)
             _put_in_place(new, out)
         finally:

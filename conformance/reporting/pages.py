@@ -11,7 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from conformance import resources
-from conformance.reporting import evidence, values
+from conformance.reporting import accuracy as scores
+from conformance.reporting import evidence, items, values
+from conformance.reporting.accuracy import AccuracyView, Series
 from conformance.reporting.backtests import BacktestsView
 from conformance.reporting.ladders import LadderView
 from conformance.reporting.signs import SIGNS, Status
@@ -99,16 +101,25 @@ def environment() -> Environment:
     env.filters.update(
         entries_by_target=lambda entries: {entry.target.spec: entry for entry in entries},
         moment=moment,
+        percent=scores.percent,
+        points=scores.points,
         prose=prose,
         seconds=seconds,
         shares=shares,
         shell_line=shlex.join,
+        size=scores.size,
         stream_view=evidence.stream_view,
     )
     env.globals.update(
         SIGNS=SIGNS,
         STREAM_KINDS=STREAM_KINDS,
         SHORT_LIST=SHORT_LIST,
+        SHORT_PROMPT=items.SHORT_PROMPT,
+        CLASSES=items.CLASSES,
+        MOST_POINTS=scores.MOST_POINTS,
+        outcome_bar=items.bar,
+        percent=scores.percent,
+        points=scores.points,
         source_url=source_url,
         by_case=by_case,
         by_target=by_target,
@@ -123,16 +134,24 @@ class Pages:
         site: The run.
         ladders: Release ladders to show beside it.
         backtests: Backtests to show beside it.
+        accuracy: Scores of the run, with what history there is; by default of the run alone.
     """
 
     def __init__(
-        self, site: Site, ladders: Sequence[LadderView] = (), backtests: BacktestsView | None = None
+        self,
+        site: Site,
+        ladders: Sequence[LadderView] = (),
+        backtests: BacktestsView | None = None,
+        accuracy: AccuracyView | None = None,
     ) -> None:
         self._site = site
+        self._accuracy = accuracy if accuracy is not None else AccuracyView(site)
         self._ladders = ladders
         self._backtests = backtests
         self._env = environment()
-        self._env.globals.update(site=site, run=site.run, ladders=ladders, backtests=backtests)
+        self._env.globals.update(
+            site=site, run=site.run, ladders=ladders, backtests=backtests, accuracy=self._accuracy
+        )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Path below the site's root, and HTML, of each page."""
@@ -142,6 +161,7 @@ class Pages:
             yield ladder.page, self._render("ladder.html", 1, ladder=ladder)
         if self._backtests is not None:
             yield "backtests.html", self._render("backtests.html", 0)
+        yield from self._accuracy_pages()
         for status in self._site.counts:
             yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])
         for target in self._site.targets:
@@ -154,6 +174,16 @@ class Pages:
                 before = ordered[number - 1] if number else None
                 after = ordered[number + 1] if number + 1 < len(ordered) else None
                 yield case.page, self._case(case, before, after)
+
+    def _accuracy_pages(self) -> Iterator[tuple[str, str]]:
+        if not self._accuracy:
+            return
+        yield "accuracy.html", self._render("accuracy.html", 0)
+        for series in self._accuracy.series:
+            context = {"series": series, "settings": scores.settings(series.evidence)}
+            yield series.page, self._render("accuracy_series.html", 1, **context)
+            for page in (page for listed in series.lists for page in listed.pages):
+                yield page.page, self._render("accuracy_items.html", 2, series=series, shown=page)
 
     def _case(self, case: Case, before: Case | None, after: Case | None) -> str:
         source = evidence.input_text(case)
@@ -173,14 +203,14 @@ class Pages:
             expected=[] if case.contested else values.fields(evidence.first_evidence(case, "expected")),
             recorded=evidence.first_evidence(case, "expected") is not None,
             answers=evidence.answers(case) if case.contested else [],
-            views=[_entry_view(entry) for entry in case.entries],
+            views=[_entry_view(entry, self._accuracy.of(entry)) for entry in case.entries],
         )
 
     def _render(self, template: str, depth: int, **context: Any) -> str:
         return self._env.get_template(template).render(root="../" * depth, **context)
 
 
-def _entry_view(entry: Entry) -> dict[str, Any]:
+def _entry_view(entry: Entry, series: Series | None) -> dict[str, Any]:
     """What a case page shows for one target."""
     result = entry.result
     if result is None:
@@ -193,6 +223,7 @@ def _entry_view(entry: Entry) -> dict[str, Any]:
         "annotated": evidence.annotate(result.evidence.input, result.evidence.spans),
         "stream": evidence.stream_view(result.evidence.stream),
         "parity": evidence.parity_view(result.evidence.parity),
+        "accuracy": series,
         "stderr": values.block(result.stderr) if result.stderr else None,
         "repeat": result.repeat,
     }

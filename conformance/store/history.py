@@ -1,0 +1,360 @@
+"""Run files merged into a database, and what is asked of it.
+
+1. A run is known by its id, a result by its run, its key (suite, case, target) and the digest of the case.
+2. Run files only grow. Of two copies of a run the one with more lines is newer; of two results of one
+   identity, the one that stands later. So merging is a union in which the newer wins: files may be merged
+   twice, in any order, and as copies that were resumed apart, and nothing is lost.
+3. One writer at a time: each merge is one transaction under a lock.
+4. Items of accuracy evidence are rows of their own; prompts, which are the same night after night, are
+   kept once.
+5. Every statement is SQLAlchemy's, so that a URL decides between SQLite and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import hashlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+from sqlalchemy import URL, ColumnElement, Select, func, select
+from sqlalchemy.orm import Session, defer
+
+from conformance import runfile
+from conformance.errors import RunFileError
+from conformance.results import Footer, Header, Result, Run, Verdict
+from conformance.store import Change, Key, Merged, StoredRun, StoredVerdict, StoreError
+from conformance.store.database import Database
+from conformance.store.rows import mark_current, merge_results, read_result, verdict_counts
+from conformance.store.tables import ItemRow, ResultRow, RunRow
+
+_READINGS = 5
+"""How often a file that is being written is read again."""
+_NO_BODY = defer(ResultRow.body)
+_LIGHT = (_NO_BODY, defer(RunRow.header), defer(RunRow.footer))
+"""Columns that are long, and left out where only verdicts are asked for."""
+
+
+class Store:
+    """The history database. Use as a context manager, or call `close`.
+
+    Args:
+        url: Database URL, such as `sqlite:///history.sqlite` or `postgresql+psycopg://user@host/name`; by
+            default a file in the user's data folder.
+        create: Make the database where there is none, to merge into it.
+
+    Raises:
+        StoreError: the URL is none, there is no such database, or it cannot be used.
+    """
+
+    def __init__(self, url: str | URL | None = None, *, create: bool = False) -> None:
+        self._database = Database(url, create=create)
+
+    @property
+    def name(self) -> str:
+        """URL of the database, without a password."""
+        return self._database.name
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def merge_file(self, path: Path) -> Merged:
+        """Merge a run file; one that is still being written is merged as far as it has come.
+
+        Raises:
+            RunFileError: it cannot be read.
+            StoreError: it does not fit, or the database cannot be written.
+        """
+        for _ in range(_READINGS):
+            lines = _lines(path)
+            run = runfile.read(path)
+            if _lines(path) == lines:
+                return self.merge(run, lines)
+        raise StoreError(f"{path}: grows while it is read; merge it once the run has ended")
+
+    def merge(self, run: Run, lines: int) -> Merged:
+        """Merge one run.
+
+        Args:
+            run: A run, or what is there of it.
+            lines: Complete lines of its file, which tell an older copy from a newer one.
+
+        Raises:
+            StoreError: another run of this id is stored, or the database cannot be written.
+        """
+        header = run.header
+        started = _moment(header)
+        with self._database.writing() as session:
+            row = session.get(RunRow, header.run_id)
+            if row is not None and row.started != started:
+                raise StoreError(
+                    f"run {header.run_id}: {self.name} holds another run of this id, started "
+                    f"{row.started}; the file was changed by hand, or two runs drew the same id"
+                )
+            newer = self._merge_run(session, row, run, lines, started)
+            added, updated = merge_results(session, run)
+            if newer or added or updated:
+                mark_current(session, header.run_id)
+        unchanged = len({(*r.key, r.digest) for r in run.results}) - added - updated
+        return Merged(
+            run_id=header.run_id,
+            added=added,
+            updated=updated,
+            unchanged=unchanged,
+            newer=newer,
+            torn=run.torn,
+        )
+
+    def _merge_run(self, session: Session, row: RunRow | None, run: Run, lines: int, started: str) -> bool:
+        """Store what is known of the run as a whole, if the copy is newer; whether it was."""
+        header, footer = run.header.model_dump_json(), run.footer and run.footer.model_dump_json()
+        digest = hashlib.sha256(f"{header}\n{footer}".encode()).hexdigest()
+        if row is not None and (row.lines, row.digest) >= (lines, digest):
+            return False
+        values = {
+            "started": started,
+            "harness": run.header.harness,
+            "commit": run.header.commit,
+            "finished": run.footer.finished if run.footer is not None else None,
+            "exit_code": run.footer.exit_code if run.footer is not None else None,
+            "planned": len({(p.suite, p.case, p.target) for p in run.header.manifest}),
+            "lines": lines,
+            "digest": digest,
+            "header": header,
+            "footer": footer,
+        }
+        if row is None:
+            session.add(RunRow(run_id=run.header.run_id, **values))
+        else:
+            for name, value in values.items():
+                setattr(row, name, value)
+        session.flush()
+        return True
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def runs(self, *, limit: int | None = None) -> list[StoredRun]:
+        """The runs, newest first, with the verdicts that count."""
+        with self._database.reading() as session:
+            query = select(RunRow).order_by(RunRow.started.desc(), RunRow.run_id.desc())
+            query = query.limit(limit).options(*_LIGHT[1:])
+            rows = session.scalars(query).all()
+            counts = verdict_counts(session, [row.run_id for row in rows])
+        return [
+            StoredRun(
+                run_id=row.run_id,
+                started=row.started,
+                harness=row.harness,
+                commit=row.commit,
+                finished=row.finished,
+                exit_code=row.exit_code,
+                planned=row.planned,
+                counts=dict(counts.get(row.run_id, {})),
+            )
+            for row in rows
+        ]
+
+    def run(self, run_id: str) -> Run:
+        """A run with all its results and items, as its file has it, less lines that later ones replaced.
+
+        Raises:
+            StoreError: there is no such run.
+        """
+        with self._database.reading() as session:
+            row = self._run(session, run_id)
+            query = select(ResultRow).where(ResultRow.run_id == run_id)
+            query = query.order_by(ResultRow.position, ResultRow.content)
+            with _of_this_version(f"run {run_id}"):
+                return Run(
+                    header=Header.model_validate_json(row.header),
+                    results=tuple(read_result(session, found) for found in session.scalars(query)),
+                    footer=Footer.model_validate_json(row.footer) if row.footer is not None else None,
+                )
+
+    def latest(self) -> list[StoredVerdict]:
+        """The newest result of every case on every target."""
+        newest = (
+            func.row_number()
+            .over(
+                partition_by=(ResultRow.suite, ResultRow.case, ResultRow.target),
+                order_by=(RunRow.started.desc(), RunRow.run_id.desc()),
+            )
+            .label("newest")
+        )
+        ranked = (
+            select(ResultRow.id, newest)
+            .join(RunRow, RunRow.run_id == ResultRow.run_id)
+            .where(ResultRow.current)
+            .subquery()
+        )
+        query = (
+            select(ResultRow, RunRow)
+            .join(RunRow, RunRow.run_id == ResultRow.run_id)
+            .join(ranked, ranked.c.id == ResultRow.id)
+            .where(ranked.c.newest == 1)
+            .options(*_LIGHT)
+        )
+        with self._database.reading() as session:
+            found = [_verdict(result, run) for result, run in session.execute(query)]
+        return sorted(found, key=lambda verdict: verdict.key)
+
+    def series(self, suite: str, case: str, target: str | None = None) -> list[StoredVerdict]:
+        """The verdicts of a case over time, oldest first; on one target, or on all."""
+        query = self._series(suite, case, target).options(*_LIGHT)
+        with self._database.reading() as session:
+            return [_verdict(result, run) for result, run in session.execute(query)]
+
+    def evidence_series(
+        self, suite: str, case: str, target: str | None = None
+    ) -> list[tuple[StoredVerdict, Result]]:
+        """The same with the results, whose accuracy evidence comes without its items."""
+        query = self._series(suite, case, target)
+        with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
+            return [
+                (_verdict(result, run), Result.model_validate_json(result.body))
+                for result, run in session.execute(query)
+            ]
+
+    def accuracy(self, besides: Collection[Key] = ()) -> dict[Key, list[tuple[StoredVerdict, Result]]]:
+        """Results of every accuracy case on every target, oldest first; the newest with scores has its items.
+
+        Args:
+            besides: Cases and targets whose items are at hand already.
+        """
+        found = {v.key: self.evidence_series(*v.key) for v in self.latest() if v.kind == "accuracy"}
+        for key, past in found.items():
+            scored = [n for n, (_, result) in enumerate(past) if result.evidence.accuracy is not None]
+            if scored and key not in besides:
+                verdict, _ = past[scored[-1]]
+                past[scored[-1]] = (verdict, self._with_items(verdict))
+        return found
+
+    def _with_items(self, verdict: StoredVerdict) -> Result:
+        query = select(ResultRow).where(
+            ResultRow.run_id == verdict.run_id, ResultRow.current, *_is(verdict.key)
+        )
+        with self._database.reading() as session, _of_this_version(f"run {verdict.run_id}"):
+            return read_result(session, session.scalars(query).one())
+
+    def outcomes(self, run_id: str, key: Key) -> dict[str, int]:
+        """Number of items of a result by outcome class; empty where it has none."""
+        query = (
+            select(ItemRow.outcome, func.count())
+            .join(ResultRow, ResultRow.id == ItemRow.result_id)
+            .where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
+            .group_by(ItemRow.outcome)
+        )
+        with self._database.reading() as session:
+            return dict(sorted(session.execute(query).all()))
+
+    def changes(self, before: str, after: str) -> list[Change]:
+        """Verdicts that differ between two runs; results that only one of them has included.
+
+        Raises:
+            StoreError: there is no such run.
+        """
+        with self._database.reading() as session:
+            old, new = (self._verdicts_of(session, run_id) for run_id in (before, after))
+        nothing = (None, "")
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            (was, case_was), (is_now, case_is) = old.get(key, nothing), new.get(key, nothing)
+            if was != is_now:
+                suite, case, target = key
+                edited = key in old and key in new and case_was != case_is
+                found.append(
+                    Change(suite=suite, case=case, target=target, before=was, after=is_now, edited=edited)
+                )
+        return found
+
+    def _run(self, session: Session, run_id: str) -> RunRow:
+        row = session.get(RunRow, run_id)
+        if row is None:
+            raise StoreError(f"{self.name} holds no run {run_id}; `conformance store list` names them")
+        return row
+
+    def _verdicts_of(self, session: Session, run_id: str) -> dict[Key, tuple[Verdict | None, str]]:
+        self._run(session, run_id)
+        query = select(ResultRow).where(ResultRow.run_id == run_id, ResultRow.current).options(_NO_BODY)
+        return {row.key: (row.verdict, row.digest) for row in session.scalars(query)}
+
+    @staticmethod
+    def _series(suite: str, case: str, target: str | None) -> Select[ResultRow, RunRow]:
+        query = (
+            select(ResultRow, RunRow)
+            .join(RunRow, RunRow.run_id == ResultRow.run_id)
+            .where(ResultRow.suite == suite, ResultRow.case == case, ResultRow.current)
+            .order_by(RunRow.started, RunRow.run_id, ResultRow.target)
+        )
+        return query if target is None else query.where(ResultRow.target == target)
+
+
+def _verdict(result: ResultRow, run: RunRow) -> StoredVerdict:
+    return StoredVerdict(
+        run_id=run.run_id,
+        started=run.started,
+        harness=run.harness,
+        commit=run.commit,
+        suite=result.suite,
+        case=result.case,
+        target=result.target,
+        kind=result.kind,
+        area=result.area,
+        verdict=result.verdict,
+        digest=result.digest,
+    )
+
+
+def _is(key: Key) -> tuple[ColumnElement[bool], ...]:
+    suite, case, target = key
+    return (ResultRow.suite == suite, ResultRow.case == case, ResultRow.target == target)
+
+
+def _lines(path: Path) -> int:
+    """Complete lines of a file."""
+    try:
+        with path.open("rb") as file:
+            return sum(portion.count(b"\n") for portion in iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        raise RunFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _moment(header: Header) -> str:
+    """When a run started, as a text that sorts by time."""
+    moment = None
+    with contextlib.suppress(ValueError):
+        moment = dt.datetime.fromisoformat(header.started)
+    if moment is None or moment.tzinfo is None:
+        raise StoreError(
+            f"run {header.run_id}: started at {header.started!r}, which is no ISO 8601 time with its zone; "
+            "the file was changed by hand, or is none of this harness"
+        )
+    return moment.astimezone(dt.UTC).isoformat(timespec="microseconds")
+
+
+@contextlib.contextmanager
+def _of_this_version(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StoreError(
+            f"{what}: was stored by another version of the harness ({place}: {first['msg']}); "
+            "merge its run file into a new database"
+        ) from None
