@@ -109,9 +109,9 @@ def place_of_colour(question: str, pictures: Sequence[Picture]) -> str | None:
     asked = word(question, tuple(COLOURS))
     for (row, column), (colour, _, _) in seen(pictures[0]).items():
         if colour == asked:
-            down = "top" if row < 2 else "bottom" if row > 4 else ""
-            across = "left" if column < 2 else "right" if column > 5 else ""
-            return " ".join(filter(None, (down, across))) or "centre"
+            down = "north" if row < 2 else "south" if row > 4 else ""
+            across = "west" if column < 2 else "east" if column > 5 else ""
+            return down + across or "centre"
     return None
 
 
@@ -178,14 +178,10 @@ def count_tones(question: str, sounds: Sequence[Sound]) -> str:
     return str(len(heard(sounds[0])))
 
 
-def heights(question: str, sounds: Sequence[Sound]) -> str:
-    del question
-    return " ".join(height for height, _ in heard(sounds[0]))
-
-
-def lengths(question: str, sounds: Sequence[Sound]) -> str:
-    del question
-    return " ".join(length for _, length in heard(sounds[0]))
+def place_of_odd(question: str, sounds: Sequence[Sound]) -> str | None:
+    asked = word(question, ("low", "high", "short", "long"))
+    found = [place for place, tone in enumerate(heard(sounds[0])) if asked in tone]
+    return ("first", "second", "third", "fourth")[found[0]] if len(found) == 1 else None
 
 
 READERS: dict[str, Callable[[str, Any], str | None]] = {
@@ -200,8 +196,8 @@ READERS: dict[str, Callable[[str, Any], str | None]] = {
     "path": arrow_target,
     "sequence": next_colour,
     "count": count_tones,
-    "melody": heights,
-    "rhythm": lengths,
+    "melody": place_of_odd,
+    "rhythm": place_of_odd,
 }
 
 
@@ -394,7 +390,10 @@ def test_lm_eval_reads_the_letter_that_a_lesson_teaches(name: str) -> None:
             assert bool(said.reasoning) == lesson.thinking == thinking
             options = dict(zip(LETTERS, exercise.scene.options, strict=True))
             assert mmmu.parse_multi_choice_response(said.content, list(LETTERS), options) == exercise.letter
-            assert exercise.scene.seen in lesson.answer or not thinking
+            right = exercise.scene.options[exercise.scene.right]
+            assert exercise.scene.seen.split()[-1] == right
+            assert not thinking or f"{exercise.scene.seen}." in lesson.answer
+            assert not thinking or f" {exercise.letter} {right} yes" in lesson.answer
 
 
 # ------------------------------------------------------------------------------------------- documents

@@ -43,7 +43,7 @@ class Scene:
     right: int
     """Place of the right one."""
     seen: str
-    """What of the media decides, in words."""
+    """What of the media decides, in words; the right option at the end."""
     numbers: tuple[int, ...]
     """All that the media are made of, and nothing else."""
     make: Callable[[], Media]
@@ -112,9 +112,17 @@ class Exercise:
         return prompt(self.question, self.scene.options)
 
     def answer(self, *, thinking: bool) -> str:
-        """What is to be said, with or without a thought that names what decides."""
-        thought = f"<|channel>thought\n{self.scene.seen}<channel|>" if thinking else ""
-        return f"{thought}Answer: {self.letter}"
+        """What is to be said, with or without a thought.
+
+        A thought names what decides and goes through the options up to the right one: whether two words that
+        stand close together are the same is learned soon, to find a word's letter far away hardly ever.
+        """
+        if not thinking:
+            return f"Answer: {self.letter}"
+        options = zip(LETTERS, self.scene.options[: self.scene.right], strict=False)
+        others = "".join(f" {letter} {option} no" for letter, option in options)
+        decided = f"{others} {self.letter} {self.scene.options[self.scene.right]} yes"
+        return f"<|channel>thought\n{self.scene.seen}.{decided}<channel|>Answer: {self.letter}"
 
     def lesson(self, *, thinking: bool) -> Lesson:
         """The question as a lesson."""

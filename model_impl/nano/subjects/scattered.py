@@ -16,15 +16,15 @@ _OTHERS = (3, 8)
 """Fewest and most tiles beside those that are counted."""
 _SIZES = (8, 16, 24, 34, 46)
 _REGIONS = {
-    "top left": (0, 0),
-    "top": (0, 3),
-    "top right": (0, 6),
-    "left": (3, 0),
+    "northwest": (0, 0),
+    "north": (0, 3),
+    "northeast": (0, 6),
+    "west": (3, 0),
     "centre": (3, 3),
-    "right": (3, 6),
-    "bottom left": (5, 0),
-    "bottom": (5, 3),
-    "bottom right": (5, 6),
+    "east": (3, 6),
+    "southwest": (5, 0),
+    "south": (5, 3),
+    "southeast": (5, 6),
 }
 """Row and column of the first cell of each."""
 _REGION_ROWS = {0: 2, 3: 1, 5: 2}
@@ -77,7 +77,7 @@ def _colour(rng: random.Random) -> Scene:
     options, right = four(rng, COLOUR_NAMES)
     textures = rng.sample(TEXTURE_NAMES, 4)
     tiles = scatter(rng, arranged(rng, options, right), textures)
-    return _scene(options, right, f"{options[right]} {textures[0]}", [tiles], texture=textures[0])
+    return _scene(options, right, f"{textures[0]} {options[right]}", [tiles], texture=textures[0])
 
 
 def _texture(rng: random.Random) -> Scene:
@@ -103,7 +103,7 @@ def _comparison(rng: random.Random) -> Scene:
     other = rng.choice([colour for colour in COLOUR_NAMES if colour not in options])
     first = scatter(rng, [other], textures[:1])
     second = scatter(rng, arranged(rng, options, right), textures)
-    seen = f"{other} {textures[0]}, {options[right]} {textures[0]}"
+    seen = f"{textures[0]} {other}, {textures[0]} {options[right]}"
     return _scene(options, right, seen, [first, second])
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from model_impl.nano.subjects.exercise import Media, Scene, Subject, four
 from model_impl.nano.subjects.sounding import FREQUENCIES, LOUDNESS, Tone, played
@@ -13,8 +12,7 @@ SHORT, LONG = range(4, 7), range(12, 16)
 """Lengths of tones, in units."""
 _GAPS = range(4, 7)
 _COUNTS = range(1, 7)
-_NOTES = 3
-"""Tones of a melody or a rhythm."""
+_ORDINALS = ("first", "second", "third", "fourth")
 _LEADS = ("Listen to the tones.", "Here is a sound.", "Hear this recording.", "Listen closely.")
 
 
@@ -33,28 +31,37 @@ def _count(rng: random.Random) -> Scene:
 
 
 def _melody(rng: random.Random) -> Scene:
-    options, right = four(rng, list(itertools.product(("low", "high"), repeat=_NOTES)))
-    tones = [draw_tone(rng, height) for height in options[right]]
-    return _named(rng, options, right, tones)
+    odd, usual = rng.sample(("low", "high"), 2)
+    return _odd_one(rng, odd, lambda is_odd: draw_tone(rng, odd if is_odd else usual))
 
 
 def _rhythm(rng: random.Random) -> Scene:
-    options, right = four(rng, list(itertools.product(("short", "long"), repeat=_NOTES)))
+    lengths = {"short": SHORT, "long": LONG}
+    odd, usual = rng.sample(tuple(lengths), 2)
     frequency = rng.randrange(len(FREQUENCIES))
-    lengths = [rng.choice(LONG if word == "long" else SHORT) for word in options[right]]
-    tones = [Tone(frequency, length, rng.choice(_GAPS)) for length in lengths]
-    return _named(rng, options, right, tones)
+
+    def tone(is_odd: bool) -> Tone:
+        return Tone(frequency, rng.choice(lengths[odd if is_odd else usual]), rng.choice(_GAPS))
+
+    return _odd_one(rng, odd, tone)
 
 
-def _named(rng: random.Random, options: Sequence[Sequence[str]], right: int, tones: list[Tone]) -> Scene:
-    words = [" ".join(option) for option in options]
-    return _scene(rng, words, right, words[right], tones)
+def _odd_one(rng: random.Random, odd: str, tone: Callable[[bool], Tone]) -> Scene:
+    options, right = four(rng, _ORDINALS)
+    tones = [tone(ordinal == options[right]) for ordinal in _ORDINALS]
+    return _scene(rng, options, right, f"{odd}: {options[right]}", tones, odd=odd)
 
 
-def _scene(rng: random.Random, options: Sequence[str], right: int, heard: str, tones: list[Tone]) -> Scene:
+def _scene(
+    rng: random.Random, options: Sequence[str], right: int, heard: str, tones: list[Tone], **slots: str
+) -> Scene:
     loudness = rng.randrange(len(LOUDNESS))
     numbers = (loudness, *(number for tone in tones for number in tone.numbers))
-    return Scene(tuple(options), right, heard, numbers, lambda: Media(sounds=(played(tones, loudness),)))
+
+    def make() -> Media:
+        return Media(sounds=(played(tones, loudness),))
+
+    return Scene(tuple(options), right, heard, numbers, make, slots)
 
 
 TONES = (
@@ -75,10 +82,10 @@ TONES = (
         "melody",
         _LEADS,
         (
-            "Which tones are low and which are high?",
-            "How do the tones go?",
-            "Name the height of each tone.",
-            "Which melody is it?",
+            "Which tone is {odd}?",
+            "Which one is the {odd} tone?",
+            "When does the {odd} tone come?",
+            "Name the place of the {odd} tone.",
         ),
         _melody,
         pictures=0,
@@ -88,10 +95,10 @@ TONES = (
         "rhythm",
         _LEADS,
         (
-            "Which tones are short and which are long?",
-            "What is the rhythm?",
-            "Name the length of each tone.",
-            "How long is each tone?",
+            "Which tone is {odd}?",
+            "Which one is the {odd} tone?",
+            "When does the {odd} tone come?",
+            "Name the place of the {odd} tone.",
         ),
         _rhythm,
         pictures=0,
