@@ -29,6 +29,7 @@ from model_impl.nano.subjects import (
     glance,
     glimpse,
     listening,
+    reciting,
     telling,
 )
 from model_impl.nano.subjects.drawing import CELL, COLOURS, GROUND, TEXTURES, Canvas, Tile, png
@@ -306,7 +307,7 @@ def test_numbers_are_all_that_media_are_made_of(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "generator", [glance, glimpse, listening, telling, *(subject.lesson for subject in EVERY)]
+    "generator", [glance, glimpse, listening, reciting, telling, *(subject.lesson for subject in EVERY)]
 )
 def test_a_seed_gives_the_same_lessons(generator: Callable[..., Lesson]) -> None:
     first, second = ([generator(random.Random(seed), "train") for seed in range(3)] for _ in range(2))
@@ -316,7 +317,7 @@ def test_a_seed_gives_the_same_lessons(generator: Callable[..., Lesson]) -> None
             assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("generator", [glance, glimpse, listening, telling])
+@pytest.mark.parametrize("generator", [glance, glimpse, listening, reciting, telling])
 def test_lessons_keep_their_splits_apart(generator: Callable[..., Lesson]) -> None:
     rng = random.Random(5)
     train, test = ({generator(rng, split).numbers for _ in range(200)} for split in ("train", "test"))
@@ -348,6 +349,21 @@ def test_what_is_told_decides_the_letter() -> None:
         right = offered[lesson.answer[-1]]
         assert f" {question} ".replace(",", " ").rpartition(f" {right} ")[1], lesson.messages
         assert not lesson.pictures + lesson.sounds
+
+
+def test_what_is_recited_stands_in_the_list() -> None:
+    letters_first = 0
+    for seed in range(100):
+        lesson = reciting(random.Random(seed), "train")
+        asked, options, _ = lesson.messages[0]["content"].split("\n\n")
+        offered = dict(line[1:].split(") ") for line in options.split("\n"))
+        known, found = lesson.answer.split(" ")[::2], lesson.answer.split(" ")[1::2]
+        assert asked == f"Recite: {' '.join(known)}."
+        by_letter = set(known) == set(offered)
+        pairs = zip(known, found, strict=True) if by_letter else zip(found, known, strict=True)
+        assert dict(pairs) == offered
+        letters_first += by_letter
+    assert 30 < letters_first < 70
 
 
 # ------------------------------------------------------------------------------------- media and lessons

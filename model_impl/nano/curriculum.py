@@ -10,7 +10,15 @@ from tokenizers import Tokenizer
 from model_impl.nano import dialogues, problems
 from model_impl.nano.batches import Course
 from model_impl.nano.lesson import Generator
-from model_impl.nano.subjects import SOUND_SUBJECTS, SUBJECTS, glance, glimpse, listening, telling
+from model_impl.nano.subjects import (
+    SOUND_SUBJECTS,
+    SUBJECTS,
+    glance,
+    glimpse,
+    listening,
+    reciting,
+    telling,
+)
 from model_impl.nano.words import lesson_tokenizer
 
 _PICTURES: tuple[Generator, ...] = tuple(subject.lesson for subject in SUBJECTS)
@@ -18,12 +26,12 @@ _SOUNDS: tuple[Generator, ...] = tuple(subject.lesson for subject in SOUND_SUBJE
 _SAMPLES: tuple[tuple[Generator, int], ...] = (
     (problems.lesson, 1500),
     (dialogues.lesson, 1500),
-    *((generator, 40) for generator in (*_PICTURES, *_SOUNDS, glance, glimpse, listening, telling)),
+    *((generator, 40) for generator in (*_PICTURES, *_SOUNDS, glance, glimpse, listening, reciting, telling)),
 )
 
 _TALK: tuple[Generator, ...] = (problems.lesson, dialogues.lesson, telling)
 
-TEXT = Course(_TALK, (68, 18, 14))
+TEXT = Course((*_TALK, reciting), (54, 16, 14, 16))
 """Reading, copying and reckoning: all else builds on them, and text is cheap."""
 GLANCES = Course((*_TALK, glance), (22, 6, 4, 68))
 """One tile a picture: with several from the start, the tower does not find out what there is to see."""

@@ -196,7 +196,7 @@ def write_texts(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], f
         ("config.json", config),
         ("generation_config.json", generation_config()),
         ("processor_config.json", processor_config()),
-        ("tokenizer_config.json", tokenizer_config()),
+        ("tokenizer_config.json", tokenizer_config(processor=True)),
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False) + "\n", encoding="utf-8")

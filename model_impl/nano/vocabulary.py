@@ -109,11 +109,15 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return -(-(max(tokenizer.get_vocab().values()) + 1) // 64) * 64
 
 
-def tokenizer_config() -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, with the names that Gemma 4's file gives its markers."""
+def tokenizer_config(*, processor: bool = False) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, with the names that Gemma 4's file gives its markers.
+
+    Args:
+        processor: The tokenizer belongs to a checkpoint with a processor for media.
+    """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "Gemma4Processor",
+        **({"processor_class": "Gemma4Processor"} if processor else {}),
         "model_max_length": 131072,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,

@@ -5,7 +5,7 @@ from model_impl.nano.subjects.figures import FIGURES
 from model_impl.nano.subjects.hearing import listening
 from model_impl.nano.subjects.scattered import SCATTERED
 from model_impl.nano.subjects.seeing import glance, glimpse
-from model_impl.nano.subjects.telling import telling
+from model_impl.nano.subjects.telling import reciting, telling
 from model_impl.nano.subjects.tones import TONES
 
 SUBJECTS: tuple[Subject, ...] = (*SCATTERED, *FIGURES)
@@ -13,4 +13,14 @@ SUBJECTS: tuple[Subject, ...] = (*SCATTERED, *FIGURES)
 SOUND_SUBJECTS: tuple[Subject, ...] = TONES
 """Three about sounds."""
 
-__all__ = ["SOUND_SUBJECTS", "SUBJECTS", "Exercise", "Subject", "glance", "glimpse", "listening", "telling"]
+__all__ = [
+    "SOUND_SUBJECTS",
+    "SUBJECTS",
+    "Exercise",
+    "Subject",
+    "glance",
+    "glimpse",
+    "listening",
+    "reciting",
+    "telling",
+]

@@ -1,4 +1,4 @@
-"""Lessons in choosing: what the media show is told in words, and only the letter is left to be found.
+"""Lessons in choosing, in words alone: what the media show is told, and only the letter is left to be found.
 
 There is nothing to see or to hear, so they cost little. As those in seeing, they are only learned.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from model_impl.nano.lesson import Lesson, Split
-from model_impl.nano.subjects.exercise import Subject, prompt
+from model_impl.nano.subjects.exercise import LETTERS, Subject, prompt
 from model_impl.nano.subjects.figures import FIGURES
 from model_impl.nano.subjects.scattered import SCATTERED
 from model_impl.nano.subjects.tones import TONES
@@ -27,4 +27,24 @@ def telling(rng: random.Random, split: Split) -> Lesson:
         key=f"told: {exercise.template}",
         numbers=exercise.scene.numbers,
         thinking=thinking,
+    )
+
+
+def reciting(rng: random.Random, split: Split) -> Lesson:
+    """Draw options to be said again in another order, each with its letter.
+
+    To find what stands behind a letter, and the letter before a thing, is what choosing takes. A choice
+    practises it once a lesson, this four times.
+    """
+    exercise = rng.choice(_TOLD).exercise(rng, split)
+    options = exercise.scene.options
+    pairs = rng.sample(list(zip(LETTERS, options, strict=True)), len(options))
+    if rng.random() < 0.5:
+        pairs = [(option, letter) for letter, option in pairs]
+    order = " ".join(known for known, _ in pairs)
+    return Lesson(
+        messages=({"role": "user", "content": prompt(f"Recite: {order}.", options)},),
+        answer="".join(f" {known} {found}" for known, found in pairs).strip(),
+        key=f"recited: {exercise.template}",
+        numbers=exercise.scene.numbers,
     )
