@@ -32,16 +32,27 @@ class Scratch:
         _sweep(parent, kind)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=kind, dir=parent))
-            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.path.exists():
+            lock = _lock(self.path)
+            if lock is not None:
                 break
-            os.close(lock)  # another's sweep came between the last two steps
         self._delete = weakref.finalize(self, _delete, self.path, lock)
 
     def close(self) -> None:
         """Delete the folder, as the end of the process does at the latest. Safe to call twice."""
         self._delete()
+
+
+def _lock(folder: Path) -> int | None:
+    """The lock of a folder just made, as a descriptor; None if another's sweep deleted it first."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if folder.exists():
+        return lock
+    os.close(lock)
+    return None
 
 
 def _delete(folder: Path, lock: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +88,27 @@ def test_a_forgotten_folder_is_deleted(parent: Path) -> None:
     Scratch(KIND)
     gc.collect()
     assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["os.open", "fcntl.flock"])
+def test_swept_before_it_is_locked(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's sweep may find a new folder before its owner holds it, before either of the owner's steps."""
+    module, name = {"os.open": (os, "open"), "fcntl.flock": (fcntl, "flock")}[moment]
+    step, made, swept = getattr(module, name), tempfile.mkdtemp, []
+
+    def make(**options: Any) -> str:
+        swept.append(made(**options))
+        return swept[-1]
+
+    def late(*arguments: Any) -> Any:
+        if len(swept) == 1 and Path(swept[0]).is_dir():
+            Path(swept[0]).rmdir()
+        return step(*arguments)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    monkeypatch.setattr(module, name, late)
+    scratch = Scratch(KIND)
+    monkeypatch.undo()
+    assert (len(swept), str(scratch.path)) == (2, swept[1])
+    (scratch.path / "weights").write_bytes(b"x")
+    scratch.close()
