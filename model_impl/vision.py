@@ -1,6 +1,13 @@
-"""The vision tower (fact sheet, section 3.2)."""
+"""The vision tower (fact sheet, section 3.2).
+
+The patches of all images of a batch lie in one row, image after image, without padding.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +23,11 @@ from model_impl.layers.norm import RMSNorm
 from model_impl.media_config import VisionConfig
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines [N, P, 1, 2, d/2]: of the column for one half of a head, of the row for the other."""
+"""Cosines and sines [P, 1, 2, d/2]: of the column for one half of a head, of the row for the other."""
+_AT_ONCE = 4096
+"""Patches that a module works on at a time, or one image if that has more: what it needs meanwhile is many
+times its input, and stays in the processor's caches."""
+_NOTHING_HIDDEN = Mask(None)
 
 
 class PatchEmbedder(nn.Module):
@@ -28,7 +39,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = nn.Parameter(torch.empty(2, config.positions, config.hidden_size))
 
     def forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
-        """[N, P, 3 · patch²] and int [N, P, 2], at least zero, to [N, P, D]."""
+        """[P, 3 · patch²] and int [P, 2] to [P, D]."""
         columns, rows = self.position_embedding_table
         place = F.embedding(positions[..., 0], columns) + F.embedding(positions[..., 1], rows)
         patches: Tensor = self.input_proj((2 * (pixels - 0.5)).to(columns.dtype))
@@ -51,13 +62,26 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(d, eps)
         self.v_norm = RMSNorm(d, eps, scale=False)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Mask) -> Tensor:
-        """[N, P, D] to [N, P, D]."""
-        q = self._rotate(self.q_norm(self._heads(self.q_proj(x))), angles)
-        k = self._rotate(self.k_norm(self._heads(self.k_proj(x))), angles)
+    def forward(self, x: Tensor, angles: Angles, lengths: Sequence[int]) -> Tensor:
+        """[P, D], the angles of each patch, and how many patches each image has, to [P, D]."""
+        slices = _slices(lengths)
+        sizes = [sum(images) for images in slices]
+        parts = (tensor.split_with_sizes(sizes) for tensor in (x, *angles))
+        return torch.cat([self._attend(*own) for own in zip(slices, *parts, strict=True)])
+
+    def _attend(self, lengths: Sequence[int], x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        q = self._rotate(self.q_norm(self._heads(self.q_proj(x))), (cosines, sines))
+        k = self._rotate(self.k_norm(self._heads(self.k_proj(x))), (cosines, sines))
         v = self.v_norm(self._heads(self.v_proj(x)))
-        o = backends.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(2))
+        # Neighbours of one length, such as all frames of a video, are a batch without padding.
+        batches = [(len(list(images)), length) for length, images in groupby(lengths)]
+        parts = (tensor.split_with_sizes([math.prod(batch) for batch in batches]) for tensor in (q, k, v))
+        outputs = []
+        for batch, *own in zip(batches, *parts, strict=True):
+            queries, keys, values = (part.unflatten(0, batch).transpose(1, 2) for part in own)
+            seen = backends.sdpa(queries, keys, values, _NOTHING_HIDDEN)
+            outputs.append(seen.transpose(1, 2).flatten(0, 1))
+        y: Tensor = self.o_proj(torch.cat(outputs).flatten(1))
         return y
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -79,7 +103,10 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(inner, hidden, clipped=clipped)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """[P, D] to [P, D]."""
+        return torch.cat([self._transform(part) for part in torch.split(x, _AT_ONCE)])
+
+    def _transform(self, x: Tensor) -> Tensor:
         down: Tensor = self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
         return down
 
@@ -97,9 +124,9 @@ class VisionLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Mask) -> Tensor:
-        """[N, P, D] to [N, P, D]."""
-        attended = self.self_attn(self.input_layernorm(x), angles, mask)
+    def forward(self, x: Tensor, angles: Angles, lengths: Sequence[int]) -> Tensor:
+        """[P, D], the angles of each patch, and how many patches each image has, to [P, D]."""
+        attended = self.self_attn(self.input_layernorm(x), angles, lengths)
         h = x + self.post_attention_layernorm(attended)
         y: Tensor = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
         return y
@@ -112,10 +139,10 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, x: Tensor, angles: Angles, mask: Mask) -> Tensor:
-        """[N, P, D] to [N, P, D]."""
+    def forward(self, x: Tensor, angles: Angles, lengths: Sequence[int]) -> Tensor:
+        """[P, D], the angles of each patch, and how many patches each image has, to [P, D]."""
         for layer in self.layers:
-            x = layer(x, angles, mask)
+            x = layer(x, angles, lengths)
         return x
 
 
@@ -149,16 +176,16 @@ class VisionTower(nn.Module):
         """
         check_squares(pixels, positions, self.config.patch_size, self.config.positions)
         valid = (positions >= 0).all(dim=-1)
-        used = valid.any(dim=0)  # what is padding in all images costs nothing
-        pixels, positions, valid = pixels[:, used], positions[:, used].clamp(min=0), valid[:, used]
+        lengths, pixels, positions = valid.sum(dim=1), pixels[valid], positions[valid]
         x = self.patch_embedder(pixels, positions)
-        mask = Mask(None if valid.all() else valid[:, None, None])
-        x = self.encoder(x, rope.angles(positions, self._frequencies(x.device), x.dtype), mask)
-        pooled: Tensor = pool(x, positions, valid, self.config.pooling).float() * self.config.hidden_size**0.5
+        cosines, sines = rope.angles(positions[None], self._frequencies(x.device), x.dtype)
+        x = self.encoder(x, (cosines[0], sines[0]), lengths.tolist())
+        pooled = pool(x, positions, lengths, self.config.pooling).float() * self.config.hidden_size**0.5
         # Wide until here: these numbers may be beyond what float16 holds.
         if self.config.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
-        return pooled.to(x.dtype)
+        y: Tensor = pooled.to(x.dtype)
+        return y
 
     def _frequencies(self, device: torch.device) -> Tensor:
         # Each half of a head is a head of its own that rotates whole.
@@ -166,13 +193,23 @@ class VisionTower(nn.Module):
         return rope.inverse_frequencies(half, self.config.head_dim // 2).to(device)
 
 
-def pool(x: Tensor, positions: Tensor, valid: Tensor, pooling: int) -> Tensor:
+def _slices(lengths: Sequence[int]) -> list[list[int]]:
+    """Neighbouring images that are worked on together, by how many patches each has."""
+    slices: list[list[int]] = [[]]
+    for length in lengths:
+        if slices[-1] and sum(slices[-1]) + length > _AT_ONCE:
+            slices.append([])
+        slices[-1].append(length)
+    return slices
+
+
+def pool(x: Tensor, positions: Tensor, lengths: Tensor, pooling: int) -> Tensor:
     """Means over squares of `pooling` x `pooling` patches.
 
     Args:
-        x: [N, P, D].
-        positions: int [N, P, 2], at least zero.
-        valid: bool [N, P].
+        x: [P, D].
+        positions: int [P, 2].
+        lengths: int [N]: patches of each image.
         pooling: Patches of a square along each side.
 
     Returns:
@@ -182,10 +219,11 @@ def pool(x: Tensor, positions: Tensor, valid: Tensor, pooling: int) -> Tensor:
         MediaError: the patches of an image are no grid of whole squares.
     """
     columns, rows = (positions // pooling).unbind(-1)
-    across = columns.masked_fill(~valid, 0).amax(dim=1, keepdim=True) + 1
-    squares = valid.sum(dim=1, keepdim=True) // pooling**2
+    image = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    across = torch.zeros_like(lengths).scatter_reduce(0, image, columns.to(lengths.dtype), "amax") + 1
+    squares = lengths // pooling**2
     starts = squares.cumsum(0) - squares
-    index = (starts + rows * across + columns)[valid]
+    index = starts[image] + rows * across[image] + columns
     total = int(squares.sum())
     if (torch.bincount(index, minlength=total) != pooling**2).any():
         raise MediaError(
@@ -193,7 +231,7 @@ def pool(x: Tensor, positions: Tensor, valid: Tensor, pooling: int) -> Tensor:
             "multiples of such squares, as `prepare_images` does"
         )
     sums = torch.zeros(total, x.shape[-1], dtype=torch.float32, device=x.device)
-    return (sums.index_add_(0, index, x[valid].float()) / pooling**2).to(x.dtype)
+    return (sums.index_add_(0, index, x.float()) / pooling**2).to(x.dtype)
 
 
 def check_squares(pixels: Tensor, positions: Tensor, side: int, places: int) -> None:

@@ -331,29 +331,22 @@ def test_every_patch_reaches_every_soft_token_of_its_image_and_no_other() -> Non
 def test_pooling_is_the_mean_of_three_by_three_row_by_row() -> None:
     sizes = [(2, 4), (5, 1), (1, 1)]  # rows and columns of soft tokens
     grids = [torch.randn(3 * h, 3 * w, 6) for h, w in sizes]
-    x = torch.zeros(3, 80, 6)
-    positions = torch.full((3, 80, 2), -1)
-    for number, grid in enumerate(grids):
-        rows, columns = grid.shape[:2]
-        x[number, : rows * columns] = grid.flatten(0, 1)
-        positions[number, : rows * columns] = torch.tensor(
-            [[c, r] for r in range(rows) for c in range(columns)]
-        )
-    x[1, 60:] = 1e6  # padding
-    valid = (positions >= 0).all(-1)
+    places = [[[c, r] for r in range(3 * h) for c in range(3 * w)] for h, w in sizes]
+    x = torch.cat([grid.flatten(0, 1) for grid in grids])
+    positions = torch.cat([torch.tensor(own) for own in places])
+    lengths = torch.tensor([len(own) for own in places])
     expected = [
         g.view(h, 3, w, 3, 6).mean(dim=(1, 3)).flatten(0, 1) for g, (h, w) in zip(grids, sizes, strict=True)
     ]
-    torch.testing.assert_close(pool(x, positions.clamp(min=0), valid, 3), torch.cat(expected))
+    torch.testing.assert_close(pool(x, positions, lengths, 3), torch.cat(expected))
 
 
 def test_half_of_a_head_turns_with_the_column_and_half_with_the_row() -> None:
     attention = tower(CLIPPED).encoder.layers[0].self_attn
     frequencies = tower(CLIPPED)._frequencies(torch.device("cpu"))
     torch.testing.assert_close(frequencies, torch.tensor([100 ** (-2 * j / 8) for j in range(4)]))
-    x = torch.ones(1, 3, 1, 16)
-    angles = rope.angles(torch.tensor([[[5, 0], [0, 7], [5, 7]]]), frequencies, torch.float32)
-    column, row, both = attention._rotate(x, angles)[0, :, 0]
+    cosines, sines = rope.angles(torch.tensor([[[5, 0], [0, 7], [5, 7]]]), frequencies, torch.float32)
+    column, row, both = attention._rotate(torch.ones(3, 1, 16), (cosines[0], sines[0]))[:, 0]
     assert torch.equal(column[8:], torch.ones(8))
     assert torch.equal(row[:8], torch.ones(8))
     torch.testing.assert_close(both, torch.cat([column[:8], row[8:]]))
@@ -383,9 +376,9 @@ def test_zero_norms_leave_the_embedding_alone() -> None:
         if isinstance(module, RMSNorm) and module.weight is not None:
             module.weight.zero_()
     batch = images((7 * 48, 10 * 48))
-    embedded = model.patch_embedder(batch.pixels, batch.positions)
-    valid = torch.ones(embedded.shape[:2], dtype=torch.bool)
-    expected = pool(embedded, batch.positions, valid, 3) * 48**0.5
+    pixels, positions = batch.pixels[0], batch.positions[0]
+    embedded = model.patch_embedder(pixels, positions)
+    expected = pool(embedded, positions, torch.tensor([len(pixels)]), 3) * 48**0.5
     torch.testing.assert_close(model(batch.pixels, batch.positions), expected)
 
 

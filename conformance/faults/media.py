@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from conformance.faults.base import Collection, Patch, replace
 from model_impl import audio, media_config, multimodal, text, unified, vision
 from model_impl.audio import AudioTower, HalvingConvolution, LightConvolution, LocalAttention
 from model_impl.layers import clipped, projector
-from model_impl.layers.backends import Mask
 from model_impl.layers.clipped import ClippedLinear
 from model_impl.layers.projector import Projector
 from model_impl.media_config import AudioConfig, MultimodalConfig, VisionConfig
@@ -250,10 +250,28 @@ def _axes_swapped() -> Patch:
 @media("image-padding-attended", source=("M16", "spec 3.2"), module=vision, where=_FIRST_VISION)
 def _padding_attended() -> Patch:
     """Patches attend to the padding of smaller images in the batch."""
+    original = VisionAttention.forward
+
+    def padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
+        return pad_sequence(list(x.split_with_sizes(lengths)), batch_first=True).flatten(0, 1)
+
+    def forward(self: VisionAttention, x: Tensor, angles: vision.Angles, lengths: Sequence[int]) -> Tensor:
+        cosines, sines = angles
+        used = padded(torch.ones(len(x), dtype=torch.bool), lengths)
+        every = [max(lengths)] * len(lengths)
+        places = (padded(cosines, lengths), padded(sines, lengths))
+        return original(self, padded(x, lengths), places, every)[used]
+
+    return replace(VisionAttention, "forward", forward)
+
+
+@media("images-attend-to-each-other", source=("spec 3.2",), module=vision, where=_FIRST_VISION)
+def _one_sequence() -> Patch:
+    """Patches attend to those of all images of the batch, as if it were one image."""
     original = VisionEncoder.forward
 
-    def forward(self: VisionEncoder, x: Tensor, angles: vision.Angles, mask: Mask) -> Tensor:
-        return original(self, x, angles, Mask(None))
+    def forward(self: VisionEncoder, x: Tensor, angles: vision.Angles, lengths: Sequence[int]) -> Tensor:
+        return original(self, x, angles, [sum(lengths)])
 
     return replace(VisionEncoder, "forward", forward)
 
@@ -296,7 +314,9 @@ def _pooled(make: Callable[[Pool], Pool]) -> Patch:
 @media("pooled-positions-transposed", source=("M02", "spec 3.2"), module=vision, where="vision_tower")
 def _pool_transposed() -> Patch:
     """Squares of patches are numbered column by column."""
-    return _pooled(lambda pool: lambda x, positions, valid, size: pool(x, positions.flip(-1), valid, size))
+    return _pooled(
+        lambda pool: lambda x, positions, lengths, size: pool(x, positions.flip(-1), lengths, size)
+    )
 
 
 @media("half-of-the-image-pooled", source=("M02",), module=vision, where="vision_tower")
@@ -304,10 +324,10 @@ def _half_pooled() -> Patch:
     """Squares in the lower half of an image stay empty."""
 
     def lower(pool: Pool) -> Pool:
-        def upper_only(x: Tensor, positions: Tensor, valid: Tensor, size: int) -> Tensor:
-            rows = positions[..., 1]
-            kept = rows * 2 <= rows.amax(dim=1, keepdim=True)
-            return pool(x * kept[..., None], positions, valid, size)
+        def upper_only(x: Tensor, positions: Tensor, lengths: Tensor, size: int) -> Tensor:
+            rows = positions[:, 1].split_with_sizes(lengths.tolist())
+            kept = torch.cat([own * 2 <= own.amax() for own in rows])
+            return pool(x * kept[:, None], positions, lengths, size)
 
         return upper_only
 
@@ -317,17 +337,27 @@ def _half_pooled() -> Patch:
 @media("padding-pooled", source=("M04",), module=vision, where="vision_tower")
 def _padding_pooled() -> Patch:
     """Padding is not zeroed before pooling, and adds to an image's first square."""
+    original = VisionTower.forward
 
-    def also_padding(pool: Pool) -> Pool:
-        def pooled(x: Tensor, positions: Tensor, valid: Tensor, size: int) -> Tensor:
-            y = pool(x, positions, valid, size)
-            squares = valid.sum(dim=1) // size**2
-            padding = (x * ~valid[..., None]).sum(dim=1) / size**2
-            return y.index_add(0, squares.cumsum(0) - squares, padding.to(y.dtype))
+    def forward(self: VisionTower, pixels: Tensor, positions: Tensor) -> Tensor:
+        padding = (positions < 0).any(dim=-1).sum(dim=1)
+        nothing = torch.zeros_like(pixels[0, :1]), torch.zeros_like(positions[0, :1])
+        patch = self.patch_embedder.forward(*nothing)  # no call, which would be recorded
 
-        return pooled
+        def also_padding(pool: Pool) -> Pool:
+            def pooled(x: Tensor, positions: Tensor, lengths: Tensor, size: int) -> Tensor:
+                squares = lengths // size**2
+                first = squares.cumsum(0) - squares
+                return pool(x, positions, lengths, size).index_add(
+                    0, first, padding[:, None] * patch / size**2
+                )
 
-    return _pooled(also_padding)
+            return pooled
+
+        with _pooled(also_padding)():
+            return original(self, pixels, positions)
+
+    return replace(VisionTower, "forward", forward)
 
 
 def _with_statistics(change: Callable[[VisionTower], None]) -> Patch:
