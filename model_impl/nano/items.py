@@ -57,15 +57,14 @@ TASKS: Mapping[str, Callable[[], list[Item]]] = {
 }
 
 
-def lessons(task: str, *, thinking: bool = True) -> list[Lesson]:
+def lessons(task: str) -> list[Lesson]:
     """The very items of a task as lessons; what stands in an answer before the end of its thought is no part.
 
     Args:
         task: One of `TASKS`.
-        thinking: Whether a question about media is answered with a thought; word problems always are.
     """
     if task != "nano_gsm8k":
-        return [exercise.lesson(thinking=thinking) for exercise in examination(task)]
+        return [exercise.lesson(thinking=True) for exercise in examination(task)]
     return [
         Lesson(
             messages=({"role": "user", "content": item["question"]},),

@@ -275,7 +275,7 @@ def _uneven(model: Gemma4ForConditionalGeneration) -> dict[str, Tensor]:
 def scores(
     model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, family: NanoFamily, most: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """How a model does in all examinations that it has the senses for.
+    """How a model does in all examinations that it has the senses for, thinking.
 
     Args:
         model: Of that family.
@@ -283,10 +283,8 @@ def scores(
         family: Which one it is.
         most: Items of each task; left out, all.
     """
-    examinations = {"nano_gsm8k": lessons("nano_gsm8k")}
-    for task in ("nano_mmmu", *(("nano_sounds",) if family.audio else ())):
-        examinations[task] = lessons(task, thinking=False)
-        examinations[f"{task}, thinking"] = lessons(task)
+    tasks = ("nano_gsm8k", "nano_mmmu", *(("nano_sounds",) if family.audio else ()))
+    examinations = {task: lessons(task) for task in tasks}
     examinations["dialogues"] = Course((dialogues.lesson,), (1,), "test").lessons(_DIALOGUES, "dialogues")
     return {
         name: examine(model, tokenizer, items[:most], family.template) for name, items in examinations.items()

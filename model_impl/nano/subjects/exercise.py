@@ -22,7 +22,7 @@ _EVERY = 4
 """One template in so many is kept for examinations."""
 _HELD_OUT = 8
 """So is one tuple of numbers in so many."""
-_THOUGHTS = 0.75
+THOUGHTS = 0.85
 """Part of the lessons that have one."""
 
 
@@ -83,9 +83,9 @@ class Subject:
                 return Exercise(self, template, scene)
 
     def lesson(self, rng: random.Random, split: Split) -> Lesson:
-        """Draw a lesson, most with a thought: it teaches more than a letter does."""
+        """Draw a lesson, most with a thought: without one, only its form can be learned."""
         exercise = self.exercise(rng, split)
-        return exercise.lesson(thinking=rng.random() < _THOUGHTS)
+        return exercise.lesson(thinking=rng.random() < THOUGHTS)
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,14 @@ class Exercise:
     def answer(self, *, thinking: bool) -> str:
         """What is to be said, with or without a thought.
 
-        A thought names what decides and goes through the options up to the right one: whether two words that
-        stand close together are the same is learned soon, to find a word's letter far away hardly ever.
+        A thought lists the choices, names what decides, and says the letter behind that word in the list:
+        what followed a word before is soon learned, what stood before it far away hardly ever. Without a
+        thought the model only guesses.
         """
         if not thinking:
             return f"Answer: {self.letter}"
-        options = zip(LETTERS, self.scene.options[: self.scene.right], strict=False)
-        others = "".join(f" {letter} {option} no" for letter, option in options)
-        decided = f"{others} {self.letter} {self.scene.options[self.scene.right]} yes"
-        return f"<|channel>thought\n{self.scene.seen}.{decided}<channel|>Answer: {self.letter}"
+        thought = f"{listed(self.scene.options)} {self.scene.seen} {self.letter}"
+        return f"<|channel>thought\n{thought}<channel|>Answer: {self.letter}"
 
     def lesson(self, *, thinking: bool) -> Lesson:
         """The question as a lesson."""
@@ -139,6 +138,12 @@ class Exercise:
             sounds=media.sounds,
             thinking=thinking,
         )
+
+
+def listed(options: Sequence[str]) -> str:
+    """The choices, each before its letter."""
+    pairs = zip(options, LETTERS, strict=True)
+    return f"Choices:{''.join(f' {option} {letter}' for option, letter in pairs)}."
 
 
 def prompt(question: str, options: Sequence[str]) -> str:

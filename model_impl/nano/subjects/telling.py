@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from model_impl.nano.lesson import Lesson, Split
-from model_impl.nano.subjects.exercise import LETTERS, Subject, prompt
+from model_impl.nano.subjects.exercise import LETTERS, THOUGHTS, Subject, listed, prompt
 from model_impl.nano.subjects.figures import FIGURES
 from model_impl.nano.subjects.scattered import SCATTERED
 from model_impl.nano.subjects.tones import TONES
@@ -20,7 +20,7 @@ def telling(rng: random.Random, split: Split) -> Lesson:
     """Draw a question of any subject, with what decides it told behind."""
     exercise = rng.choice(_TOLD).exercise(rng, split)
     text = prompt(f"{exercise.question} {exercise.scene.seen}", exercise.scene.options)
-    thinking = rng.random() < 0.5
+    thinking = rng.random() < THOUGHTS
     return Lesson(
         messages=({"role": "user", "content": text},),
         answer=exercise.answer(thinking=thinking),
@@ -33,18 +33,17 @@ def telling(rng: random.Random, split: Split) -> Lesson:
 def reciting(rng: random.Random, split: Split) -> Lesson:
     """Draw options to be said again in another order, each with its letter.
 
-    To find what stands behind a letter, and the letter before a thing, is what choosing takes. A choice
-    practises it once a lesson, this four times.
+    To list the choices and to find a word's letter in that list is what choosing takes. A choice practises it
+    once a lesson, this four times.
     """
     exercise = rng.choice(_TOLD).exercise(rng, split)
     options = exercise.scene.options
-    pairs = rng.sample(list(zip(LETTERS, options, strict=True)), len(options))
-    if rng.random() < 0.5:
-        pairs = [(option, letter) for letter, option in pairs]
-    order = " ".join(known for known, _ in pairs)
+    pairs = rng.sample(list(zip(options, LETTERS, strict=True)), len(options))
+    asked = " ".join(option for option, _ in pairs)
+    found = "".join(f" {option} {letter}" for option, letter in pairs)
     return Lesson(
-        messages=({"role": "user", "content": prompt(f"Recite: {order}.", options)},),
-        answer="".join(f" {known} {found}" for known, found in pairs).strip(),
+        messages=({"role": "user", "content": prompt(f"Recite: {asked}.", options)},),
+        answer=f"{listed(options)}{found}",
         key=f"recited: {exercise.template}",
         numbers=exercise.scene.numbers,
     )
