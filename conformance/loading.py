@@ -251,7 +251,7 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
         "schema": SCHEMA_VERSION,
         "suite": suite.id,
         "kind": suite.kind,
-        "case": case.model_dump(mode="json"),
+        "case": case.model_copy(update={"tags": ()}).model_dump(mode="json"),
         "tools": resolve_tools(case, suite),
     }
     if isinstance(case, ParserCase):

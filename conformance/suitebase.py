@@ -36,6 +36,7 @@ class CaseBase(Strict):
     control_of: CaseId | None = None
     """This case is the negative control of that one: nearly the same input, the rule must not fire."""
     tags: tuple[CaseId, ...] = ()
+    """Words to choose cases by; `conformance run --quick` leaves out those with `slow`."""
 
 
 class SuiteBase(Strict):

@@ -102,6 +102,24 @@ def test_bundled_cases_are_named_by_address_suite_or_pattern(run_conformance: Ru
         assert done.stderr.startswith(f"{summary['planned']} {noun} on reference")
 
 
+def test_quick_leaves_out_what_is_tagged_slow(run_conformance: Run, suites: Suites, tmp_path: Path) -> None:
+    path = suites.write("hello", "hallo")
+    plain = {case.address: case.digest for case in load_suites([path]).cases}
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        text.replace("  - id: case-hallo\n", "  - id: case-hallo\n    tags: [slow]\n"), encoding="utf-8"
+    )
+    tagged = {case.address: case.digest for case in load_suites([path]).cases}
+    assert tagged == plain, "a tag changes no verdict"
+    arguments = ("run", "suites", "-t", "reference", "--no-report", "--quick")
+    done = run_conformance(*arguments, "--out", "quick.jsonl")
+    assert done.returncode == 0, done.stderr
+    run = runfile.read(tmp_path / "quick.jsonl")
+    assert [entry.case for entry in run.header.manifest] == ["case-hello"]
+    refused = run_conformance("run", f"{path}::case-hallo", "-t", "reference", "--no-report", "--quick")
+    assert_one_clear_error(refused, "leave out --quick")
+
+
 def test_settings_of_the_folder_and_the_user_do_not_matter(
     run_conformance: Run, suites: Suites, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def seconds(_context: click.Context, _option: click.Parameter, value: float) -> 
 @click.option(
     "-n", "workers", default="0", show_default=True, callback=_workers, help="Worker processes, or `auto`."
 )
+@click.option("--quick", is_flag=True, help="Leave out the cases that are tagged `slow`.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run file to write.  [default: runs/<id>.jsonl]")
 @click.option(
@@ -89,6 +90,7 @@ def run_command(
     cases: tuple[str, ...],
     targets: tuple[str, ...],
     workers: str,
+    quick: bool,
     resume: Path | None,
     out: Path | None,
     record: Path | None,
@@ -122,7 +124,7 @@ def run_command(
         from conformance.report import check_site, write_site
 
         check_site(site)
-    selected = select(cases)
+    selected = select(cases, quick=quick)
     select_targets(targets)  # all refuse what is wrong before anything starts
     known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
     for note in known.overdue():

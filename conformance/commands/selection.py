@@ -14,6 +14,9 @@ from pathlib import Path
 from conformance.errors import UsageError
 from conformance.loading import LoadedCase, LoadedSuites, load_suites
 
+SLOW = "slow"
+"""Tag of cases that take long and seldom find what quicker ones miss."""
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -35,13 +38,27 @@ class Selected:
         return arguments
 
 
-def select(arguments: Sequence[str]) -> Selected:
+def select(arguments: Sequence[str], *, quick: bool = False) -> Selected:
     """Find the cases that arguments name; without arguments all bundled ones.
+
+    Args:
+        arguments: As they stand on the command line.
+        quick: Without those that have the tag `slow`.
 
     Raises:
         SuiteError: a suite file is broken.
-        UsageError: an argument names nothing.
+        UsageError: an argument names nothing, or nothing is left.
     """
+    selected = _named(arguments)
+    if not quick:
+        return selected
+    kept = tuple(case for case in selected.cases if SLOW not in case.case.tags)
+    if not kept:
+        raise UsageError(f"all cases that were named have the tag `{SLOW}`; leave out --quick")
+    return Selected(selected.suites, kept)
+
+
+def _named(arguments: Sequence[str]) -> Selected:
     if not arguments:
         suites = load_suites()
         return Selected(suites, suites.cases)
