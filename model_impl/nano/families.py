@@ -7,12 +7,11 @@ every picture, so that what it hides matters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from model_impl.chat.render import Family
-from model_impl.nano.settings import SOFT_TOKENS
-from model_impl.nano.vocabulary import BOS, CONTROL_IDS, STOP_IDS
+from model_impl.nano import settings
 
 WINDOW = 8
 """Of sliding layers. In a thought, the digits that decide the next one stand four and eight tokens before it:
@@ -21,8 +20,6 @@ POSITIONS = 2048
 _DTYPE = "float32"
 """Of the computation. Weights are stored in bfloat16; vLLM runs a tower in what its configuration says,
 whatever it is asked for."""
-_HIDDEN = 128
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -36,108 +33,36 @@ class NanoFamily:
     text: Mapping[str, Any]
     """Keys of `text_config` that it has of its own."""
     audio: Mapping[str, Any] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, rows: int) -> dict[str, Any]:
         """The content of `config.json`, for an embedding table of so many rows."""
-        tokens = {
-            "image_token_id": "<|image|>",
-            "video_token_id": "<|video|>",
-            "boi_token_id": "<|image>",
-            "eoi_token_id": "<image|>",
-            "audio_token_id": "<|audio|>",
-            "boa_token_id": "<|audio>",
-            "eoa_token_id": "<audio|>",
-            "eoa_token_index": "<audio|>",
-        }
-        return {
-            "architectures": ["Gemma4ForConditionalGeneration"],
-            "model_type": "gemma4",
-            "dtype": _DTYPE,
-            "text_config": _text(rows) | dict(self.text),
-            "vision_config": _vision(),
-            "audio_config": None if self.audio is None else dict(self.audio),
-            "vision_soft_tokens_per_image": SOFT_TOKENS,
-            **{name: CONTROL_IDS[token] for name, token in tokens.items()},
-            "eos_token_id": list(STOP_IDS[:2]),
-            "tie_word_embeddings": True,
-        }
+        return settings.config(
+            rows, dtype=_DTYPE, text={**_TEXT, **self.text}, vision=_VISION, audio=self.audio
+        )
 
 
-def _text(rows: int) -> dict[str, Any]:
-    """What all have, and the neutral values of what only some have."""
-    return {
-        "model_type": "gemma4_text",
-        "dtype": _DTYPE,
-        "vocab_size": rows,
-        "vocab_size_per_layer_input": rows,
-        "hidden_size": _HIDDEN,
-        "hidden_size_per_layer_input": 0,
-        "intermediate_size": 384,
-        "use_double_wide_mlp": False,
-        "num_hidden_layers": 6,
-        "layer_types": [_SLIDING, _FULL] * 3,
-        "num_kv_shared_layers": 0,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_global_key_value_heads": None,
-        "head_dim": 32,
-        "global_head_dim": 64,
-        "attention_k_eq_v": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "sliding_window": WINDOW,
-        "rope_parameters": {
-            _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-            _FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-        },
-        "max_position_embeddings": POSITIONS,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "final_logit_softcapping": 30.0,
-        "use_bidirectional_attention": None,
-        "enable_moe_block": False,
-        "num_experts": None,
-        "top_k_experts": None,
-        "moe_intermediate_size": None,
-        "tie_word_embeddings": True,
-        "bos_token_id": BOS,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "use_cache": True,
-    }
-
-
-def _vision() -> dict[str, Any]:
-    """The position table is long enough for a strip of all the budget's tokens."""
-    return {
-        "model_type": "gemma4_vision",
-        "dtype": _DTYPE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "global_head_dim": 32,
-        "patch_size": 16,
-        "pooling_kernel_size": 3,
-        "position_embedding_size": 256,
-        "default_output_length": SOFT_TOKENS,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        "standardize": True,
-        "use_clipped_linears": True,
-    }
-
-
+_TEXT: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": WINDOW,
+    "max_position_embeddings": POSITIONS,
+    "use_bidirectional_attention": None,
+}
+_VISION: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "head_dim": 32,
+    "global_head_dim": 32,
+}
 # transformers takes the first number of channels for that of mel bins, 128, and refuses any other.
 _AUDIO: Mapping[str, Any] = {
     "model_type": "gemma4_audio",
-    "dtype": _DTYPE,
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

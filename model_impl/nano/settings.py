@@ -1,10 +1,11 @@
-"""All files of the scripted checkpoint but its weights, in the published forms."""
+"""All files of a small checkpoint but its weights, in the published forms."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,99 +19,111 @@ _PATCH, _POOLING = 16, 3
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def config(rows: int) -> dict[str, Any]:
-    """The content of `config.json`, for an embedding table of so many rows."""
-    tokens = {
-        "image_token_id": "<|image|>",
-        "video_token_id": "<|video|>",
-        "audio_token_id": "<|audio|>",
-        "boi_token_id": "<|image>",
-        "eoi_token_id": "<image|>",
-        "boa_token_id": "<|audio>",
-        "eoa_token_id": "<audio|>",
-        "eoa_token_index": "<audio|>",
-    }
+_TOKENS = {
+    "image_token_id": "<|image|>",
+    "video_token_id": "<|video|>",
+    "audio_token_id": "<|audio|>",
+    "boi_token_id": "<|image>",
+    "eoi_token_id": "<image|>",
+    "boa_token_id": "<|audio>",
+    "eoa_token_id": "<audio|>",
+    "eoa_token_index": "<audio|>",
+}
+_TEXT: Mapping[str, Any] = {
+    "model_type": "gemma4_text",
+    "dtype": None,
+    "vocab_size": None,
+    "vocab_size_per_layer_input": None,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 16,
+    "intermediate_size": 128,
+    "use_double_wide_mlp": False,
+    "num_hidden_layers": 4,
+    "layer_types": [_SLIDING, _FULL] * 2,
+    "num_kv_shared_layers": 0,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_global_key_value_heads": None,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "attention_k_eq_v": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "sliding_window": 8,
+    "rope_parameters": {
+        _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+        _FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+    },
+    "max_position_embeddings": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "final_logit_softcapping": 30.0,
+    "use_bidirectional_attention": "vision",
+    "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+    "tie_word_embeddings": True,
+    "bos_token_id": BOS,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "use_cache": True,
+}
+"""Head widths are the smallest that vLLM's CPU attention has. What is None at the top is filled in."""
+_VISION: Mapping[str, Any] = {
+    "model_type": "gemma4_vision",
+    "dtype": None,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "global_head_dim": 24,
+    "patch_size": _PATCH,
+    "pooling_kernel_size": _POOLING,
+    "position_embedding_size": 256,
+    "default_output_length": SOFT_TOKENS,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "standardize": True,
+    "use_clipped_linears": True,
+}
+"""The position table is long enough for a strip of all the budget's tokens."""
+
+
+def config(
+    rows: int,
+    *,
+    dtype: str = "bfloat16",
+    text: Mapping[str, Any] = MappingProxyType({}),
+    vision: Mapping[str, Any] = MappingProxyType({}),
+    audio: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Args:
+        rows: Of the embedding table.
+        dtype: Of the computation.
+        text: What is other than in the scripted checkpoint, as are the next two.
+        vision: For pictures.
+        audio: All about sounds, or None for a checkpoint without them.
+    """
+    sized = {"vocab_size": rows, "vocab_size_per_layer_input": rows}
     return {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "model_type": "gemma4",
-        "dtype": "bfloat16",
-        "text_config": _text_config(rows),
-        "vision_config": _vision_config(),
-        "audio_config": None,
+        "dtype": dtype,
+        "text_config": {**_TEXT, **sized, "dtype": dtype, **text},
+        "vision_config": {**_VISION, "dtype": dtype, **vision},
+        "audio_config": None if audio is None else {**audio, "dtype": dtype},
         "vision_soft_tokens_per_image": SOFT_TOKENS,
-        **{name: CONTROL_IDS[token] for name, token in tokens.items()},
+        **{name: CONTROL_IDS[token] for name, token in _TOKENS.items()},
         "eos_token_id": list(STOP_IDS[:2]),
         "tie_word_embeddings": True,
-    }
-
-
-def _text_config(rows: int) -> dict[str, Any]:
-    """Head widths are the smallest that vLLM's CPU attention has."""
-    return {
-        "model_type": "gemma4_text",
-        "dtype": "bfloat16",
-        "vocab_size": rows,
-        "vocab_size_per_layer_input": rows,
-        "hidden_size": 64,
-        "hidden_size_per_layer_input": 16,
-        "intermediate_size": 128,
-        "use_double_wide_mlp": False,
-        "num_hidden_layers": 4,
-        "layer_types": [_SLIDING, _FULL] * 2,
-        "num_kv_shared_layers": 0,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_global_key_value_heads": None,
-        "head_dim": 32,
-        "global_head_dim": 64,
-        "attention_k_eq_v": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "sliding_window": 8,
-        "rope_parameters": {
-            _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-            _FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-        },
-        "max_position_embeddings": 4096,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "final_logit_softcapping": 30.0,
-        "use_bidirectional_attention": "vision",
-        "enable_moe_block": False,
-        "num_experts": None,
-        "top_k_experts": None,
-        "moe_intermediate_size": None,
-        "tie_word_embeddings": True,
-        "bos_token_id": BOS,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "use_cache": True,
-    }
-
-
-def _vision_config() -> dict[str, Any]:
-    """The position table is long enough for a strip of all the budget's tokens."""
-    return {
-        "model_type": "gemma4_vision",
-        "dtype": "bfloat16",
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "global_head_dim": 24,
-        "patch_size": _PATCH,
-        "pooling_kernel_size": _POOLING,
-        "position_embedding_size": 256,
-        "default_output_length": SOFT_TOKENS,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        "standardize": True,
-        "use_clipped_linears": True,
     }
 
 
