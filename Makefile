@@ -1,4 +1,4 @@
-# make run   set up everything in .venv, run the default suites, write reports/site/index.html
+# make run   set up everything in .venv, run the quick cases, write reports/site/index.html
 # make test  the same set-up with the development tools, then all tests and suites
 # make vllm  vLLM's engine and its real server besides: their tests and suites
 # make engines  only installs what of engines the tests and suites can use beyond `make test`
@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 run: $(VENV)/.installed
 	$(BIN)/conformance targets install --default || echo 'going on with the targets that are there'
-	$(BIN)/conformance run -n $(WORKERS) --site reports/site
+	$(BIN)/conformance run --quick -n $(WORKERS) --site reports/site
 
 test: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install --default
