@@ -148,9 +148,10 @@ def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
         line = document.line(("expectations", index))
         new = Expectation(entry, content.target, f"{_short(path)}:{line}", frozenset(addresses))
         for old in result:
-            both = old.addresses & new.addresses
+            if not (both := old.addresses & new.addresses):
+                continue
             version = common_version(old.entry.versions, new.entry.versions)
-            if both and version is not None:
+            if version is not None:
                 raise document.error(
                     ("expectations", index),
                     f"{min(both)} at version {version} is also named by {old.where}; "

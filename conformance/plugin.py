@@ -212,6 +212,8 @@ class CaseItem(pytest.Item):
             from conformance.explain import explain
 
             return explain(excinfo.value.result)
+        if isinstance(excinfo.value, pytest.xfail.Exception):  # pytest's own takes long, and is not shown
+            return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:

@@ -15,10 +15,12 @@ class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has 
     """All cases of an engine form one group, so that it starts once.
 
     Targets that run in process cost nothing to start: their cases are spread freely, as ordinary tests
-    are, but for those that are compared with an oracle. These join the oracle's group, where it runs once
-    and what it computed is kept. An engine that is compared stays in its own group: its start costs more
-    than the oracle's. Groups come from node ids rather than from marks, because marks change the ids, and
-    then `--lf` no longer finds the failures of a run without workers.
+    are, but for those that are compared with an oracle. These form a group of their own, where the oracle
+    runs once and what it computed is kept. What the same engine is asked as a target is another group: the
+    two would be the longest, one behind the other, and a second start costs less. An engine that is compared
+    stays in its own group: its start costs more than the oracle's. Groups come from node ids rather than
+    from marks, because marks change the ids, and then `--lf` no longer finds the failures of a run without
+    workers.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -33,4 +35,4 @@ class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has 
         """The oracle that a case is compared with; empty if there is none."""
         item = planned_item(Path(self.config.rootpath), nodeid)
         suite = None if item is None else item.loaded.suite.suite
-        return suite.oracle if isinstance(suite, ParitySuite) else ""
+        return f"oracle {suite.oracle}" if isinstance(suite, ParitySuite) else ""

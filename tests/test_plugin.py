@@ -408,12 +408,12 @@ def test_an_engine_stays_on_one_worker_and_cheap_targets_are_spread() -> None:
     assert scope(SCHEDULER, "tests/test_it.py::test_it@group") == "group"
 
 
-def test_cases_compared_with_an_oracle_join_its_group() -> None:
+def test_cases_compared_with_an_oracle_are_its_group() -> None:
     SCHEDULER.config = SimpleNamespace(rootpath=Path(__file__).parents[1])
     scope = TargetScheduling._split_scope
     node = "suites/parity/e2b-like.yaml::whole[{}]"
-    assert scope(SCHEDULER, node.format("reference")) == "transformers@5.19.0"
-    assert scope(SCHEDULER, node.format(HONEST)) == "transformers@5.19.0"
+    assert scope(SCHEDULER, node.format("reference")) == "oracle transformers@5.19.0"
+    assert scope(SCHEDULER, node.format(HONEST)) == "oracle transformers@5.19.0"
     assert scope(SCHEDULER, node.format("vllm@0.32.0")) == "vllm@0.32.0"
 
 
