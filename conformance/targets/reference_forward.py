@@ -138,11 +138,8 @@ def _counting(
 
     def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[kind] = calls.get(kind, 0) + 1
-        if kind == "audio":
-            recorder.call(inputs[1].bool())
-            return
-        valid = (inputs[1] >= 0).all(dim=-1)
-        recorder.call(valid[:, valid.any(dim=0)])
+        # Modules for images have those of a batch in one row, without padding.
+        recorder.call(inputs[1].bool() if kind == "audio" else None)
 
     image_features = model.image_features
 

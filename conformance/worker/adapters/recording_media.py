@@ -32,8 +32,8 @@ class MediaRecorder(ModuleHooks):
         self._found: dict[str, list[Tensor]] = {}
         self._valid: Tensor | None = None
 
-    def call(self, valid: Tensor) -> None:
-        """Announce a call of a tower: bool [pieces, places], false at padding."""
+    def call(self, valid: Tensor | None) -> None:
+        """Announce a call of a tower: bool [pieces, places], false at padding; None where there is none."""
         self._valid = valid
 
     def tensors(self) -> dict[str, Tensor]:
