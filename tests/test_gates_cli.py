@@ -48,6 +48,10 @@ def test_from_the_first_reference_to_a_verdict(reference: Path, run_conformance:
     assert early.returncode == 2
     assert "there is no such reference; make it by `conformance gate rebaseline`" in early.stderr
 
+    hasty = run_conformance("gate", "rebaseline", case, "-t", "no-such-target", "--reason", "new")
+    assert hasty.returncode == 2
+    assert "say why in 8 characters or more" in hasty.stderr
+
     made = run_conformance("gate", "rebaseline", case, "-t", SOLVER, "--reason", "The first one.", "--json")
     assert made.returncode == 0, made.stderr
     assert checked(made.stdout, "gate-rebaseline") == {

@@ -416,6 +416,12 @@ def rebaseline_command(
         raise UsageError(f"{case_name}: an unpaired gate has no reference")
     if sheet_path is not None and spec is not None:
         raise UsageError("--sheet has the answers already; leave out --target")
+    # Before any question is asked, which takes minutes.
+    if len(reason.strip()) < baseline.SHORTEST_REASON:
+        raise UsageError(
+            f"--reason {reason!r} is kept beside the reference; say why in {baseline.SHORTEST_REASON} "
+            "characters or more"
+        )
     path = baseline.inside(suite.parent, gate.reference)
     old = baseline.read(path) if path.exists() else None
     new = Sheet.read(sheet_path) if sheet_path is not None else _asked(case, spec or "reference")

@@ -23,6 +23,10 @@ from conformance.scoring import Sheet
 AGAIN = "make it by `conformance gate rebaseline`"
 
 
+SHORTEST_REASON = 8
+"""Characters of a sentence that says why a reference was made."""
+
+
 class BaselineError(ConformanceError):
     """A reference is missing, was changed by hand, or cannot be what the gate needs."""
 
@@ -34,7 +38,7 @@ class Entry(Record):
     """Of the file."""
     made: str
     """ISO 8601, UTC."""
-    reason: str = Field(min_length=8)
+    reason: str = Field(min_length=SHORTEST_REASON)
     """Why it was made, in a sentence."""
     previous: str | None = None
     """SHA-256 of the one before; None for the first."""
