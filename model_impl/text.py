@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_impl.config import AttentionKind, LayerConfig, TextConfig
-from model_impl.errors import CacheError
+from model_impl.errors import CacheError, ModelError
 from model_impl.layers import rope
 from model_impl.layers.attention import Attention
 from model_impl.layers.backend_choice import BackendRequest, resolve_backend
@@ -35,6 +36,20 @@ class ScaledEmbedding(nn.Embedding):
         """Ids [...] to [..., width]."""
         scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
         return F.embedding(ids, self.weight) * scale
+
+
+def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
+    """Refuse a choice of states that a model of so many layers cannot give, or would give twice.
+
+    Raises:
+        ModelError: it is not distinct, ascending, and from 0 to the number of layers.
+    """
+    ordered = all(a < b for a, b in itertools.pairwise(aux_layers))
+    if not ordered or any(not 0 <= index <= layers for index in aux_layers):
+        raise ModelError(
+            f"states are wanted after {list(aux_layers)} layers; name distinct, ascending numbers from 0 to "
+            f"{layers}, the number of layers"
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -102,6 +117,17 @@ class SoftTokens:
         return SoftTokens(self.where[:, start:stop], self.features[inside], self.blocks[:, start:stop])
 
 
+@dataclass(frozen=True)
+class States:
+    """What one forward pass leaves for the head and for a draft."""
+
+    hidden: Tensor
+    """After the final norm, [B, T, H]."""
+    aux: tuple[Tensor, ...]
+    """The residual stream after so many layers as were asked for, each [B, T, H]: as many as were asked
+    for, one and none included."""
+
+
 class TextModel(nn.Module):
     """Token ids to hidden states and logits.
 
@@ -155,20 +181,36 @@ class TextModel(nn.Module):
         lengths: Sequence[int] | None = None,
         soft: SoftTokens | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, [B, T, H]: `states` without those for a draft."""
+        return self.states(input_ids, cache=cache, lengths=lengths, soft=soft).hidden
+
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        aux_layers: Sequence[int] = (),
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
+        soft: SoftTokens | None = None,
+    ) -> States:
+        """One pass over new tokens.
 
         Args:
             input_ids: int [B, T], right-padded.
+            aux_layers: After how many layers the residual stream is wanted as well, distinct and ascending;
+                0 is the scaled embedding.
             cache: Holds the tokens before these, and receives these.
             lengths: Valid tokens of each row; all T if left out.
             soft: What stands in the place of tokens; the ids there are not looked at.
 
         Returns:
-            [B, T, H]; what stands at padding means nothing.
+            Hidden states; what stands at padding means nothing.
 
         Raises:
             CacheError: `lengths` does not fit the rows, or the cache does not fit them or the model.
+            ModelError: `aux_layers` is not distinct, ascending, and within the model.
         """
+        check_aux_layers(aux_layers, len(self.layers))
         batch, width = input_ids.shape
         counts = [width] * batch if lengths is None else list(lengths)
         if len(counts) != batch or not all(0 <= count <= width for count in counts):
@@ -180,12 +222,14 @@ class TextModel(nn.Module):
         if soft is not None:
             x = x.masked_scatter(soft.where[..., None], soft.features.to(x.dtype))
         per_layer = self.per_layer_inputs(input_ids, x)
+        aux = [x] if 0 in aux_layers else []
         for index, layer in enumerate(self.layers):
             x = layer(x, None if per_layer is None else per_layer[:, :, index], step)
+            if index + 1 in aux_layers:
+                aux.append(x)
         if cache is not None:
             cache.commit()
-        final: Tensor = self.norm(x)
-        return final
+        return States(self.norm(x), tuple(aux))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., vocabulary], soft-capped: `cap · tanh(logits / cap)`."""
