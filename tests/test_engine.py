@@ -93,7 +93,7 @@ def test_requests_join_and_leave_between_steps_and_none_notices(model: TextModel
     made.abort(gone)
     while made.unfinished:
         for output in made.step():
-            seen[output.request].append(output.id)
+            seen.setdefault(output.request, []).append(output.id)
     for number, row in zip(numbers, expected, strict=True):
         if number == gone:
             assert tuple(seen[number]) == row.ids[: len(seen[number])]
