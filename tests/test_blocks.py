@@ -59,7 +59,7 @@ class Open:
         seen: list[object] = [self.content.adapter]
         for column, token in enumerate(self.content.ids[:stop]):
             image = next((i for i in self.images if i[0] <= column < i[0] + i[1]), None)
-            seen.append(token if image is None else (image, column))
+            seen.append((token, None if image is None else (image, column)))
         return tuple(seen)
 
 

@@ -54,7 +54,8 @@ def test_greedy_rounds_by_hand() -> None:
 
 def test_a_token_stays_and_its_place_is_filled_as_the_paper_says() -> None:
     p, q = (torch.tensor(row, dtype=torch.float64) for row in ([0.5, 0.3, 0.2, 0.0], [0.25, 0.6, 0.1, 0.05]))
-    assert [kept(p, q, token) for token in range(4)] == pytest.approx([1, 0.5, 1, 0])
+    stay = [kept(*pair) for pair in zip(p.tolist(), q.tolist(), strict=True)]
+    assert stay == pytest.approx([1, 0.5, 1, 0])
     torch.testing.assert_close(
         residual(p, q), torch.tensor([0.25, 0, 0.1, 0], dtype=torch.float64) / 0.35, rtol=0, atol=1e-15
     )
@@ -129,8 +130,9 @@ def assert_distribution(found: Sequence[tuple[int, ...]], p: Tensor) -> None:
 CHAIN = Sampling(temperature=1.2, top_k=4, top_p=0.9)
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
-@pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "likeliest"])
+@pytest.mark.parametrize(
+    ("drafts", "drawn"), [(1, True), (3, True), (3, False)], ids=["one", "three", "likeliest"]
+)
 def test_rounds_have_the_target_s_distribution(drafts: int, drawn: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(2, 5, 5, generator=generator)
