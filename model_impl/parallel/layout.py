@@ -97,8 +97,8 @@ class Layout:
             heads = layer.num_kv_heads
             if heads % self.tensor and self.tensor % heads:
                 raise LayoutError(
-                    f"layer {layer.index} has {heads} key-value heads, which neither divide by tensor parallel "
-                    f"{self.tensor} nor divide it"
+                    f"layer {layer.index} has {heads} key-value heads, which neither divide by tensor "
+                    f"parallel {self.tensor} nor divide it"
                 )
 
     def _divided(self, config: TextConfig) -> dict[str, int]:

@@ -18,6 +18,7 @@ from model_impl.parallel.layout import Layout, Place
 from model_impl.parallel.ranks import Ranks
 from model_impl.parallel.shards import Cut, cut_of
 from model_impl.parallel.stage import Stage
+from model_impl.runtime.masks import BlockMode
 from model_impl.text import TextModel
 
 
@@ -31,6 +32,8 @@ class Weights:
     """Of parameters and of the computation."""
     attention: str | None = None
     """Backend of all layers; None is the first that can serve them."""
+    long_blocks: BlockMode = "clamp_past"
+    """What becomes of an image that is longer than the window."""
 
     @property
     def config(self) -> TextConfig:
@@ -51,7 +54,7 @@ def load_stage(weights: Weights, layout: Layout, place: Place, ranks: Ranks | No
     """
     config = weights.config
     with torch.device("meta"):
-        stage = Stage(config, layout, place, ranks, weights.attention)
+        stage = Stage(config, layout, place, ranks, weights.attention, long_blocks=weights.long_blocks)
     assign_exactly(stage, _read(weights, config, stage), weights.folder)
     lay_out(stage)
     return stage.eval().requires_grad_(False)
@@ -76,7 +79,9 @@ def cut_all(
 ) -> dict[str, Tensor]:
     """A rank's part of each tensor, by the same names."""
     cuts = {name: cut_of(name, config, layout, shard) for name in tensors}
-    return {name: tensor if (cut := cuts[name]) is None else cut.of(tensor) for name, tensor in tensors.items()}
+    return {
+        name: tensor if (cut := cuts[name]) is None else cut.of(tensor) for name, tensor in tensors.items()
+    }
 
 
 def check_folder(weights: Weights) -> None:

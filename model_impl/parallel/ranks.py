@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
-from torch import distributed as dist
 
 
 class Ranks(Protocol):
@@ -41,32 +39,6 @@ class Alone:
         """As it is."""
         del total
         return x
-
-
-class Connected:
-    """Ranks in several processes.
-
-    Args:
-        group: Of `torch.distributed`; this process is one of it.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self.size = group.size()
-
-    def sum(self, x: Tensor) -> Tensor:
-        """See `Ranks`."""
-        x = x.contiguous()
-        dist.all_reduce(x, group=self._group)
-        return x
-
-    def gather(self, x: Tensor, total: int) -> Tensor:
-        """See `Ranks`."""
-        widest = -(-total // self.size)
-        padded = torch.nn.functional.pad(x, (0, widest - x.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self._group)
-        return torch.cat(parts, dim=-1)[..., :total]
 
 
 def even_part(total: int, parts: int, index: int) -> tuple[int, int]:

@@ -12,17 +12,19 @@ from model_impl.errors import ModelError
 from model_impl.layers.backend_table import Device
 from model_impl.layers.norm import RMSNorm
 from model_impl.parallel.divided import (
-    DividedEmbedding, GatheredLinear, SummedExperts, SummedLinear, WholeExperts
-)  # fmt: skip
+    DividedEmbedding,
+    GatheredLinear,
+    SummedExperts,
+    SummedLinear,
+    WholeExperts,
+)
 from model_impl.parallel.layout import Layout, Place
 from model_impl.parallel.payload import Payload, Slot, read_later
 from model_impl.parallel.ranks import Alone, Ranks, even_part
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode
 from model_impl.runtime.step import Step
-from model_impl.text import (
-    DecoderLayer, SoftTokens, States, TextPart, check_aux_layers
-)  # fmt: skip
+from model_impl.text import DecoderLayer, SoftTokens, States, TextPart, check_aux_layers
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Pass:
 
 
 class Stage(TextPart):
-    """The layers of one stage with their absolute indices, and what stands before the first or after the last.
+    """The layers of one stage, with their absolute indices, and what stands before or after all layers.
 
     The tables of per-layer inputs are in the first stage, which makes those of all layers; the head is in the
     last, with a copy of the token embedding where the two are tied.
@@ -119,7 +121,9 @@ class Stage(TextPart):
         """An empty cache of so many rows, for this stage."""
         return KVCache(self.config, rows, self.dtype, self.device)
 
-    def spec(self, rows: int, tokens: int, aux_layers: Sequence[int] = (), *, stages: int = 0) -> dict[str, Slot]:
+    def spec(
+        self, rows: int, tokens: int, aux_layers: Sequence[int] = (), *, stages: int = 0
+    ) -> dict[str, Slot]:
         """What this stage receives, or the one so many stages further on; see `Payload.spec`."""
         return Payload.spec(
             self.whole,
@@ -132,10 +136,12 @@ class Stage(TextPart):
         )
 
     def empty(self, rows: int, tokens: int, aux_layers: Sequence[int] = ()) -> Payload:
-        """What stands in for a payload to warm this stage up; not for the first stage, which receives none."""
+        """What stands in for a payload to warm this stage up; the first stage receives none."""
         return Payload.empty(self.spec(rows, tokens, aux_layers))
 
-    def run(self, work: Pass, payload: Payload | None = None, cache: KVCache | None = None) -> Payload | States:
+    def run(
+        self, work: Pass, payload: Payload | None = None, cache: KVCache | None = None
+    ) -> Payload | States:
         """One pass through this stage's layers.
 
         Args:
@@ -174,7 +180,8 @@ class Stage(TextPart):
             return x, per_layer, {0: x} if 0 in work.aux_layers else {}
         if payload is None:
             raise ModelError(f"stage {self.place.stage} runs on what stage {self.place.stage - 1} hands over")
-        payload.check(self.spec(*work.ids.shape, work.aux_layers))
+        rows, tokens = work.ids.shape
+        payload.check(self.spec(rows, tokens, work.aux_layers))
         for layer in self.kept_layers:
             if layer.index < self.span.start:
                 step.put(layer, *payload.keys_values[layer.index])
