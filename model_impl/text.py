@@ -32,6 +32,11 @@ class ScaledEmbedding(nn.Embedding):
         super().__init__(rows, width)
         self.scale = scaled_width**0.5
 
+    def reset_parameters(self) -> None:
+        """As any embedding; where there is nothing to draw, torch would import half of itself to find out."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] to [..., width]."""
         scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
