@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -182,10 +182,19 @@ class Stage(TextPart):
             raise ModelError(f"stage {self.place.stage} runs on what stage {self.place.stage - 1} hands over")
         rows, tokens = work.ids.shape
         payload.check(self.spec(rows, tokens, work.aux_layers))
+        self.keep(step, payload)
+        return payload.hidden, self.received_per_layer_inputs(payload), dict(payload.aux)
+
+    def keep(self, step: Step, payload: Payload) -> None:
+        """Put what crossed where the layers that share it look, and into this stage's own cache."""
+        received = self.received_keys_values(payload)
         for layer in self.kept_layers:
             if layer.index < self.span.start:
-                step.put(layer, *payload.keys_values[layer.index])
-        return payload.hidden, self.received_per_layer_inputs(payload), dict(payload.aux)
+                step.put(layer, *received[layer.index])
+
+    def received_keys_values(self, payload: Payload) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Of the new tokens, by the layers that have them."""
+        return payload.keys_values
 
     def received_per_layer_inputs(self, payload: Payload) -> Tensor | None:
         """Those of this stage's layers and of later ones, [B, T, layers, width]."""
