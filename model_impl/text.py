@@ -22,7 +22,7 @@ from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode, Blocks, visible, without_long
-from model_impl.runtime.step import Step
+from model_impl.runtime.step import Cache, Step
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -190,7 +190,7 @@ class TextPart(nn.Module):
         return next(self.parameters()).device
 
     def begin(
-        self, ids: Tensor, lengths: Sequence[int] | None, cache: KVCache | None, blocks: Tensor | None
+        self, ids: Tensor, lengths: Sequence[int] | None, cache: Cache | None, blocks: Tensor | None
     ) -> Step:
         """What all layers of a pass share; arguments as in `TextModel.states`.
 
@@ -238,7 +238,7 @@ class TextPart(nn.Module):
         self,
         width: int,
         counts: list[int],
-        cache: KVCache | None,
+        cache: Cache | None,
         device: torch.device,
         blocks: Tensor | None,
     ) -> Step:
@@ -305,7 +305,7 @@ class TextModel(TextPart):
         self,
         input_ids: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
         soft: SoftTokens | None = None,
     ) -> Tensor:
@@ -317,7 +317,7 @@ class TextModel(TextPart):
         input_ids: Tensor,
         *,
         aux_layers: Sequence[int] = (),
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
         soft: SoftTokens | None = None,
     ) -> States:
