@@ -49,21 +49,28 @@ class _Handed(Honest):
         return found
 
 
-class Residual(_Handed):
+class _HandedAlways(_Handed):
+    """In real payloads and in the one before any request alike."""
+
+    def empty(self, found: dict[str, Crossed]) -> dict[str, Crossed]:
+        return self.handed(found)
+
+
+class Residual(_HandedAlways):
     rules = frozenset({"residual"})
 
     def handed(self, found: dict[str, Crossed]) -> dict[str, Crossed]:
         return {**found, "residual": found["hidden_states"]}
 
 
-class Unasked(_Handed):
+class Unasked(_HandedAlways):
     rules = frozenset({"unexpected"})
 
     def handed(self, found: dict[str, Crossed]) -> dict[str, Crossed]:
         return {**found, "input_ids": found["hidden_states"]}
 
 
-class NothingButHidden(_Handed):
+class NothingButHidden(_HandedAlways):
     rules = frozenset({"missing"})
 
     def handed(self, found: dict[str, Crossed]) -> dict[str, Crossed]:
