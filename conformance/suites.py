@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
 from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
@@ -508,6 +509,7 @@ AnySuite = (
     | TemplateSuite
     | ParitySuite
     | MaskSuite
+    | ContractSuite
     | ProcessorSuite
     | ServerSuite
     | GenerationSuite
@@ -519,6 +521,7 @@ Case = (
     | TemplateCase
     | ParityCase
     | MaskCase
+    | ContractCase
     | ProcessorCase
     | ServerCase
     | GenerationCase

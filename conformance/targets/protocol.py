@@ -10,11 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from conformance.worker.modules import MASK
+
+if TYPE_CHECKING:
+    from conformance.targets.stages import StagesRequest, StagesResult
 
 Capability = Literal[
     "parse",
@@ -25,12 +28,14 @@ Capability = Literal[
     "forward",
     "generate",
     "loglikelihood",
+    "stages",
     "serve",
 ]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
 read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
-`loglikelihood`: how likely given ids are to follow others. `serve`: chat completions over HTTP."""
+`loglikelihood`: how likely given ids are to follow others. `stages`: what crosses between the stages of a
+pipeline. `serve`: chat completions over HTTP."""
 
 Feature = Literal[
     "tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds", "media", "long-blocks"
@@ -544,6 +549,10 @@ class Target(Protocol):
 
     def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
         """Likelihoods of given continuations; what it refuses raises `EngineError`."""
+        ...
+
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Run the model in stages, and tell what crosses between them."""
         ...
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from conformance.targets.protocol import (
     ToolCall,
     ToolCallDelta,
 )
+from conformance.targets.stages import StagesRequest, StagesResult
 from conformance.tokenization import characters, encode
 from conformance.worker.search import certify
 from model_impl.chat import parser as gemma
@@ -131,6 +132,12 @@ class ReferenceTarget:
         from conformance.targets import reference_generate
 
         return reference_generate.loglikelihood(request)
+
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Run the stages one after the other."""
+        from conformance.targets import reference_model
+
+        return reference_model.stages(request)
 
     def close(self) -> None:
         """Nothing to release."""
