@@ -19,9 +19,10 @@ from conformance.targets.protocol import (
     ForwardRequest,
     ForwardResult,
 )
-from model_impl import lora, random_weights
+from model_impl import lora, random_weights, speaking_weights
 from model_impl.config import TextConfig
 from model_impl.errors import ModelError
+from model_impl.speculative import guessing
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path, *, seed: int) -> None:
@@ -75,6 +76,42 @@ def write_draft(checkpoint: Path, folder: Path, *, seed: int, layers: Sequence[i
     with engine():
         config = TextConfig.from_file(checkpoint / "config.json")
         random_weights.write_eagle3(config, folder, seed=seed, layers=layers)
+
+
+def write_speaking(config: dict[str, Any], folder: Path, *, seed: int) -> None:
+    """Write a random checkpoint that says something; see `model_impl.speaking_weights.write_speaking`.
+
+    Raises:
+        EngineError: the configuration is none of a Gemma 4 text model.
+    """
+    with engine():
+        speaking_weights.write_speaking(config, folder, seed=seed)
+
+
+def write_perturbed(checkpoint: Path, folder: Path, *, part: float) -> None:
+    """Write a copy of which the layer in the middle is wrong; see `speaking_weights.write_perturbed`.
+
+    Raises:
+        EngineError: the checkpoint cannot be perturbed.
+    """
+    with engine():
+        layers = len(TextConfig.from_file(checkpoint / "config.json").layers)
+        speaking_weights.write_perturbed(checkpoint, folder, layer=layers // 2, part=part, seed=0)
+
+
+def write_speaking_draft(
+    checkpoint: Path, folder: Path, kind: str, *, guesses: bool, seed: int, layers: Sequence[int]
+) -> None:
+    """Write a draft for a checkpoint; see `model_impl.speculative.guessing`.
+
+    Raises:
+        EngineError: it does not fit the checkpoint.
+    """
+    with engine():
+        if kind == "eagle3":
+            guessing.write_eagle3(checkpoint, folder, guesses=guesses, seed=seed, layers=layers)
+        else:
+            guessing.write_assistant(checkpoint, folder, guesses=guesses, seed=seed)
 
 
 @contextlib.contextmanager
