@@ -10,6 +10,7 @@ import conformance
 from conformance.chunking import chunk_texts
 from conformance.errors import EngineError
 from conformance.targets.protocol import (
+    AttentionBackend,
     Capability,
     Certificate,
     CertifyRequest,
@@ -56,7 +57,11 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
-            features=("images", "sounds", "media", "long-blocks"),
+            features=(
+                *("prefill-chunk", "threads", "sampling", "repeat", "states", "images", "sounds"),
+                *("media", "long-blocks"),
+            ),
+            choices={"attention": get_args(AttentionBackend)},
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )

@@ -5,21 +5,25 @@ Kept from `reference`, because importing it loads torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from conformance.errors import EngineError
 from conformance.targets.protocol import (
     EngineOptions,
+    Feature,
     GenerateRequest,
     GenerateResult,
     Generation,
     Loglikelihood,
     LoglikelihoodRequest,
     LoglikelihoodResult,
+    Sampling,
 )
 from conformance.targets.reference_forward import DTYPES, dtype_of
 from conformance.targets.reference_model import engine
@@ -30,11 +34,24 @@ from model_impl.multimodal import Gemma4ForConditionalGeneration, Media, load_mu
 from model_impl.preprocess.audio import AudioBatch, load_audio, prepare_audio, prepare_waves
 from model_impl.preprocess.images import ImageBatch, load_image, prepare_images
 from model_impl.runtime import generate as runtime
+from model_impl.runtime import sampling
 from model_impl.text import SoftTokens, TextModel
 
 Ids = Sequence[int]
 Files = Sequence[str]
+FEATURES: tuple[Feature, ...] = (
+    "prefill-chunk",
+    "threads",
+    "sampling",
+    "repeat",
+    "states",
+    "images",
+    "sounds",
+)
+"""What this can do of what a request can ask for."""
 _PADDING = 0
+_MOST_ROWS = 1000
+"""Of one batch: enough for any prompts that are not copies of each other."""
 
 
 def generate(request: GenerateRequest) -> GenerateResult:
@@ -43,7 +60,7 @@ def generate(request: GenerateRequest) -> GenerateResult:
     Raises:
         EngineError: the model refuses the request or one of its options, or a computation in it fails.
     """
-    with engine():
+    with engine(request.options.threads):
         return _generate(request)
 
 
@@ -98,21 +115,12 @@ def logprobs(
 
 def _generate(request: GenerateRequest) -> GenerateResult:
     options = request.options
-    _check_features([*options.features, *(["lora"] if request.adapter is not None else [])])
+    _check_features(request.features)
     media = any(request.images) or any(request.sounds)
     reader = _Reader(Path(request.checkpoint), options.dtype, options.attention, media=media)
-    with torch.inference_mode():
-        rows, soft = reader.read(request.prompts, request.images, request.sounds)
-    _check_length(max(map(len, rows)) + request.max_new_tokens, options)
-    made = runtime.generate(
-        reader.text,
-        rows,
-        max_new_tokens=request.max_new_tokens,
-        stop_ids=request.stop_ids,
-        logprobs=True,
-        top_logprobs=request.top_logprobs,
-        soft=soft,
-    )
+    if request.states:
+        _write_states(request, reader)
+    made = [row for _ in range(request.repeat) for row in _answers(request, reader)]
     return GenerateResult(
         generations=tuple(
             Generation(
@@ -123,13 +131,89 @@ def _generate(request: GenerateRequest) -> GenerateResult:
             )
             for row in made
         ),
-        effective=reader.effective(),
+        effective=_effective(reader, options),
     )
 
 
+def _answers(request: GenerateRequest, reader: _Reader) -> Iterator[runtime.Generated]:
+    """All samples of the first prompt, then those of the next, some thousand rows at a time."""
+    prompts = [number for number in range(len(request.prompts)) for _ in range(request.samples)]
+    seeds = runtime.row_seeds(request.sampling.seed if request.sampling is not None else 0, len(prompts))
+    for start in range(0, len(prompts), _MOST_ROWS):
+        batch = prompts[start : start + _MOST_ROWS]
+        with torch.inference_mode():
+            rows, soft = reader.read(
+                [request.prompts[number] for number in batch],
+                [request.images[number] for number in batch] if request.images else (),
+                [request.sounds[number] for number in batch] if request.sounds else (),
+            )
+        _check_length(max(map(len, rows)) + request.max_new_tokens, request.options)
+        yield from runtime.generate(
+            reader.text,
+            rows,
+            max_new_tokens=request.max_new_tokens,
+            stop_ids=request.stop_ids,
+            sampling=_sampling(request.sampling),
+            seed=seeds[start : start + _MOST_ROWS],
+            logprobs=True,
+            top_logprobs=request.top_logprobs,
+            prefill_chunk=request.options.prefill_chunk,
+            soft=soft,
+        )
+
+
+def _sampling(asked: Sampling | None) -> sampling.Sampling:
+    if asked is None:
+        return sampling.Sampling.greedy()
+    return sampling.Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
+
+
+def _effective(reader: _Reader, options: EngineOptions) -> dict[str, str]:
+    """What runs, with those options that are what was asked for because nothing else reads them."""
+    return {
+        **reader.effective(),
+        "threads": str(torch.get_num_threads()),
+        **({"prefill_chunk": str(options.prefill_chunk)} if options.prefill_chunk is not None else {}),
+    }
+
+
+def _write_states(request: GenerateRequest, reader: _Reader) -> None:
+    """What each layer gives for the last token of each prompt, asked for alone."""
+    rows = []
+    for number in range(len(request.prompts)):
+        seen: dict[int, Tensor] = {}
+        hooks = [layer.register_forward_hook(_keep(seen, k)) for k, layer in enumerate(reader.text.layers)]
+        try:
+            one = request.model_copy(
+                update={
+                    "prompts": request.prompts[number : number + 1],
+                    "images": request.images[number : number + 1],
+                    "sounds": request.sounds[number : number + 1],
+                    "max_new_tokens": 1,
+                    "samples": 1,
+                }
+            )
+            list(_answers(one, reader))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows.append(torch.stack([seen[k] for k in range(len(reader.text.layers))]))
+    save_file({"states": torch.stack(rows)}, request.states)
+
+
+def _keep(seen: dict[int, Tensor], layer: int) -> Callable[..., None]:
+    """A hook that keeps what a layer gives for the last token of the only row."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen[layer] = output[0, -1].float()
+
+    return hook
+
+
 def _check_features(asked: Sequence[str]) -> None:
-    if asked:
-        raise EngineError(f"the bundled implementation cannot generate with {', '.join(asked)}")
+    lacking = [feature for feature in asked if feature not in FEATURES]
+    if lacking:
+        raise EngineError(f"the bundled implementation cannot generate with {', '.join(lacking)}")
 
 
 def _check_length(longest: int, options: EngineOptions) -> None:

@@ -115,13 +115,16 @@ def write_speaking_draft(
 
 
 @contextlib.contextmanager
-def engine() -> Iterator[None]:
+def engine(own_threads: int | None = None) -> Iterator[None]:
     """What runs here is an engine: its exceptions are its answers, and it has one thread.
 
     As in a worker: small models wait for threads more than they gain, and sums keep their order.
+
+    Args:
+        own_threads: How many it has if more are asked for.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(own_threads or 1)
     try:
         yield
     except (ModelError, RuntimeError, ValueError) as error:
