@@ -20,9 +20,8 @@ from model_impl.layers.backends import Mask
 from model_impl.layers.mlp import MLP, gelu_tanh
 from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
-from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode, Blocks, visible, without_long
-from model_impl.runtime.step import Step
+from model_impl.runtime.step import Cache, Step
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -177,7 +176,7 @@ class TextModel(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
         soft: SoftTokens | None = None,
     ) -> Tensor:
@@ -189,7 +188,7 @@ class TextModel(nn.Module):
         input_ids: Tensor,
         *,
         aux_layers: Sequence[int] = (),
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
         soft: SoftTokens | None = None,
     ) -> States:
@@ -257,7 +256,7 @@ class TextModel(nn.Module):
         self,
         width: int,
         counts: list[int],
-        cache: KVCache | None,
+        cache: Cache | None,
         device: torch.device,
         blocks: Tensor | None,
     ) -> Step:

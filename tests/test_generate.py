@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model_impl.runtime.generate import Generated, GenerationConfig, generate, row_seeds, stream
-from model_impl.runtime.sampling import GenerationError, Sampling, _draw
+from model_impl.runtime.sampling import GenerationError, Sampling, draw
 from model_impl.text import TextModel
 from tests.model_configs import DENSE, E2B, TINY, WINDOW, build, random_ids, tensors
 
@@ -329,7 +329,7 @@ def test_evenly_spread_numbers_choose_by_the_distribution(sampling: Sampling) ->
 def test_the_ends_of_the_unit_interval_choose_possible_tokens(total: float) -> None:
     row = torch.tensor([[0, 0, 0.25, 0, 0.75, 0, 0]], dtype=torch.float64) * total
     uniforms = torch.tensor([0.0, 5e-324, 0.2, 0.3, 1 - 2**-53], dtype=torch.float64)
-    assert _draw(row.expand(5, -1), uniforms).tolist() == [2, 2, 2, 4, 4]
+    assert draw(row.expand(5, -1), uniforms).tolist() == [2, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize(

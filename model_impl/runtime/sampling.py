@@ -105,7 +105,7 @@ class Sampling:
         if self.temperature == 0:
             return self._allowed(logits).argmax(dim=-1)
         probabilities, ids = self._candidates(logits)
-        drawn = _draw(probabilities, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+        drawn = draw(probabilities, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
         return ids.gather(1, drawn[:, None])[:, 0]
 
     def _allowed(self, logits: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _top_p(scores: Tensor, p: float) -> Tensor:
     return scores.masked_fill(outside.scatter(1, order, outside), float("-inf"))
 
 
-def _draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Index of the first entry where the running sum of a row exceeds its uniform part of the total.
 
     Args:

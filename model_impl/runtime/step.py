@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from model_impl.config import AttentionKind, LayerConfig
+from model_impl.config import AttentionKind, LayerConfig, TextConfig
 from model_impl.layers.backends import Mask
+from model_impl.runtime.masks import BlockMode
 
 RopeAngles = tuple[Tensor, Tensor]
 
@@ -18,6 +20,41 @@ class KeyValueStore(Protocol):
 
     def extend(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of the new tokens [B, g, T, d]; return all that this pass attends to [B, g, S, d]."""
+        ...
+
+
+class Cache(KeyValueStore, Protocol):
+    """What a model asks of a key-value cache in each pass: `check`, `begin`, `extend` by layer, `commit`."""
+
+    def check(self, config: TextConfig, dtype: torch.dtype) -> None:
+        """Refuse a model that the cache was not made for.
+
+        Raises:
+            CacheError: another configuration, or another dtype.
+        """
+        ...
+
+    def begin(
+        self, width: int, counts: Sequence[int], blocks: Tensor | None = None, mode: BlockMode = "clamp_past"
+    ) -> tuple[Tensor, dict[AttentionKind, Mask]]:
+        """Prepare a pass with `counts[row]` new tokens in each row, right-padded to `width`.
+
+        Args:
+            width: Columns.
+            counts: New tokens of each row.
+            blocks: int [B, width]: which new tokens see each other both ways in sliding layers.
+            mode: What becomes of blocks that are longer than the window.
+
+        Returns:
+            Positions of the new tokens, int [B, width], and what they see, for each kind of layer.
+
+        Raises:
+            CacheError: the number of rows or a count does not fit.
+        """
+        ...
+
+    def commit(self) -> None:
+        """End the pass: all layers have handed over theirs."""
         ...
 
 

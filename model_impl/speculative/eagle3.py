@@ -22,7 +22,7 @@ from model_impl.layers.backend_table import Device
 from model_impl.layers.backends import Mask
 from model_impl.layers.norm import RMSNorm
 from model_impl.runtime.cache import KVCache
-from model_impl.runtime.step import Step
+from model_impl.runtime.step import Cache, Step
 from model_impl.speculative.eagle3_config import KIND, Eagle3Config
 
 _OLD_LAYER, _LAYER = "midlayer.", "layers.0."
@@ -153,7 +153,7 @@ class Eagle3(nn.Module):
         input_ids: Tensor,
         features: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One pass over new positions, the first after those that the cache holds.
