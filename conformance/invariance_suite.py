@@ -120,7 +120,7 @@ class InvarianceCase(CaseBase):
 
     model: DrawnModel | Literal["scripted"]
     """Drawn at random, or the bundled scripted checkpoint."""
-    weights: int = 0
+    weights: int = 1
     """Seed of a drawn model's weights."""
     prompts: DrawnPrompts | ScriptedPrompts = DrawnPrompts()
     base: Way = Way()

@@ -51,6 +51,9 @@ class Noise:
         )
 
 
+_WITH_THREADS = 2
+"""Tokens, of the longest prompt alone."""
+
 _WORDS: dict[Benign, str] = {
     "threads": "two threads against one",
     "alone": "each prompt alone against all together",
@@ -81,10 +84,20 @@ def measure(
         variants["threads"] = way.model_copy(update={"threads": 2})
     measured = {}
     for name, variant in variants.items():
+        asked, own, most = prompts, base, limit
+        if name == "threads":
+            # Small models wait for threads a hundred times longer than they compute.
+            asked, most = prompts.pick([longest(prompts)]), min(limit, _WITH_THREADS)
+            own = asker.greedy(way, asked, most)
         # Whatever differs counts as a near tie, and is followed teacher-forced on the baseline's tokens.
-        (found, *_), _ = follow(asker, variant, prompts, limit, base, float("inf"))
+        (found, *_), _ = follow(asker, variant, asked, most, own, float("inf"))
         measured[name] = found.farthest.value
     return Noise(way.dtype, measured)
+
+
+def longest(prompts: Prompts) -> int:
+    """Number of the longest prompt."""
+    return max(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
 
 
 def follow(

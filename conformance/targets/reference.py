@@ -36,6 +36,7 @@ from conformance.targets.protocol import (
     ToolCall,
     ToolCallDelta,
 )
+from conformance.targets.reference_abilities import CACHES, FEATURES
 from conformance.tokenization import characters, encode
 from conformance.worker.search import certify
 from model_impl.chat import parser as gemma
@@ -57,11 +58,8 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
-            features=(
-                *("prefill-chunk", "threads", "sampling", "repeat", "states", "images", "sounds"),
-                *("media", "long-blocks"),
-            ),
-            choices={"attention": get_args(AttentionBackend)},
+            features=(*FEATURES, "media", "long-blocks"),
+            choices={"attention": get_args(AttentionBackend), "cache": CACHES},
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )
