@@ -34,6 +34,8 @@ PAGED: frozenset[Feature] = frozenset(("eagle3", "assistant", "prefix-cache", "b
 """What takes a paged cache."""
 _BLOCK_SIZE = 16
 _MAX_SEQUENCES = 64
+_MOST_WAITING = 1000
+"""Requests given to the engine at a time: it looks through those that wait in every step."""
 
 
 class Running(Protocol):
@@ -129,7 +131,8 @@ class PagedEngine:
                 drafted=made.acceptance.drafted,
                 cached_tokens=made.cached_tokens,
             )
-            for made in self._engine.run(asked)
+            for start in range(0, count, _MOST_WAITING)
+            for made in self._engine.run(asked[start : start + _MOST_WAITING])
         ]
 
     def effective(self) -> dict[str, str]:
