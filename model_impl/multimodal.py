@@ -19,9 +19,9 @@ from model_impl.media_config import FrameConfig, MultimodalConfig, PatchConfig
 from model_impl.preprocess.audio import AudioBatch
 from model_impl.preprocess.images import ImageBatch
 from model_impl.preprocess.video import VideoBatch
-from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import NO_BLOCK, BlockMode
-from model_impl.text import SoftTokens, TextModel
+from model_impl.runtime.step import Cache
+from model_impl.text import SoftTokens, States, TextModel
 from model_impl.unified import TileEmbedder
 from model_impl.unified_audio import StretchEmbedder
 from model_impl.vision import VisionTower
@@ -87,7 +87,7 @@ class Gemma4ForConditionalGeneration(nn.Module):
         input_ids: Tensor,
         media: Media | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -108,6 +108,39 @@ class Gemma4ForConditionalGeneration(nn.Module):
         soft = self.soft_tokens(input_ids, media or Media())
         hidden: Tensor = self.language_model(input_ids, cache=cache, lengths=lengths, soft=soft)
         return hidden
+
+    def states(
+        self,
+        input_ids: Tensor,
+        media: Media | None = None,
+        *,
+        aux_layers: Sequence[int] = (),
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> States:
+        """As `forward`, with the states that a draft model reads; see `TextModel.states`.
+
+        Raises:
+            MediaError, CacheError: as `forward`.
+            ModelError: as `TextModel.states`.
+        """
+        soft = self.soft_tokens(input_ids, media or Media())
+        return self.language_model.states(
+            input_ids, aux_layers=aux_layers, cache=cache, lengths=lengths, soft=soft
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to scaled embeddings [..., H], as a draft model reads them."""
+        embedded: Tensor = self.language_model.embed_tokens(ids)
+        return embedded
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of an image's soft tokens, from the whole model's configuration.
+
+        What a draft head is given in their place: its own embedding of this token.
+        """
+        return self.config.tokens.image
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., vocabulary]."""

@@ -291,7 +291,7 @@ class Engine:
                     # A round gives one token more than stay of those drafted.
                     wanted=min(self._drafts, sequence.left - 1) if going else 0,
                     sampling=sequence.request.sampling,
-                    random=sequence.draft_random,
+                    source=sequence.draft_source,
                 )
             )
         drafts = self._proposer.propose(one.states, grown)
@@ -361,7 +361,7 @@ def _chosen(one: _Pass, logits: Tensor) -> dict[int, tuple[int, ...]]:
             sequence = scheduled.sequence
             if sampling.temperature > 0 and scheduled.drafted:
                 p = target_distribution(sampling, logits[one.giving[sequence.number]])
-                found[sequence.number] = verify_sampled(p, sequence.draft, sequence.random)
+                found[sequence.number] = verify_sampled(p, sequence.draft, sequence.source)
             else:
                 whole.append(scheduled)
         spans = [range(len(logits))[one.giving[scheduled.sequence.number]] for scheduled in whole]
@@ -369,7 +369,7 @@ def _chosen(one: _Pass, logits: Tensor) -> dict[int, tuple[int, ...]]:
         if not places:
             continue
         part = logits if len(places) == len(logits) else logits[places]
-        uniforms = [] if sampling.temperature == 0 else [row.sequence.random.random() for row in whole]
+        uniforms = [] if sampling.temperature == 0 else [row.sequence.source.random() for row in whole]
         tokens = iter(sampling.choose(part, uniforms).tolist())
         for scheduled, span in zip(whole, spans, strict=True):
             own = [next(tokens) for _ in span]

@@ -24,10 +24,10 @@ class SequenceState:
     number: int
     request: Request
     content: Content
-    random: random.Random
-    """For the tokens that stay."""
-    draft_random: random.Random
-    """For drafted tokens."""
+    source: random.Random
+    """Of randomness for the tokens that stay."""
+    draft_source: random.Random
+    """Of randomness for drafted tokens."""
     held: Held | None = None
     """None while it waits."""
     computed: int = 0
@@ -205,4 +205,5 @@ class Scheduler:
     def _give_back(self, sequence: SequenceState) -> None:
         if sequence.held is not None:
             self.blocks.close(sequence.held)
-        sequence.held, sequence.computed, sequence.draft = None, 0, Draft()
+        # Drafted tokens still follow the newest one; drawn again, they would be others.
+        sequence.held, sequence.computed = None, 0

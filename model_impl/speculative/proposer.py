@@ -41,8 +41,8 @@ class Grown:
     wanted: int
     """Most tokens to draft; 0 while the prompt is not done, or at the end."""
     sampling: Sampling
-    random: random.Random
-    """For this request's drafted tokens alone."""
+    source: random.Random
+    """Of randomness for this request's drafted tokens alone."""
 
     @property
     def computed(self) -> int:
@@ -119,7 +119,7 @@ def drawn_tokens(
                 tokens[index] = token
             continue
         q = draft_distribution(sampling, part)
-        uniforms = [rows[index].random.random() for index in own]
+        uniforms = [rows[index].source.random() for index in own]
         chosen = draw(q, torch.tensor(uniforms, dtype=torch.float64, device=q.device)).tolist()
         for index, token, distribution in zip(own, chosen, q, strict=True):
             tokens[index], found[index] = token, distribution
