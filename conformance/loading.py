@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from conformance import resources, yamlfile
+from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
 from conformance.gates.suite import AccuracyCase, AccuracySuite
@@ -57,6 +58,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "template": TemplateSuite,
     "parity": ParitySuite,
     "mask": MaskSuite,
+    "contract": ContractSuite,
     "processor": ProcessorSuite,
     "server": ServerSuite,
     "generation": GenerationSuite,
@@ -212,7 +214,8 @@ def suite_files(root: Path) -> list[Path]:
 def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
     if isinstance(
-        case, ParityCase | MaskCase | ProcessorCase | GenerationCase | InvarianceCase | AccuracyCase
+        case,
+        ParityCase | MaskCase | ContractCase | ProcessorCase | GenerationCase | InvarianceCase | AccuracyCase,
     ):
         return ()
     if isinstance(case.tools, str):
@@ -264,6 +267,8 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
     if isinstance(suite, ParitySuite | ProcessorSuite):
         content["oracle"] = suite.oracle
     if isinstance(case, ParityCase | MaskCase) and isinstance(suite, ParitySuite | MaskSuite):
+        content["config"] = suite.configs[case.config]
+    if isinstance(case, ContractCase) and isinstance(suite, ContractSuite):
         content["config"] = suite.configs[case.config]
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
@@ -323,6 +328,9 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         if isinstance(case, ParityCase | MaskCase):
             assert isinstance(suite, ParitySuite | MaskSuite)
             _check_rows(document, loc, case, suite)
+        elif isinstance(case, ContractCase):
+            assert isinstance(suite, ContractSuite)
+            _check_split(document, loc, case, suite)
         elif isinstance(case, ProcessorCase):
             _check_placeholders(document, loc, case)
         elif isinstance(case, GenerationCase):
@@ -335,6 +343,25 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         else:
             assert isinstance(suite, ToolsSuiteBase)
             _check_chat(document, loc, case, suite)
+
+
+def _check_split(
+    document: yamlfile.Document, loc: tuple[str | int, ...], case: ContractCase, suite: ContractSuite
+) -> None:
+    config = suite.configs.get(case.config)
+    if config is None:
+        known = ", ".join(sorted(suite.configs))
+        raise document.error(
+            (*loc, "config"), f"no configuration {case.config!r} in this suite; there are: {known}"
+        )
+    for key, form in (("vocab_size", int), ("hidden_size", int), ("layer_types", list)):
+        if not isinstance(config.get(key), form):
+            raise document.error(("configs", case.config), f"the configuration needs `{key}`")
+    layers = len(config["layer_types"])
+    if config.get("num_hidden_layers") != layers or sum(case.pipeline) != layers or min(case.pipeline) < 1:
+        raise document.error(
+            (*loc, "pipeline"), f"{list(case.pipeline)} does not divide the configuration's {layers} layers"
+        )
 
 
 def _check_chat(

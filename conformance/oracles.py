@@ -103,7 +103,7 @@ class Oracles:
             options: `dtype` and `attention`.
         """
         return ForwardRequest(
-            checkpoint=str(self._checkpoint(wanted)),
+            checkpoint=str(self.checkpoint(wanted.config, wanted.seed)),
             input_ids=wanted.rows,
             prefill=wanted.prefill,
             media=wanted.media,
@@ -320,10 +320,14 @@ class Oracles:
         self._files.clear()
         self._unavailable.clear()
 
-    def _checkpoint(self, wanted: Wanted) -> Path:
+    def checkpoint(self, config: dict[str, Any], seed: int) -> Path:
+        """The folder of a checkpoint with random weights.
+
+        Raises:
+            EngineError: the configuration is none of a Gemma 4 text model.
+        """
         return self._folder_of(
-            lambda folder: self._write(wanted.config, folder, wanted.seed),
-            *("checkpoint", wanted.config, wanted.seed),
+            lambda folder: self._write(config, folder, seed), *("checkpoint", config, seed)
         )
 
     def _folder_of(self, make: Callable[[Path], None], *key: Any) -> Path:

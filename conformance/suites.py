@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
@@ -494,6 +495,7 @@ AnySuite = (
     | TemplateSuite
     | ParitySuite
     | MaskSuite
+    | ContractSuite
     | ProcessorSuite
     | ServerSuite
     | GenerationSuite
@@ -506,6 +508,7 @@ Case = (
     | TemplateCase
     | ParityCase
     | MaskCase
+    | ContractCase
     | ProcessorCase
     | ServerCase
     | GenerationCase

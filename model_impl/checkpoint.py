@@ -180,6 +180,29 @@ def _text_name(folder: Path) -> Callable[[str], str | None]:
     return lambda stored: None if stored.startswith(_OTHER_PARTS) else stored.removeprefix(prefix)
 
 
+def stored_names(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """Where the text decoder's tensors are: file, name there and shape, by their names in the model.
+
+    Raises:
+        CheckpointError: no weights, a broken file, or a tensor that is there twice.
+    """
+    name_of = _text_name(folder)
+    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    for file in weight_files(folder):
+        for stored, shape in _shapes(file).items():
+            if (name := name_of(stored)) is None:
+                continue
+            if name in found:
+                raise CheckpointError(f"{file}: {stored} is there twice; keep one of the two")
+            found[name] = (file, stored, shape)
+    return found
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in _names(file)}
+
+
 def _names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as opened:

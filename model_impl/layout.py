@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model_impl.text import TextModel
+from model_impl.text import TextPart
 
 
 def lay_out(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def lay_out(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = along_longer_side(module.weight.data)
-        elif isinstance(module, TextModel) and module.config.tie_word_embeddings:
+        elif isinstance(module, TextPart) and module.config.tie_word_embeddings and module.ends:
             module.embed_tokens.weight.data = along_longer_side(module.embed_tokens.weight.data)
 
 

@@ -20,6 +20,7 @@ from model_impl.layers.backends import Mask
 from model_impl.layers.mlp import MLP, gelu_tanh
 from model_impl.layers.moe import Experts, Router
 from model_impl.layers.norm import RMSNorm
+from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode, Blocks, visible, without_long
 from model_impl.runtime.step import Cache, Step
 
@@ -30,6 +31,11 @@ class ScaledEmbedding(nn.Embedding):
     def __init__(self, rows: int, width: int, scaled_width: int) -> None:
         super().__init__(rows, width)
         self.scale = scaled_width**0.5
+
+    def reset_parameters(self) -> None:
+        """As any embedding; where there is nothing to draw, torch would import half of itself to find out."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] to [..., width]."""
@@ -127,8 +133,8 @@ class States:
     for, one and none included."""
 
 
-class TextModel(nn.Module):
-    """Token ids to hidden states and logits.
+class TextPart(nn.Module):
+    """What the whole text decoder and one stage of it share: how a pass begins, and how it ends.
 
     Args:
         config: The text decoder's.
@@ -143,6 +149,16 @@ class TextModel(nn.Module):
     PAIR_SCALE = 2.0**-0.5
     """Keeps the sum of the token's and the context's part of a per-layer input at unit variance."""
 
+    ends = True
+    """Whether it holds the last layers, the final norm and the head."""
+
+    embed_tokens: ScaledEmbedding
+    norm: RMSNorm
+    lm_head: nn.Linear
+    embed_tokens_per_layer: ScaledEmbedding
+    per_layer_model_projection: nn.Linear
+    per_layer_projection_norm: RMSNorm
+
     def __init__(
         self,
         config: TextConfig,
@@ -154,9 +170,124 @@ class TextModel(nn.Module):
         self.config = config
         self.long_blocks = long_blocks
         request = BackendRequest(backend=attention, device=device, images=config.bidirectional_images)
-        backend = resolve_backend(config, request).backend
+        self.backend = resolve_backend(config, request).backend
+        """The one that the rule chose; what the layers run is `attention_backend`."""
+        self._frequencies: dict[tuple[AttentionKind, torch.device], Tensor] = {}
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend that the layers run, read back from them."""
+        return ", ".join(sorted({m.backend for m in self.modules() if isinstance(m, Attention)}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and of the computation."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.parameters()).device
+
+    def begin(
+        self, ids: Tensor, lengths: Sequence[int] | None, cache: Cache | None, blocks: Tensor | None
+    ) -> Step:
+        """What all layers of a pass share; arguments as in `TextModel.states`.
+
+        Raises:
+            CacheError: as `TextModel.states`.
+        """
+        batch, width = ids.shape
+        counts = [width] * batch if lengths is None else list(lengths)
+        if len(counts) != batch or not all(0 <= count <= width for count in counts):
+            raise CacheError(f"lengths {counts} do not fit input_ids of {batch} rows and {width} columns")
+        return self._step(width, counts, cache, ids.device, blocks)
+
+    def embed(self, ids: Tensor, soft: SoftTokens | None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before the first layer, [B, T, H], and what `per_layer_inputs` gives."""
+        if soft is not None:
+            ids = torch.where(soft.where, self.config.pad_token_id, ids)
+        x = self.embed_tokens(ids)
+        if soft is not None:
+            x = x.masked_scatter(soft.where[..., None], soft.features.to(x.dtype))
+        return x, self.per_layer_inputs(ids, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] to [..., vocabulary], soft-capped: `cap · tanh(logits / cap)`."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits = F.linear(hidden, head.weight)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def per_layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
+        """What each layer gets beside the residual stream: [B, T, layers, width], or None.
+
+        A part that depends on the token alone, from a table packed layer by layer (its padding row where a
+        soft token stands), and a part that is projected from the embedded input.
+        """
+        if (ple := self.config.per_layer_inputs) is None:
+            return None
+        shape = (len(self.config.layers), ple.width)
+        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
+        context = self.per_layer_projection_norm(context.view(*ids.shape, *shape))
+        identity = self.embed_tokens_per_layer(ids).view(*ids.shape, *shape)
+        inputs: Tensor = (context + identity) * self.PAIR_SCALE
+        return inputs
+
+    def _step(
+        self,
+        width: int,
+        counts: list[int],
+        cache: Cache | None,
+        device: torch.device,
+        blocks: Tensor | None,
+    ) -> Step:
+        dtype = self.dtype
+        if not self.config.bidirectional_images:
+            blocks = None
+        if blocks is not None and self.long_blocks == "drop":
+            blocks = without_long(blocks, self.config.sliding_window)
+        if cache is not None:
+            cache.check(self.config, dtype)
+            positions, masks = cache.begin(width, counts, blocks, self.long_blocks)
+        else:
+            positions = torch.arange(width, device=device).expand(len(counts), width)
+            masks = {kind: self._mask(kind, positions, blocks) for kind in self.config.kinds}
+        angles = {
+            kind: rope.angles(positions, self._inverse_frequencies(kind, device), dtype)
+            for kind in self.config.kinds
+        }
+        return Step(angles, masks, cache)
+
+    def _mask(self, kind: AttentionKind, positions: Tensor, blocks: Tensor | None) -> Mask:
+        """Without a cache; padding stands behind all valid tokens, so that no valid query sees it."""
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        if window is None or (positions.shape[1] <= window and blocks is None):
+            return Mask(None, causal=True)
+        own = None if blocks is None else Blocks(blocks, blocks, self.long_blocks)
+        return Mask(visible(positions, positions, window, own))
+
+    def _inverse_frequencies(self, kind: AttentionKind, device: torch.device) -> Tensor:
+        if (kind, device) not in self._frequencies:
+            head_dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
+            made = rope.inverse_frequencies(self.config.rope[kind], head_dim)
+            self._frequencies[kind, device] = made.to(device)
+        return self._frequencies[kind, device]
+
+
+class TextModel(TextPart):
+    """Token ids to hidden states and logits; arguments and errors as `TextPart`."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        attention: str | None = None,
+        device: Device = "cpu",
+        long_blocks: BlockMode = "clamp_past",
+    ) -> None:
+        super().__init__(config, attention, device, long_blocks)
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, backend) for layer in config.layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, self.backend) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -165,12 +296,10 @@ class TextModel(nn.Module):
             self.embed_tokens_per_layer = ScaledEmbedding(ple.vocab_size, packed, ple.width)
             self.per_layer_model_projection = nn.Linear(config.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(ple.width, config.rms_norm_eps)
-        self._frequencies: dict[tuple[AttentionKind, torch.device], Tensor] = {}
 
-    @property
-    def attention_backend(self) -> str:
-        """The backend that the layers run, read back from them."""
-        return ", ".join(sorted({m.backend for m in self.modules() if isinstance(m, Attention)}))
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache of so many rows, for this model."""
+        return KVCache(self.config, rows, self.dtype, self.device)
 
     def forward(
         self,
@@ -210,17 +339,8 @@ class TextModel(nn.Module):
             ModelError: `aux_layers` is not distinct, ascending, and within the model.
         """
         check_aux_layers(aux_layers, len(self.layers))
-        batch, width = input_ids.shape
-        counts = [width] * batch if lengths is None else list(lengths)
-        if len(counts) != batch or not all(0 <= count <= width for count in counts):
-            raise CacheError(f"lengths {counts} do not fit input_ids of {batch} rows and {width} columns")
-        step = self._step(width, counts, cache, input_ids.device, None if soft is None else soft.blocks)
-        if soft is not None:
-            input_ids = torch.where(soft.where, self.config.pad_token_id, input_ids)
-        x = self.embed_tokens(input_ids)
-        if soft is not None:
-            x = x.masked_scatter(soft.where[..., None], soft.features.to(x.dtype))
-        per_layer = self.per_layer_inputs(input_ids, x)
+        step = self.begin(input_ids, lengths, cache, None if soft is None else soft.blocks)
+        x, per_layer = self.embed(input_ids, soft)
         aux = [x] if 0 in aux_layers else []
         for index, layer in enumerate(self.layers):
             x = layer(x, None if per_layer is None else per_layer[:, :, index], step)
@@ -229,65 +349,3 @@ class TextModel(nn.Module):
         if cache is not None:
             cache.commit()
         return States(self.norm(x), tuple(aux))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [..., vocabulary], soft-capped: `cap · tanh(logits / cap)`."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(hidden, head.weight)
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def per_layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
-        """What each layer gets beside the residual stream: [B, T, layers, width], or None.
-
-        A part that depends on the token alone, from a table packed layer by layer (its padding row where a
-        soft token stands), and a part that is projected from the embedded input.
-        """
-        if (ple := self.config.per_layer_inputs) is None:
-            return None
-        shape = (len(self.layers), ple.width)
-        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
-        context = self.per_layer_projection_norm(context.view(*ids.shape, *shape))
-        identity = self.embed_tokens_per_layer(ids).view(*ids.shape, *shape)
-        inputs: Tensor = (context + identity) * self.PAIR_SCALE
-        return inputs
-
-    def _step(
-        self,
-        width: int,
-        counts: list[int],
-        cache: Cache | None,
-        device: torch.device,
-        blocks: Tensor | None,
-    ) -> Step:
-        dtype = self.embed_tokens.weight.dtype
-        if not self.config.bidirectional_images:
-            blocks = None
-        if blocks is not None and self.long_blocks == "drop":
-            blocks = without_long(blocks, self.config.sliding_window)
-        if cache is not None:
-            cache.check(self.config, dtype)
-            positions, masks = cache.begin(width, counts, blocks, self.long_blocks)
-        else:
-            positions = torch.arange(width, device=device).expand(len(counts), width)
-            masks = {kind: self._mask(kind, positions, blocks) for kind in self.config.kinds}
-        angles = {
-            kind: rope.angles(positions, self._inverse_frequencies(kind, device), dtype)
-            for kind in self.config.kinds
-        }
-        return Step(angles, masks, cache)
-
-    def _mask(self, kind: AttentionKind, positions: Tensor, blocks: Tensor | None) -> Mask:
-        """Without a cache; padding stands behind all valid tokens, so that no valid query sees it."""
-        window = self.config.sliding_window if kind == "sliding_attention" else None
-        if window is None or (positions.shape[1] <= window and blocks is None):
-            return Mask(None, causal=True)
-        own = None if blocks is None else Blocks(blocks, blocks, self.long_blocks)
-        return Mask(visible(positions, positions, window, own))
-
-    def _inverse_frequencies(self, kind: AttentionKind, device: torch.device) -> Tensor:
-        if (kind, device) not in self._frequencies:
-            head_dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
-            made = rope.inverse_frequencies(self.config.rope[kind], head_dim)
-            self._frequencies[kind, device] = made.to(device)
-        return self._frequencies[kind, device]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conformance.checks import accuracy as accuracy_check
+from conformance.checks import contract as contract_check
 from conformance.checks import generation as generation_check
 from conformance.checks import invariance as invariance_check
 from conformance.checks import mask as mask_check
@@ -14,6 +15,7 @@ from conformance.checks import processor as processor_check
 from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
+from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.oracles import Oracles
@@ -56,7 +58,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
-        oracles: Needed for suites of the kinds `parity`, `mask`, `processor`, `generation` and `invariance`.
+        oracles: Needed for suites that run models, but for those of the kind `accuracy`.
         folder: Of the suite's file; needed for the kind `accuracy`.
 
     Raises:
@@ -72,6 +74,9 @@ def judge(
     if isinstance(suite, MaskSuite) and isinstance(case, MaskCase):
         assert oracles is not None
         return mask_check.judge(case, suite, target, oracles)
+    if isinstance(suite, ContractSuite) and isinstance(case, ContractCase):
+        assert oracles is not None
+        return contract_check.judge(case, suite, target, oracles)
     if isinstance(suite, ProcessorSuite) and isinstance(case, ProcessorCase):
         assert oracles is not None
         return processor_check.judge(case, suite, target, oracles)

@@ -15,12 +15,14 @@ Capability = Literal[
     "forward",
     "generate",
     "loglikelihood",
+    "stages",
     "serve",
 ]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
 read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
-`loglikelihood`: how likely given ids are to follow others. `serve`: chat completions over HTTP."""
+`loglikelihood`: how likely given ids are to follow others. `stages`: what crosses between the stages of a
+pipeline. `serve`: chat completions over HTTP."""
 
 Feature = Literal[
     "tensor-parallel",

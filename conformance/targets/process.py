@@ -51,6 +51,7 @@ from conformance.targets.protocol import (
     StreamResult,
     TargetInfo,
 )
+from conformance.targets.stages import StagesRequest, StagesResult
 
 REQUEST_TIMEOUT = 60.0
 START_TIMEOUT = 180.0
@@ -65,7 +66,7 @@ _EXITS = ("SystemExit", "KeyboardInterrupt")
 _STDERR_TAIL = 8192
 
 _T = TypeVar("_T")
-_Tensors = TypeVar("_Tensors", PreprocessResult, ForwardResult)
+_Tensors = TypeVar("_Tensors", PreprocessResult, ForwardResult, StagesResult)
 _STREAM_RESULTS: TypeAdapter[tuple[StreamResult, ...]] = TypeAdapter(tuple[StreamResult, ...])
 
 
@@ -178,6 +179,10 @@ class WorkerTarget:
 
         return self._ask("loglikelihood", request.model_dump(), validate, extra=ENGINE_TIMEOUT)
 
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Run a model in stages; the start of the engine has time of its own."""
+        return self._ask_for_tensors("stages", request, StagesResult)
+
     def close(self) -> None:
         """End the worker and all it started."""
         with self._lock:
@@ -198,7 +203,10 @@ class WorkerTarget:
         return self._worker.pid if self._worker is not None else None
 
     def _ask_for_tensors(
-        self, method: str, request: PreprocessRequest | ForwardRequest, answer_type: type[_Tensors]
+        self,
+        method: str,
+        request: PreprocessRequest | ForwardRequest | StagesRequest,
+        answer_type: type[_Tensors],
     ) -> _Tensors:
         def validate(answer: Any) -> _Tensors:
             result = answer_type.model_validate(answer)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,9 @@ from conformance.targets.generation import LoglikelihoodResult as LoglikelihoodR
 from conformance.targets.generation import Sampling as Sampling
 from conformance.targets.generation import Speculation as Speculation
 from conformance.worker.modules import MASK
+
+if TYPE_CHECKING:
+    from conformance.targets.stages import StagesRequest, StagesResult
 
 MediaKind = Literal["image", "video", "audio"]
 MediaForm = Literal["tower", "unified"]
@@ -405,6 +408,10 @@ class Target(Protocol):
 
     def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
         """Likelihoods of given continuations; what it refuses raises `EngineError`."""
+        ...
+
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Run the model in stages, and tell what crosses between them."""
         ...
 
     def close(self) -> None:

@@ -60,6 +60,7 @@ from conformance.targets.recordings import (
     places_of,
 )
 from conformance.targets.replay import Asked, ReplayTarget
+from conformance.targets.stages import StagesRequest, StagesResult
 
 _T = TypeVar("_T")
 _LINES: dict[str, type[AnswerLine]] = {
@@ -222,6 +223,10 @@ class RecordingTarget:
     def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
         """Ask; no suite judges likelihoods, so they are not recorded."""
         return self._target.loglikelihood(request)
+
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Ask; tensors are not recorded."""
+        return self._target.stages(request)
 
     def close(self) -> None:
         """Close the target; the recording goes on if it is opened again."""

@@ -37,6 +37,7 @@ from conformance.targets.protocol import (
     ToolCallDelta,
 )
 from conformance.targets.reference_abilities import CACHES, FEATURES
+from conformance.targets.stages import StagesRequest, StagesResult
 from conformance.tokenization import characters, encode
 from conformance.worker.search import certify
 from model_impl.chat import parser as gemma
@@ -134,6 +135,12 @@ class ReferenceTarget:
         from conformance.targets import reference_generate
 
         return reference_generate.loglikelihood(request)
+
+    def stages(self, request: StagesRequest) -> StagesResult:
+        """Run the stages one after the other."""
+        from conformance.targets import reference_model
+
+        return reference_model.stages(request)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from conformance.errors import EngineError
-from conformance.targets import reference_forward
+from conformance.targets import reference_forward, reference_stages
 from conformance.targets.protocol import (
     ForwardRequest,
     ForwardResult,
 )
+from conformance.targets.stages import StagesRequest, StagesResult
 from model_impl import lora, random_weights, speaking_weights
 from model_impl.config import TextConfig
 from model_impl.errors import ModelError
@@ -45,6 +46,16 @@ def forward(request: ForwardRequest) -> ForwardResult:
     """
     with engine():
         return reference_forward.forward(request)
+
+
+def stages(request: StagesRequest) -> StagesResult:
+    """Answer a `StagesRequest`; see `reference_stages.stages`.
+
+    Raises:
+        EngineError: the model refuses the request, or a computation in it fails.
+    """
+    with engine():
+        return reference_stages.stages(request)
 
 
 def write_adapter(checkpoint: Path, folder: Path, **options: Any) -> None:

@@ -17,7 +17,7 @@ from conformance.worker import guardian
 
 _METHODS = (
     "describe", "parse", "parse_stream", "certify", "render", "preprocess", "forward", "generate",
-    "loglikelihood",
+    "loglikelihood", "stages",
 )  # fmt: skip
 _TRACEBACK_LIMIT = 16_000
 

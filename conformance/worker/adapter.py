@@ -57,6 +57,10 @@ class Adapter(Protocol):
         """`LoglikelihoodRequest` to `LoglikelihoodResult`."""
         ...
 
+    def stages(self, request: Json) -> Json:
+        """`StagesRequest` to `StagesResult`; the tensors go into the file that the request names."""
+        ...
+
 
 Opener = Callable[[Json], Callable[[], Session]]
 """Does for a `ParseRequest` what all its streams share; returns what opens a session for one of them."""

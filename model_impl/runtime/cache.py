@@ -110,6 +110,27 @@ class KVCache:
         Raises:
             CacheError: the number of rows or a count does not fit.
         """
+        self.expect(width, counts)
+        first = torch.tensor(self.lengths, device=self._device)[:, None]
+        column = torch.arange(width, device=self._device)[None]
+        new = torch.tensor(list(counts), device=self._device)[:, None]
+        positions = first + column
+        valid = column < new
+        uniform = len(set(self.lengths)) == 1 and all(count == width for count in counts)
+        self._plans = {
+            kind: self._plan(
+                kind, width, positions, valid, first, new, uniform, None if kind == FULL else blocks, mode
+            )
+            for kind in self._config.kinds
+        }
+        return positions, {kind: plan.mask for kind, plan in self._plans.items()}
+
+    def expect(self, width: int, counts: Sequence[int]) -> None:
+        """Note how many new tokens each row gets in the pass that begins.
+
+        Raises:
+            CacheError: as `begin`.
+        """
         if len(counts) != self.batch_size or not all(0 <= count <= width for count in counts):
             raise CacheError(
                 f"the cache holds {self.batch_size} rows; {len(counts)} rows with {list(counts)} new tokens "
@@ -119,20 +140,7 @@ class KVCache:
             raise CacheError(
                 f"row {[*map(sum, zip(self.lengths, counts, strict=True))].index(0)} has no token"
             )
-        first = torch.tensor(self.lengths, device=self._device)[:, None]
-        column = torch.arange(width, device=self._device)[None]
-        new = torch.tensor(list(counts), device=self._device)[:, None]
-        positions = first + column
-        valid = column < new
         self._pending = list(counts)
-        uniform = len(set(self.lengths)) == 1 and all(count == width for count in counts)
-        self._plans = {
-            kind: self._plan(
-                kind, width, positions, valid, first, new, uniform, None if kind == FULL else blocks, mode
-            )
-            for kind in self._config.kinds
-        }
-        return positions, {kind: plan.mask for kind, plan in self._plans.items()}
 
     def commit(self) -> None:
         """End a pass: its tokens count as kept from now on."""

@@ -13,15 +13,16 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from model_impl.config import TextConfig
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import NO_BLOCK
 from model_impl.runtime.sampling import GenerationError, Sampling
-from model_impl.text import SoftTokens, TextModel
+from model_impl.text import SoftTokens
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,6 +39,41 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Settings that change what is generated and that no published file has, with the values that do not."""
 _DEFAULT_TOP_K = 50
 """Of transformers, where a file that samples says nothing."""
+
+
+class Generating(Protocol):
+    """What tokens are generated with: a text model, in this process or spread over several."""
+
+    config: TextConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are wanted, and hidden states come from."""
+        ...
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache of so many rows."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
+        soft: SoftTokens | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, H]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] to [..., vocabulary]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +151,7 @@ class Generated:
 
 
 def generate(
-    model: TextModel,
+    model: Generating,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -177,7 +213,7 @@ def generate(
 
 
 def stream(
-    model: TextModel,
+    model: Generating,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -252,7 +288,7 @@ class _Batch:
 
     def __init__(
         self,
-        model: TextModel,
+        model: Generating,
         prompts: list[list[int]],
         sampling: Sampling,
         seeds: Sequence[int],
@@ -267,9 +303,8 @@ class _Batch:
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
         self._soft = soft
-        weight = model.embed_tokens.weight
-        self._device = weight.device
-        self._cache = KVCache(model.config, len(prompts), weight.dtype, weight.device)
+        self._device = model.device
+        self._cache = model.new_cache(len(prompts))
 
     def prefill(self, chunk: int | None) -> Tensor:
         """Feed the prompts; hidden states of their last tokens, [B, H]."""
@@ -309,7 +344,7 @@ class _Batch:
         padding = self._model.config.pad_token_id
         ids = [[*piece, *[padding] * (width - len(piece))] for piece in pieces]
         counts = [len(piece) for piece in pieces]
-        hidden: Tensor = self._model(
+        hidden = self._model(
             torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts, soft=soft
         )
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self._device)
@@ -327,7 +362,7 @@ class _Batch:
             row = rows[finite.index(False)]
             raise GenerationError(
                 f"row {row}: the logits after {self._cache.lengths[row]} tokens are not finite; "
-                f"look for broken weights, or for overflow in {self._model.embed_tokens.weight.dtype}"
+                f"look for broken weights, or for overflow in {self._model.dtype}"
             )
         greedy = self._sampling.temperature == 0
         uniforms = [] if greedy else [self._random[row].random() for row in rows]
@@ -348,7 +383,7 @@ class _Batch:
 
 
 def _checked(
-    model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    model: Generating, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
 ) -> list[list[int]]:
     """The prompts as lists of ints, if they and the limit fit the model."""
     config = model.config

@@ -77,13 +77,13 @@ class Step:
     ) -> None:
         self.rope = rope
         self.masks = masks
-        self._store = store
+        self.store = store
         self._given = given or {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def put(self, layer: LayerConfig, k: Tensor, v: Tensor) -> None:
         """Hand over a layer's keys and values of the new tokens."""
-        self._found[layer.index] = (k, v) if self._store is None else self._store.extend(layer, k, v)
+        self._found[layer.index] = (k, v) if self.store is None else self.store.extend(layer, k, v)
 
     def keys_values(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
         """All keys and values that a layer attends to, whosever they are.

@@ -1,0 +1,1 @@
+"""One model over several processes: pipeline, tensor and expert parallel."""

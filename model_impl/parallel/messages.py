@@ -1,0 +1,116 @@
+"""What the driver and its ranks say to each other: plain data, tensors as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from model_impl.parallel.layout import Layout
+from model_impl.parallel.loading import Weights
+from model_impl.text import SoftTokens
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message of a rank: what it is."""
+
+    layout: Layout
+    rank: int
+    weights: Weights
+    folder: str
+    """Where ranks find each other, and say what they are doing."""
+    threads: int
+    deadline: float
+    """Seconds that a rank waits for another."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A rank has its weights, and has run once."""
+
+    parameters: dict[str, tuple[int, ...]]
+    """Shape of every parameter and buffer that it holds, by its published name."""
+    nbytes: int
+    """Of all of them."""
+    attention: str
+    """The backend that its layers run."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One pass."""
+
+    ids: tuple[tuple[int, ...], ...]
+    """All rows, padded to the same width."""
+    lengths: tuple[int, ...] | None
+    soft: bytes | None
+    """`packed_soft`; without features behind the first stage."""
+    aux_layers: tuple[int, ...]
+    cache: int | None
+    """Number of the cache that holds what came before, made when it is new."""
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Caches that nobody needs any more."""
+
+    caches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states whose logits are wanted; for ranks of the last stage."""
+
+    hidden: bytes
+
+
+@dataclass(frozen=True)
+class Close:
+    """The last message."""
+
+
+Request = Forward | Forget | Head | Close
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request is answered; with tensors, where they are wanted and this rank is the one to send them."""
+
+    answer: bytes | Loaded | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A rank has raised, and ends."""
+
+    error: str
+    """Type and message."""
+    lost_touch: bool
+    """It was another rank that went wrong."""
+
+
+Reply = Done | Failed
+
+
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as bytes."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def unpacked(data: bytes) -> dict[str, Tensor]:
+    """Tensors from `packed`."""
+    return load(data)
+
+
+def packed_soft(soft: SoftTokens, *, features: bool) -> bytes:
+    """Soft tokens as bytes; with no features for stages that do not look at them."""
+    own = soft.features if features else soft.features[:0]
+    return packed({"where": soft.where, "features": own, "blocks": soft.blocks})
+
+
+def unpacked_soft(data: bytes) -> SoftTokens:
+    """Soft tokens from `packed_soft`."""
+    return SoftTokens(**unpacked(data))

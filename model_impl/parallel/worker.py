@@ -1,0 +1,117 @@
+"""One rank: what runs in a process of its own."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_impl.parallel.loading import load_stage
+from model_impl.parallel.messages import (
+    Close,
+    Done,
+    Failed,
+    Forget,
+    Forward,
+    Head,
+    Loaded,
+    Reply,
+    Request,
+    Start,
+    packed,
+    unpacked,
+    unpacked_soft,
+)
+from model_impl.parallel.payload import Payload
+from model_impl.parallel.stage import Pass
+from model_impl.parallel.wire import Board, PeerError, Wire
+from model_impl.runtime.cache import KVCache
+from model_impl.text import States
+
+
+class Rank:
+    """A stage, or a shard of one, and the caches of its layers.
+
+    Raises:
+        ModelError: it cannot be loaded, or the other ranks did not come.
+    """
+
+    def __init__(self, start: Start) -> None:
+        folder = Path(start.folder)
+        self.number = start.rank
+        self.board = Board(folder / "board", start.layout.ranks)
+        self._wire = Wire(start.layout, start.rank, self.board, folder / "meeting", start.deadline)
+        self._stage = load_stage(start.weights, start.layout, start.layout.place(start.rank), self._wire)
+        self._caches: dict[int, KVCache] = {}
+
+    def loaded(self) -> Loaded:
+        """Run once on an empty payload; say what is held."""
+        stage = self._stage
+        stage.run(Pass(torch.zeros(1, 1, dtype=torch.int64)), None if stage.begins else stage.empty(1, 1))
+        held = stage.state_dict()
+        return Loaded(
+            {name: tuple(tensor.shape) for name, tensor in held.items()},
+            sum(tensor.nbytes for tensor in held.values()),
+            stage.attention_backend,
+        )
+
+    def answer(self, request: Request) -> bytes | None:
+        """What a request asks for; None where there is nothing to send."""
+        if isinstance(request, Forward):
+            return self._forward(request)
+        if isinstance(request, Head):
+            return self._first({"logits": self._stage.logits(unpacked(request.hidden)["hidden"])})
+        if isinstance(request, Forget):
+            for number in request.caches:
+                self._caches.pop(number, None)
+        return None
+
+    def _forward(self, request: Forward) -> bytes | None:
+        stage = self._stage
+        soft = None if request.soft is None else unpacked_soft(request.soft)
+        work = Pass(torch.tensor(request.ids, dtype=torch.int64), request.lengths, soft, request.aux_layers)
+        cache = None
+        if request.cache is not None:
+            if request.cache not in self._caches:
+                self._caches[request.cache] = stage.new_cache(len(request.ids))
+            cache = self._caches[request.cache]
+        rows, tokens = work.ids.shape
+        payload = None
+        if not stage.begins:
+            payload = self._wire.receive(stage.spec(rows, tokens, work.aux_layers))
+        result = stage.run(work, payload, cache)
+        if isinstance(result, Payload):
+            self._wire.send(result, stage.spec(rows, tokens, work.aux_layers, stages=1))
+            return None
+        return self._first(_named(result))
+
+    def _first(self, tensors: dict[str, Tensor]) -> bytes | None:
+        """The tensors as bytes, from one of the ranks that have them."""
+        return packed(tensors) if self._stage.place.shard == 0 else None
+
+
+def _named(states: States) -> dict[str, Tensor]:
+    return {"hidden": states.hidden} | {f"aux.{i}": state for i, state in enumerate(states.aux)}
+
+
+def serve(connection: Connection[Reply, Start | Request]) -> None:
+    """Answer requests until the last one, until one fails, or until the other end is closed."""
+    try:
+        start = connection.recv()
+        assert isinstance(start, Start)
+        torch.set_num_threads(start.threads)
+        with torch.inference_mode():
+            rank = Rank(start)
+            with rank.board.working(rank.number):
+                loaded = rank.loaded()
+            connection.send(Done(loaded))
+            while not isinstance(request := connection.recv(), Close | Start):
+                with rank.board.working(rank.number):
+                    answer = rank.answer(request)
+                connection.send(Done(answer))
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001 - whatever it is, the driver has to know
+        connection.send(Failed(f"{type(error).__name__}: {error}", isinstance(error, PeerError)))
