@@ -90,6 +90,8 @@ class DrawnPrompts(Strict):
     """In tokens. The models' window is 16."""
     shared: int = Field(default=0, ge=0, le=256)
     """All begin with the same tokens, so many of them."""
+    carried: int = Field(default=0, ge=0, le=256)
+    """Each begins with the last tokens of the one before it, so many of them."""
     seed: int = 0
 
 

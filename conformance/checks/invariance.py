@@ -29,10 +29,10 @@ from conformance.invariance.prompting import checkpoint_of, prompts_of
 from conformance.invariance_suite import InvarianceCase, Way
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
-from conformance.targets.protocol import Feature, Generation, Target, TargetInfo
+from conformance.targets.protocol import DType, Feature, Generation, Target, TargetInfo
 
-PERTURBATION = 0.01
-"""Of the control."""
+PERTURBATION: dict[DType, float] = {"float32": 0.01, "bfloat16": 0.1}
+"""Of the control. One part in a hundred is what bfloat16 itself rounds to, summed over some layers."""
 TIED = 0.02
 """Part of the prompts that may end in near ties."""
 _SHOWN = 3
@@ -134,7 +134,8 @@ class _Pair:
 
     def _uncontrolled(self, base: Answers, noise: Noise, counted: Sequence[int]) -> str:
         """Why the control says that this case would notice nothing; empty if it would."""
-        folder = self.oracles.perturbed(self.asker.checkpoint, PERTURBATION)
+        part = PERTURBATION[self.case.base.dtype]
+        folder = self.oracles.perturbed(self.asker.checkpoint, part)
         control = Asker(self.asker.target, self.oracles, folder)
         way = self.case.base.model_copy(update={"repeat": 1})
         limit = self.case.max_new_tokens
@@ -146,7 +147,7 @@ class _Pair:
         if not counted or found.failures or found.farthest.value > self.case.factor * noise.floor:
             return ""
         return (
-            f"the control was not noticed: with one layer {PERTURBATION:.0%} off, log-probabilities are "
+            f"the control was not noticed: with one layer {part:.0%} off, log-probabilities are "
             f"{found.farthest.value:.3g} apart and no token differs"
         )
 
@@ -183,6 +184,8 @@ class _Pair:
             )
         problems += self._cache_problems(answers)
         problems += self._acceptance_problems(answers)
+        if not tied:
+            problems += self._round_problems(base, answers)
         if problems:
             return self._outcome("fail", problems)
         if not counted:
@@ -239,20 +242,39 @@ class _Pair:
                 got=_short(length.mean),
             )
 
+    def _round_problems(self, base: Answers, answers: Answers) -> Iterator[Problem]:
+        """The same draft for the same tokens guesses the same, whatever else has changed."""
+        if self.case.base.draft is None or self.case.base.draft != self.case.changed.draft:
+            return
+        expected = [made.accepted for made in base.rounds[0]]
+        for turn, each in enumerate(answers.rounds):
+            for number, (rounds, made) in enumerate(zip(expected, each, strict=True)):
+                if made.accepted != rounds:
+                    again = f" when asked for time {turn + 1}" if turn else ""
+                    yield Problem(
+                        rule="rounds",
+                        message=f"of the drafts for {self.prompts.names[number]}{again}, others were accepted "
+                        "than before the change: the draft model has not read the same",
+                        expected=list(rounds),
+                        got=list(made.accepted),
+                    )
+                    return
+
     # -------------------------------------------------------------------------------------- drawn answers
 
     def drawn(self) -> CheckOutcome:
         """Judge the distribution of drawn answers."""
         case = self.case
         assert case.sampling is not None
-        places = min(drawing.PLACES, case.max_new_tokens)
+        places = drawing.PLACES
         once = case.base.model_copy(update={"repeat": 1, "given": "together"})
         laws = drawing.law_of(self.asker, once, self.prompts, case.sampling, places)
         problems: list[Problem] = []
         self.found.facts |= {"draws": case.draws, "alpha": drawing.ALPHA}
+        limit = places + 2  # so that what is tested comes in rounds of several drafts
         for rule, way in (("base-distribution", case.base), ("distribution", case.changed)):
             try:
-                answers = self.asker.drawn(way, self.prompts, case.sampling, places, case.draws)
+                answers = self.asker.drawn(way, self.prompts, case.sampling, limit, case.draws)
             except EngineError as error:
                 if way == case.base:
                     raise

@@ -38,8 +38,11 @@ def _drawn(spec: DrawnPrompts) -> Prompts:
         return tuple(draw.randrange(_RESERVED, VOCAB_SIZE) for _ in range(count))
 
     beginning = tokens(spec.shared)
-    ids = tuple((*beginning, *tokens(length)) for length in spec.lengths)
-    return Prompts(ids, names=tuple(f"{len(each)} tokens" for each in ids))
+    ids: list[tuple[int, ...]] = []
+    for length in spec.lengths:
+        carried = ids[-1][-spec.carried :] if spec.carried and ids else ()
+        ids.append((*beginning, *carried, *tokens(length)))
+    return Prompts(tuple(ids), names=tuple(f"{len(each)} tokens" for each in ids))
 
 
 def _scripted(spec: ScriptedPrompts, oracles: Oracles) -> Prompts:

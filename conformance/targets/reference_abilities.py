@@ -5,6 +5,7 @@ from __future__ import annotations
 from conformance.targets.protocol import Feature
 
 FEATURES: tuple[Feature, ...] = (
+    *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel"),
     *("eagle3", "assistant", "prefill-chunk", "prefix-cache", "block-size", "max-sequences", "threads"),
     *("sampling", "repeat", "states", "images", "sounds"),
 )

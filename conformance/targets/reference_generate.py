@@ -6,9 +6,10 @@ Kept from `reference`, because importing it loads torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from conformance.targets.protocol import (
 from conformance.targets.reference_abilities import CACHES, FEATURES
 from conformance.targets.reference_engine import PAGED, PagedEngine, Running, sampling_of
 from conformance.targets.reference_model import engine
+from conformance.targets.reference_parallel import layout_of, spread
 from conformance.targets.reference_reader import Files, Ids, Reader
 from model_impl.runtime import generate as runtime
 
@@ -119,16 +121,29 @@ def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[
     if cache == CACHES[0]:
         if paged:
             raise EngineError(f"a {cache} cache has no {', '.join(sorted(paged))}; ask for {CACHES[1]!r}")
-        return nullcontext(_Contiguous(reader, options))
+        return _Contiguous(reader, request)
     return PagedEngine(reader, request)
 
 
 class _Contiguous:
-    """One batch from beginning to end, some thousand rows at a time; implements `Running`."""
+    """One batch from beginning to end, some thousand rows at a time; implements `Running`.
 
-    def __init__(self, reader: Reader, options: EngineOptions) -> None:
+    In this process, or spread over several.
+    """
+
+    def __init__(self, reader: Reader, request: GenerateRequest) -> None:
         self._reader = reader
-        self._options = options
+        self._options = request.options
+        self._spread = spread(request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._spread is not None:
+            self._spread.close()
 
     def answers(self, request: GenerateRequest) -> list[Generation]:
         """All samples of the first prompt, then those of the next."""
@@ -145,7 +160,7 @@ class _Contiguous:
                 )
             _check_length(max(map(len, rows)) + request.max_new_tokens, request.options)
             made = runtime.generate(
-                self._reader.text,
+                self._spread or self._reader.text,
                 rows,
                 max_new_tokens=request.max_new_tokens,
                 stop_ids=request.stop_ids,
@@ -172,6 +187,7 @@ class _Contiguous:
         chunk = self._options.prefill_chunk
         return {
             **self._reader.effective(),
+            **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[0],
             "threads": str(torch.get_num_threads()),
             **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
@@ -180,6 +196,8 @@ class _Contiguous:
 
 def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> None:
     """What each layer gives for the last token of each prompt, asked for alone."""
+    if request.options.tensor_parallel > 1 or request.options.pipeline_parallel > 1:
+        raise EngineError("the bundled implementation shows states of layers in this process alone")
     rows = []
     for number in range(len(request.prompts)):
         seen: dict[int, Tensor] = {}
