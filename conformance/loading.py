@@ -24,6 +24,8 @@ from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
 from conformance.gates.suite import AccuracyCase, AccuracySuite
+from conformance.invariance.models import MODELS
+from conformance.invariance_suite import InvarianceCase, InvarianceSuite, ScriptedPrompts
 from conformance.media import MARKERS, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
 from conformance.suites import (
@@ -60,6 +62,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "processor": ProcessorSuite,
     "server": ServerSuite,
     "generation": GenerationSuite,
+    "invariance": InvarianceSuite,
     "accuracy": AccuracySuite,
 }
 
@@ -210,7 +213,10 @@ def suite_files(root: Path) -> list[Path]:
 
 def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
-    if isinstance(case, ParityCase | MaskCase | ContractCase | ProcessorCase | GenerationCase | AccuracyCase):
+    if isinstance(
+        case,
+        ParityCase | MaskCase | ContractCase | ProcessorCase | GenerationCase | InvarianceCase | AccuracyCase,
+    ):
         return ()
     if isinstance(case.tools, str):
         assert isinstance(suite, ToolsSuiteBase)
@@ -266,6 +272,8 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
         content["config"] = suite.configs[case.config]
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
+    if isinstance(case, InvarianceCase):
+        content["checkpoint"] = bundled.digests() if case.model == "scripted" else MODELS[case.model]
     if isinstance(case, AccuracyCase):
         from conformance.gates import loading as gates
 
@@ -326,7 +334,10 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         elif isinstance(case, ProcessorCase):
             _check_placeholders(document, loc, case)
         elif isinstance(case, GenerationCase):
-            _check_lines(document, loc, case)
+            _check_lines(document, (*loc, "lines"), case.lines)
+        elif isinstance(case, InvarianceCase):
+            if isinstance(case.prompts, ScriptedPrompts):
+                _check_lines(document, (*loc, "prompts", "lines"), case.prompts.lines)
         elif isinstance(case, AccuracyCase):
             _check_gate(document, loc, case)
         else:
@@ -370,12 +381,12 @@ def _check_chat(
         )
 
 
-def _check_lines(document: yamlfile.Document, loc: tuple[str | int, ...], case: GenerationCase) -> None:
+def _check_lines(document: yamlfile.Document, loc: tuple[str | int, ...], lines: tuple[str, ...]) -> None:
     known = bundled.lines()
-    for index, line in enumerate(case.lines):
+    for index, line in enumerate(lines):
         if line not in known:
             raise document.error(
-                (*loc, "lines", index), f"the script has no line {line!r}; its lines are {', '.join(known)}"
+                (*loc, index), f"the script has no line {line!r}; its lines are {', '.join(known)}"
             )
 
 

@@ -69,6 +69,22 @@ class Picture(_Strict):
         return self.damage == "none" and self.claimed is None
 
 
+class PicturePrompt(_Strict):
+    """A message with pictures before its words."""
+
+    line: Literal["colour", "colours", "sight"]
+    """Which of the script's lines about pictures the words ask for."""
+    shows: tuple[Picture, ...] = Field(default=(), max_length=4)
+    """As many as the script has words for."""
+
+    @model_validator(mode="after")
+    def _colours_are_known(self) -> PicturePrompt:
+        for picture in self.shows:
+            if not picture.whole or picture.mode in ("L", "LA"):
+                raise ValueError("a picture here must be whole, and keep its colour")
+        return self
+
+
 class Clip(_Strict):
     """A video, as decoded frames: one picture that moves, so that no two frames are alike."""
 

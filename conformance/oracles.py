@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.errors import EngineError
+from conformance.invariance.models import MODELS, DrawnModel
+from conformance.invariance_suite import Way
 from conformance.loading import resolve_rows
 from conformance.media import MediaPiece, Prompts, kind_of
 from conformance.scratch import Scratch
@@ -73,6 +75,8 @@ class Oracles:
         self._prepared: dict[str, PreprocessResult] = {}
         self._files: dict[str, tuple[MediaFile, ...]] = {}
         self._unavailable: dict[tuple[str, str], str] = {}
+        self.kept: dict[str, Any] = {}
+        """What targets have answered, where checks ask the same for several cases."""
 
     def unavailable(self, spec: str, part: str = "") -> str:
         """Why an oracle cannot be used here, and what to do; empty if it can.
@@ -223,6 +227,54 @@ class Oracles:
             *("draft", str(checkpoint), spec.model_dump()),
         )
 
+    def speaking(self, model: DrawnModel, seed: int) -> Path:
+        """The folder of a drawn model that says more than its last token.
+
+        Raises:
+            EngineError: the bundled implementation refuses the configuration.
+        """
+        from conformance.targets import reference_model
+
+        return self._folder_of(
+            lambda folder: reference_model.write_speaking(MODELS[model], folder, seed=seed),
+            *("speaking", MODELS[model], seed),
+        )
+
+    def perturbed(self, checkpoint: Path, part: float) -> Path:
+        """The folder of a copy of a checkpoint, of which the layer in the middle is slightly wrong.
+
+        Raises:
+            EngineError: the checkpoint cannot be perturbed.
+        """
+        from conformance.targets import reference_model
+
+        return self._folder_of(
+            lambda folder: reference_model.write_perturbed(checkpoint, folder, part=part),
+            *("perturbed", str(checkpoint), part),
+        )
+
+    def speaking_draft(self, checkpoint: Path, way: Way) -> Path:
+        """The folder of a draft model for a checkpoint.
+
+        Raises:
+            EngineError: the checkpoint has no such draft.
+        """
+        from conformance.targets import reference_model
+
+        assert way.draft is not None
+        draft, kind = way.draft, "eagle3" if way.eagle3 is not None else "assistant"
+        return self._folder_of(
+            lambda folder: reference_model.write_speaking_draft(
+                checkpoint, folder, kind, guesses=draft.guesses, seed=draft.seed, layers=draft.layers
+            ),
+            *("draft", kind, str(checkpoint), draft.model_dump(exclude={"tokens"})),
+        )
+
+    def forget(self) -> None:
+        """Forget what targets have answered, because they are about to answer differently."""
+        self.kept.clear()
+        self._logprobs.clear()
+
     def logprobs(
         self,
         checkpoint: Path,
@@ -262,7 +314,7 @@ class Oracles:
         self._folder = None
         self._made.clear()
         self._answers.clear()
-        self._logprobs.clear()
+        self.forget()
         self._prompts.clear()
         self._prepared.clear()
         self._files.clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 
 from conformance import runner
+from conformance.invariance_suite import InvarianceCase
 from conformance.recording import NODE_ID, planned_item
 from conformance.suites import ParitySuite
 
@@ -14,13 +15,13 @@ from conformance.suites import ParitySuite
 class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no types
     """All cases of an engine form one group, so that it starts once.
 
-    Targets that run in process cost nothing to start: their cases are spread freely, as ordinary tests
-    are, but for those that are compared with an oracle. These form a group of their own, where the oracle
-    runs once and what it computed is kept. What the same engine is asked as a target is another group: the
-    two would be the longest, one behind the other, and a second start costs less. An engine that is compared
-    stays in its own group: its start costs more than the oracle's. Groups come from node ids rather than
-    from marks, because marks change the ids, and then `--lf` no longer finds the failures of a run without
-    workers.
+    Targets that run in process cost nothing to start: their cases are spread freely, as ordinary tests are,
+    but for those that are compared with an oracle, or with a baseline. These form groups of their own,
+    where the oracle or the baseline runs once and what it computed is kept. What the same engine is asked
+    as a target is another group: the two would be the longest, one behind the other, and a second start
+    costs less. An engine that is compared stays in its own group: its start costs more than the oracle's.
+    Groups come from node ids rather than from marks, because marks change the ids, and then `--lf` no
+    longer finds the failures of a run without workers.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -29,10 +30,14 @@ class TargetScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has 
             return str(super()._split_scope(nodeid))
         if not runner.in_process(match["target"]):
             return match["target"]
-        return self._oracle(nodeid) or str(super()._split_scope(nodeid))
+        return self._shared(nodeid) or str(super()._split_scope(nodeid))
 
-    def _oracle(self, nodeid: str) -> str:
-        """The oracle that a case is compared with; empty if there is none."""
+    def _shared(self, nodeid: str) -> str:
+        """The oracle of a case, or the model whose answers are its baseline; empty if it has neither."""
         item = planned_item(Path(self.config.rootpath), nodeid)
-        suite = None if item is None else item.loaded.suite.suite
-        return f"oracle {suite.oracle}" if isinstance(suite, ParitySuite) else ""
+        if item is None:
+            return ""
+        suite, case = item.loaded.suite.suite, item.loaded.case
+        if isinstance(suite, ParitySuite):
+            return f"oracle {suite.oracle}"
+        return f"invariance {case.model}" if isinstance(case, InvarianceCase) else ""

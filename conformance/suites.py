@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 
 from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
+from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
+from conformance.media import PicturePrompt as PicturePrompt
 from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
 from conformance.targets.protocol import (
     AttentionBackend,
@@ -382,22 +384,6 @@ class RandomDraft(Strict):
     """After how many of the checkpoint's layers the states are taken that the head reads."""
 
 
-class PicturePrompt(Strict):
-    """A message with pictures before its words."""
-
-    line: Literal["colour", "colours", "sight"]
-    """Which of the script's lines about pictures the words ask for."""
-    shows: tuple[Picture, ...] = Field(default=(), max_length=4)
-    """As many as the script has words for."""
-
-    @model_validator(mode="after")
-    def _colours_are_known(self) -> PicturePrompt:
-        for picture in self.shows:
-            if not picture.whole or picture.mode in ("L", "LA"):
-                raise ValueError("a picture here must be whole, and keep its colour")
-        return self
-
-
 class GenerationCase(CaseBase):
     """Judge what a target generates from a checkpoint that says lines of a script by heart."""
 
@@ -513,6 +499,7 @@ AnySuite = (
     | ProcessorSuite
     | ServerSuite
     | GenerationSuite
+    | InvarianceSuite
     | AccuracySuite
 )
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
@@ -525,5 +512,6 @@ Case = (
     | ProcessorCase
     | ServerCase
     | GenerationCase
+    | InvarianceCase
     | AccuracyCase
 )

@@ -106,7 +106,8 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int) -> N
         ConfigError: as `TextConfig.from_dict` and `MultimodalConfig.from_dict`.
     """
     tensors = {
-        PREFIX + name: _tensor(name, shape, seed) for name, shape in shapes(TextConfig.from_dict(config))
+        PREFIX + name: random_tensor(name, shape, seed)
+        for name, shape in shapes(TextConfig.from_dict(config))
     }
     if config.get("vision_config") or config.get("audio_config"):
         tensors |= {
@@ -167,7 +168,7 @@ def write_eagle3(target: TextConfig, folder: Path, *, seed: int, layers: Sequenc
     }
     with torch.device("meta"):
         head = Eagle3(Eagle3Config.from_dict(config, target_layers=len(target.layers)))
-    tensors = {name: _tensor(name, tuple(like.shape), seed) for name, like in head.state_dict().items()}
+    tensors = {name: random_tensor(name, tuple(like.shape), seed) for name, like in head.state_dict().items()}
     chosen = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(seed))
     chosen = chosen[: target.vocab_size // 2].sort().values
     tensors["d2t"] = chosen - torch.arange(len(chosen))
@@ -200,7 +201,8 @@ def tower_shapes(config: MultimodalConfig) -> Iterator[tuple[str, tuple[int, ...
             yield name, tuple(tensor.shape)
 
 
-def _tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A float32 tensor of a text model or a draft: what is drawn depends on its name, shape and seed."""
     generator = _generator(name, seed)
     for part, (low, high) in _RANGES.items():
         if name.endswith(part) or (part == "norm" and "norm" in name):

@@ -7,6 +7,7 @@ from pathlib import Path
 from conformance.checks import accuracy as accuracy_check
 from conformance.checks import contract as contract_check
 from conformance.checks import generation as generation_check
+from conformance.checks import invariance as invariance_check
 from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
@@ -16,6 +17,7 @@ from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
 from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
+from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.oracles import Oracles
 from conformance.suites import (
     AnySuite,
@@ -56,7 +58,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
-        oracles: Needed for suites of the kinds `parity`, `mask`, `contract`, `processor` and `generation`.
+        oracles: Needed for suites that run models, but for those of the kind `accuracy`.
         folder: Of the suite's file; needed for the kind `accuracy`.
 
     Raises:
@@ -83,6 +85,9 @@ def judge(
     if isinstance(suite, GenerationSuite) and isinstance(case, GenerationCase):
         assert oracles is not None
         return generation_check.judge(case, target, oracles)
+    if isinstance(suite, InvarianceSuite) and isinstance(case, InvarianceCase):
+        assert oracles is not None
+        return invariance_check.judge(case, target, oracles)
     if isinstance(suite, AccuracySuite) and isinstance(case, AccuracyCase):
         assert folder is not None
         return accuracy_check.judge(case, target, folder)

@@ -38,7 +38,13 @@ from conformance.targets.recordings import RECORDABLE, Header, Index, Recordable
 from conformance.targets.replay import Asked, ReplayTarget, open_replay
 
 _USUAL: tuple[Recordable, ...] = ("parse", "parse_stream", "render")
-_NEEDS = {"parser": "parse", "template": "render", "server": "serve", "generation": "generate"}
+_NEEDS = {
+    "parser": "parse",
+    "template": "render",
+    "server": "serve",
+    "generation": "generate",
+    "invariance": "generate",
+}
 """Kind of a suite to the capability without which it asks nothing."""
 
 

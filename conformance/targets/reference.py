@@ -10,6 +10,7 @@ import conformance
 from conformance.chunking import chunk_texts
 from conformance.errors import EngineError
 from conformance.targets.protocol import (
+    AttentionBackend,
     Capability,
     Certificate,
     CertifyRequest,
@@ -35,6 +36,7 @@ from conformance.targets.protocol import (
     ToolCall,
     ToolCallDelta,
 )
+from conformance.targets.reference_abilities import CACHES, FEATURES
 from conformance.targets.stages import StagesRequest, StagesResult
 from conformance.tokenization import characters, encode
 from conformance.worker.search import certify
@@ -57,7 +59,8 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
-            features=("images", "sounds", "media", "long-blocks"),
+            features=(*FEATURES, "media", "long-blocks"),
+            choices={"attention": get_args(AttentionBackend), "cache": CACHES},
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )

@@ -5,11 +5,15 @@ Kept from `reference`, because importing it loads torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from conformance.errors import EngineError
 from conformance.targets.protocol import (
@@ -21,20 +25,15 @@ from conformance.targets.protocol import (
     LoglikelihoodRequest,
     LoglikelihoodResult,
 )
-from conformance.targets.reference_forward import DTYPES, dtype_of
+from conformance.targets.reference_abilities import CACHES, FEATURES
+from conformance.targets.reference_engine import PAGED, PagedEngine, Running, sampling_of
 from conformance.targets.reference_model import engine
-from model_impl.checkpoint import load_text_model
-from model_impl.errors import MediaError
-from model_impl.media_config import FrameConfig, PatchConfig
-from model_impl.multimodal import Gemma4ForConditionalGeneration, Media, load_multimodal_model
-from model_impl.preprocess.audio import AudioBatch, load_audio, prepare_audio, prepare_waves
-from model_impl.preprocess.images import ImageBatch, load_image, prepare_images
+from conformance.targets.reference_parallel import layout_of, spread
+from conformance.targets.reference_reader import Files, Ids, Reader
 from model_impl.runtime import generate as runtime
-from model_impl.text import SoftTokens, TextModel
 
-Ids = Sequence[int]
-Files = Sequence[str]
-_PADDING = 0
+_MOST_ROWS = 1000
+"""Of one batch: enough for any prompts that are not copies of each other."""
 
 
 def generate(request: GenerateRequest) -> GenerateResult:
@@ -43,7 +42,7 @@ def generate(request: GenerateRequest) -> GenerateResult:
     Raises:
         EngineError: the model refuses the request or one of its options, or a computation in it fails.
     """
-    with engine():
+    with engine(request.options.threads):
         return _generate(request)
 
 
@@ -58,7 +57,7 @@ def loglikelihood(request: LoglikelihoodRequest) -> LoglikelihoodResult:
         _check_features(options.features)
         pairs = list(zip(request.contexts, request.continuations, strict=True))
         _check_length(max(len(context) + len(continuation) for context, continuation in pairs), options)
-        reader = _Reader(Path(request.checkpoint), options.dtype, options.attention)
+        reader = Reader(Path(request.checkpoint), options.dtype, options.attention)
         found = []
         for context, continuation in pairs:
             values = reader.logprobs(context, continuation)
@@ -91,157 +90,151 @@ def logprobs(
         EngineError: as `generate`.
     """
     with engine(), torch.inference_mode():
-        reader = _Reader(checkpoint, dtype, None, media=any(images))
+        reader = Reader(checkpoint, dtype, None, media=any(images))
         rows = zip(prompts, images or [()] * len(prompts), answers, strict=True)
         return [reader.logprobs(prompt, answer, files) for prompt, files, answer in rows]
 
 
 def _generate(request: GenerateRequest) -> GenerateResult:
     options = request.options
-    _check_features([*options.features, *(["lora"] if request.adapter is not None else [])])
+    _check_features(request.features)
     media = any(request.images) or any(request.sounds)
-    reader = _Reader(Path(request.checkpoint), options.dtype, options.attention, media=media)
-    with torch.inference_mode():
-        rows, soft = reader.read(request.prompts, request.images, request.sounds)
-    _check_length(max(map(len, rows)) + request.max_new_tokens, options)
-    made = runtime.generate(
-        reader.text,
-        rows,
-        max_new_tokens=request.max_new_tokens,
-        stop_ids=request.stop_ids,
-        logprobs=True,
-        top_logprobs=request.top_logprobs,
-        soft=soft,
-    )
-    return GenerateResult(
-        generations=tuple(
-            Generation(
-                token_ids=row.ids,
-                finish_reason=row.finish_reason,
-                logprobs=row.logprobs or (),
-                top=row.top or (),
+    reader = Reader(Path(request.checkpoint), options.dtype, options.attention, media=media)
+    with running(request, reader) as engine:
+        if request.states:
+            _write_states(request, reader, engine)
+        made = [row for _ in range(request.repeat) for row in engine.answers(request)]
+        return GenerateResult(generations=tuple(made), effective=engine.effective())
+
+
+def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[Running]:
+    """What answers: an engine with a paged cache where anything is asked for that takes one.
+
+    Raises:
+        EngineError: the cache that is asked for has not what else is asked for.
+    """
+    options = request.options
+    paged = PAGED & set(options.features)
+    cache = options.cache or (CACHES[1] if paged else CACHES[0])
+    if cache not in CACHES:
+        raise EngineError(f"cache {cache!r} is none of {', '.join(CACHES)}")
+    if cache == CACHES[0]:
+        if paged:
+            raise EngineError(f"a {cache} cache has no {', '.join(sorted(paged))}; ask for {CACHES[1]!r}")
+        return _Contiguous(reader, request)
+    return PagedEngine(reader, request)
+
+
+class _Contiguous:
+    """One batch from beginning to end, some thousand rows at a time; implements `Running`.
+
+    In this process, or spread over several.
+    """
+
+    def __init__(self, reader: Reader, request: GenerateRequest) -> None:
+        self._reader = reader
+        self._options = request.options
+        self._spread = spread(request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._spread is not None:
+            self._spread.close()
+
+    def answers(self, request: GenerateRequest) -> list[Generation]:
+        """All samples of the first prompt, then those of the next."""
+        prompts = [number for number in range(len(request.prompts)) for _ in range(request.samples)]
+        seeds = runtime.row_seeds(request.sampling.seed if request.sampling is not None else 0, len(prompts))
+        found: list[Generation] = []
+        for start in range(0, len(prompts), _MOST_ROWS):
+            batch = prompts[start : start + _MOST_ROWS]
+            with torch.inference_mode():
+                rows, soft = self._reader.read(
+                    [request.prompts[number] for number in batch],
+                    [request.images[number] for number in batch] if request.images else (),
+                    [request.sounds[number] for number in batch] if request.sounds else (),
+                )
+            _check_length(max(map(len, rows)) + request.max_new_tokens, request.options)
+            made = runtime.generate(
+                self._spread or self._reader.text,
+                rows,
+                max_new_tokens=request.max_new_tokens,
+                stop_ids=request.stop_ids,
+                sampling=sampling_of(request.sampling),
+                seed=seeds[start : start + _MOST_ROWS],
+                logprobs=True,
+                top_logprobs=request.top_logprobs,
+                prefill_chunk=request.options.prefill_chunk,
+                soft=soft,
             )
-            for row in made
-        ),
-        effective=reader.effective(),
-    )
+            found += [
+                Generation(
+                    token_ids=row.ids,
+                    finish_reason=row.finish_reason,
+                    logprobs=row.logprobs or (),
+                    top=row.top or (),
+                )
+                for row in made
+            ]
+        return found
+
+    def effective(self) -> dict[str, str]:
+        """What runs; the chunk is an argument of each call, so that there is nothing to read back."""
+        chunk = self._options.prefill_chunk
+        return {
+            **self._reader.effective(),
+            **(layout_of(self._spread) if self._spread is not None else {}),
+            "cache": CACHES[0],
+            "threads": str(torch.get_num_threads()),
+            **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
+        }
+
+
+def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> None:
+    """What each layer gives for the last token of each prompt, asked for alone."""
+    if request.options.tensor_parallel > 1 or request.options.pipeline_parallel > 1:
+        raise EngineError("the bundled implementation shows states of layers in this process alone")
+    rows = []
+    for number in range(len(request.prompts)):
+        seen: dict[int, Tensor] = {}
+        hooks = [layer.register_forward_hook(_keep(seen, k)) for k, layer in enumerate(reader.text.layers)]
+        one = request.model_copy(
+            update={
+                "prompts": request.prompts[number : number + 1],
+                "images": request.images[number : number + 1],
+                "sounds": request.sounds[number : number + 1],
+                "max_new_tokens": 1,
+                "samples": 1,
+            }
+        )
+        try:
+            engine.answers(one)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows.append(torch.stack([seen[k] for k in range(len(reader.text.layers))]))
+    save_file({"states": torch.stack(rows)}, request.states)
+
+
+def _keep(seen: dict[int, Tensor], layer: int) -> Callable[..., None]:
+    """A hook that keeps what a layer gives for the last token of the only row."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen[layer] = output[0, -1].float()
+
+    return hook
 
 
 def _check_features(asked: Sequence[str]) -> None:
-    if asked:
-        raise EngineError(f"the bundled implementation cannot generate with {', '.join(asked)}")
+    lacking = [feature for feature in asked if feature not in FEATURES]
+    if lacking:
+        raise EngineError(f"the bundled implementation cannot generate with {', '.join(lacking)}")
 
 
 def _check_length(longest: int, options: EngineOptions) -> None:
     if longest > options.max_model_len:
         raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
-
-
-class _Reader:
-    """A model that reads prompts; the whole one where there are media."""
-
-    def __init__(self, checkpoint: Path, dtype: str, attention: str | None, *, media: bool = False) -> None:
-        self._whole: Gemma4ForConditionalGeneration | None = None
-        if media:
-            self._whole = load_multimodal_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
-            self.text: TextModel = self._whole.language_model
-        else:
-            self.text = load_text_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
-
-    def effective(self) -> dict[str, str]:
-        """What runs."""
-        return {
-            "attention": self.text.attention_backend,
-            "dtype": dtype_of(self.text),
-            "tensor_parallel": "1",
-            "pipeline_parallel": "1",
-            "speculation": "none",
-            "adapter": "none",
-        }
-
-    def logprobs(self, prompt: Ids, answer: Ids, images: Files = (), sounds: Files = ()) -> Tensor:
-        """Of every token where the answer's tokens stand: float32 [tokens of the answer, vocabulary]."""
-        (row,), soft = self.read([prompt], [images], [sounds], answer[:-1])
-        hidden = self.text(torch.tensor([[*row, *answer[:-1]]]), soft=soft)
-        return self.text.logits(hidden[0, len(row) - 1 :]).float().log_softmax(dim=-1)
-
-    def read(
-        self,
-        prompts: Sequence[Ids],
-        images: Sequence[Files],
-        sounds: Sequence[Files] = (),
-        behind: Ids = (),
-    ) -> tuple[list[list[int]], SoftTokens | None]:
-        """Prompts with a placeholder for each soft token, and what stands there.
-
-        Args:
-            prompts: Token ids, with one placeholder for each picture and each sound.
-            images: Files of each prompt's pictures; empty: no prompt has any.
-            sounds: Files of each prompt's sounds likewise.
-            behind: More tokens for which there must be room in `SoftTokens`.
-
-        Raises:
-            MediaError: placeholders and media do not match, or a file is none.
-        """
-        if self._whole is None:
-            return [list(prompt) for prompt in prompts], None
-        tokens = self._whole.config.tokens
-        pictures, clips = (files or [()] * len(prompts) for files in (images, sounds))
-        _check_counts(prompts, pictures, tokens.image, "pictures")
-        _check_counts(prompts, clips, tokens.audio, "sounds")
-        media = Media(
-            images=_images(self._whole, [file for files in pictures for file in files]),
-            audio=_sounds(self._whole, [file for files in clips for file in files]),
-        )
-        image_counts = iter(media.images.soft_tokens if media.images is not None else ())
-        sound_counts = iter(media.audio.soft_tokens if media.audio is not None else ())
-        around = {
-            tokens.image: (tokens.image_begin, tokens.image_end, image_counts),
-            tokens.audio: (tokens.audio_begin, tokens.audio_end, sound_counts),
-        }
-        rows: list[list[int]] = []
-        for prompt in prompts:
-            rows.append([])
-            for token in prompt:
-                begin, end, counts = around.get(token, (None, None, iter(())))
-                count = next(counts, None)
-                if count is None:
-                    rows[-1].append(token)
-                else:
-                    rows[-1] += [part for part in (begin, *[token] * count, end) if part is not None]
-        width = max(map(len, rows)) + len(behind)
-        ids = torch.tensor([[*row, *[_PADDING] * (width - len(row))] for row in rows])
-        return rows, self._whole.soft_tokens(ids, media)
-
-
-def _check_counts(prompts: Sequence[Ids], files: Sequence[Files], token: int | None, what: str) -> None:
-    for number, (prompt, own) in enumerate(zip(prompts, files, strict=True)):
-        found = 0 if token is None else list(prompt).count(token)
-        if found != len(own):
-            raise MediaError(f"prompt {number} has {found} placeholders and {len(own)} {what}")
-
-
-def _images(model: Gemma4ForConditionalGeneration, files: Files) -> ImageBatch | None:
-    vision = model.config.vision
-    if not files or vision is None:
-        return None
-    return prepare_images(
-        [load_image(Path(file), Path(file).name) for file in files],
-        vision.soft_tokens,
-        cut="tiles" if isinstance(vision, PatchConfig) else "patches",
-        patch_size=vision.patch_size,
-        pooling=vision.pooling,
-    )
-
-
-def _sounds(model: Gemma4ForConditionalGeneration, files: Files) -> AudioBatch | None:
-    audio = model.config.audio
-    if not files:
-        return None
-    if audio is None:
-        raise MediaError("this model has no audio tower; leave sounds out, or load one that has")
-    names = [Path(file).name for file in files]
-    clips = [load_audio(Path(file), name) for file, name in zip(files, names, strict=True)]
-    if isinstance(audio, FrameConfig):
-        return prepare_waves(clips, audio.samples, names=names)
-    return prepare_audio(clips, names=names)

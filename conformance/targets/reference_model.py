@@ -20,9 +20,10 @@ from conformance.targets.protocol import (
     ForwardResult,
 )
 from conformance.targets.stages import StagesRequest, StagesResult
-from model_impl import lora, random_weights
+from model_impl import lora, random_weights, speaking_weights
 from model_impl.config import TextConfig
 from model_impl.errors import ModelError
+from model_impl.speculative import guessing
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path, *, seed: int) -> None:
@@ -88,14 +89,53 @@ def write_draft(checkpoint: Path, folder: Path, *, seed: int, layers: Sequence[i
         random_weights.write_eagle3(config, folder, seed=seed, layers=layers)
 
 
+def write_speaking(config: dict[str, Any], folder: Path, *, seed: int) -> None:
+    """Write a random checkpoint that says something; see `model_impl.speaking_weights.write_speaking`.
+
+    Raises:
+        EngineError: the configuration is none of a Gemma 4 text model.
+    """
+    with engine():
+        speaking_weights.write_speaking(config, folder, seed=seed)
+
+
+def write_perturbed(checkpoint: Path, folder: Path, *, part: float) -> None:
+    """Write a copy of which the layer in the middle is wrong; see `speaking_weights.write_perturbed`.
+
+    Raises:
+        EngineError: the checkpoint cannot be perturbed.
+    """
+    with engine():
+        layers = len(TextConfig.from_file(checkpoint / "config.json").layers)
+        speaking_weights.write_perturbed(checkpoint, folder, layer=layers // 2, part=part, seed=0)
+
+
+def write_speaking_draft(
+    checkpoint: Path, folder: Path, kind: str, *, guesses: bool, seed: int, layers: Sequence[int]
+) -> None:
+    """Write a draft for a checkpoint; see `model_impl.speculative.guessing`.
+
+    Raises:
+        EngineError: it does not fit the checkpoint.
+    """
+    with engine():
+        if kind == "eagle3":
+            guessing.write_eagle3(checkpoint, folder, guesses=guesses, seed=seed, layers=layers)
+        else:
+            guessing.write_assistant(checkpoint, folder, guesses=guesses, seed=seed)
+
+
 @contextlib.contextmanager
-def engine() -> Iterator[None]:
+def engine(own_threads: int | None = None) -> Iterator[None]:
     """What runs here is an engine: its exceptions are its answers, and it has one thread.
 
     As in a worker: small models wait for threads more than they gain, and sums keep their order.
+
+    Args:
+        own_threads: How many it has if more are asked for.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(own_threads or 1)
     try:
         yield
     except (ModelError, RuntimeError, ValueError) as error:

@@ -17,7 +17,7 @@ from model_impl.runtime.request import Request
 from model_impl.speculative.verify import Acceptance, Draft
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceState:
     """A request under way."""
 

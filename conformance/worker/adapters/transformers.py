@@ -39,6 +39,9 @@ from conformance.worker.adapter import Json, search, stream
 
 _MODEL = SimpleNamespace(config=SimpleNamespace(model_type="gemma4"))
 """All that the parsing functions ask of the model."""
+_GENERATION = ("prefill-chunk", "threads", "sampling", "repeat", "states")
+"""What `transformers_generate` can do besides."""
+_CHOICES = {"attention": ["eager", "sdpa", "flex"], "cache": ["dynamic", "static"]}
 _IMAGES = {"torchvision": "torchvision", "PIL": "pillow"}
 """Modules that processors need besides torch, and their packages."""
 
@@ -60,7 +63,7 @@ class TransformersAdapter:
         version = metadata.version("transformers")
         packages = ["jinja2", "regex", "tokenizers", "torch"]
         capabilities = ["parse", "parse_stream", "certify", "render", "forward", "generate", "loglikelihood"]
-        features = ["media"]
+        features = ["media", *_GENERATION]
         unavailable = {}
         if reason := _without_images(version):
             unavailable["preprocess"] = reason
@@ -73,6 +76,7 @@ class TransformersAdapter:
             "version": version,
             "capabilities": capabilities,
             "features": features,
+            "choices": _CHOICES,
             "unavailable": unavailable,
             "stream_unit": "characters",
             "environment": {

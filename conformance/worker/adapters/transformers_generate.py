@@ -1,9 +1,10 @@
-"""Greedy generation with Gemma 4 in Hugging Face transformers, by its own `generate`, and likelihoods.
+"""Generation with Gemma 4 in Hugging Face transformers, by its own `generate`, and likelihoods.
 
 * Prompts without media are one batch, padded on the left as `generate` wants it. Where some have media, all
   run one by one. Images and sounds are prepared as the checkpoint's `processor_config.json` says.
-* Log-probabilities are taken from the scores that greedy search chooses by, before they are thrown away. No
-  processor of the checkpoint's `generation_config.json` changes them, because it is not used.
+* Log-probabilities are taken from the scores that `generate` chooses by, before they are warped and thrown
+  away. No processor of the checkpoint's `generation_config.json` changes them, because it is not used.
+* Each repetition has a cache of its own: nothing is shared between requests, so that they must agree.
 * Likelihoods are read from one pass without a cache.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor  # type: ignore[import-not-found]
 from transformers.utils import logging  # type: ignore[import-not-found]
 
@@ -23,6 +25,12 @@ _PADDING = 0
 """Token in places that the attention mask hides, and behind the stop token of a row that has ended."""
 
 
+_MOST_ROWS = 1000
+"""Of one batch."""
+_CACHES = {"DynamicCache": "dynamic", "StaticCache": "static"}
+"""What classes of caches are called where they are asked for."""
+
+
 class RequestError(Exception):
     """The request asks for what this adapter cannot do."""
 
@@ -30,6 +38,21 @@ class RequestError(Exception):
 def generate(request: Json) -> Json:
     """Answer a `GenerateRequest`."""
     model = _prepare(request, request["adapter"])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(request["options"]["threads"] or threads)
+        if request["states"]:
+            _write_states(model, request)
+        made = [row for _ in range(request["repeat"]) for row in _answers(model, request)]
+        return {"generations": made, "effective": _effective(model, request["options"])}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _answers(model: Any, request: Json) -> list[Json]:
+    """All samples of the first prompt, then those of the next."""
+    if request["sampling"] is not None:
+        torch.manual_seed(request["sampling"]["seed"])
     media = [request[kind] or [[]] * len(request["prompts"]) for kind in ("images", "sounds")]
     if any(map(any, media)):
         rows = [
@@ -37,14 +60,18 @@ def generate(request: Json) -> Json:
             for ids, *files in zip(request["prompts"], *media, strict=True)
         ]
         _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
-        generations = [
+        return [
             _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
             for ids, arguments in rows
+            for _ in range(request["samples"])
         ]
-    else:
-        _check_length(max(map(len, request["prompts"])) + request["max_new_tokens"], request["options"])
-        generations = _batch(model, request, *_padded(request["prompts"]), {})
-    return {"generations": generations, "effective": _effective(model)}
+    _check_length(max(map(len, request["prompts"])) + request["max_new_tokens"], request["options"])
+    prompts = [prompt for prompt in request["prompts"] for _ in range(request["samples"])]
+    return [
+        row
+        for start in range(0, len(prompts), _MOST_ROWS)
+        for row in _batch(model, request, *_padded(prompts[start : start + _MOST_ROWS]), {})
+    ]
 
 
 def loglikelihood(request: Json) -> Json:
@@ -61,7 +88,7 @@ def loglikelihood(request: Json) -> Json:
         found.append(
             {"logprob": float(chosen.double().sum()), "greedy": values.argmax(dim=-1).tolist() == list(rest)}
         )
-    return {"likelihoods": found, "effective": _effective(model)}
+    return {"likelihoods": found, "effective": _effective(model, request["options"])}
 
 
 def _prepare(request: Json, adapter: str | None) -> Any:
@@ -74,7 +101,11 @@ def _prepare(request: Json, adapter: str | None) -> Any:
     asked = {
         "tensor parallelism": options["tensor_parallel"] > 1,
         "pipeline parallelism": options["pipeline_parallel"] > 1,
+        "expert parallelism": options["expert_parallel"],
         "speculative decoding": options["speculation"] is not None,
+        "a prefix cache": options["prefix_cache"] is not None,
+        "blocks in its cache": options["block_size"] is not None,
+        "a limit of sequences": options["max_sequences"] is not None,
         "a LoRA adapter": adapter is not None,
     }
     if any(asked.values()):
@@ -94,9 +125,14 @@ def _check_length(longest: int, options: Json) -> None:
         raise RequestError(f"prompt and answer take up to {longest} tokens, max_model_len is {limit}")
 
 
-def _effective(model: Any) -> Json:
+def _effective(model: Any, options: Json) -> Json:
+    """What ran. The chunk is an argument of `generate`, so that there is nothing to read it back from."""
+    chunk = options["prefill_chunk"]
     return {
         **effective(model),
+        "threads": str(torch.get_num_threads()),
+        **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
+        **({"cache": model.conformance_cache} if hasattr(model, "conformance_cache") else {}),
         "tensor_parallel": "1",
         "pipeline_parallel": "1",
         "speculation": "none",
@@ -106,21 +142,35 @@ def _effective(model: Any) -> Json:
 
 def _batch(model: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, media: Json) -> list[Json]:
     """The answers to rows of one width."""
-    chosen = _Chosen(request["top_logprobs"])
+    sampling, options = request["sampling"], request["options"]
+    chosen = _Chosen(request["top_logprobs"], greedy=sampling is None)
+    warping: Json = {"do_sample": False}
+    if sampling is not None:
+        warping = {
+            "do_sample": True,
+            "temperature": sampling["temperature"],
+            "top_k": sampling["top_k"] or 0,
+            "top_p": sampling["top_p"],
+        }
     with torch.inference_mode():
-        sequences = model.generate(
+        output = model.generate(
             ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
-                do_sample=False,
+                **warping,
                 max_new_tokens=request["max_new_tokens"],
                 eos_token_id=list(request["stop_ids"]) or None,
                 pad_token_id=_PADDING,
+                prefill_chunk_size=options["prefill_chunk"],
+                cache_implementation=options["cache"],
+                disable_compile=True,
+                return_dict_in_generate=True,
             ),
             logits_processor=[chosen],
             **media,
         )
-    answers = sequences[:, ids.shape[1] :].tolist()
+    model.conformance_cache = _CACHES.get(type(output.past_key_values).__name__, "unknown")
+    answers = output.sequences[:, ids.shape[1] :].tolist()
     stops = set(request["stop_ids"])
     return [chosen.generation(row, tokens, stops) for row, tokens in enumerate(answers)]
 
@@ -169,32 +219,62 @@ def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not here when types are checked
     """Sees the scores of each step, leaves them as they are, and keeps what is asked of them."""
 
-    def __init__(self, alternatives: int) -> None:
+    def __init__(self, alternatives: int, *, greedy: bool) -> None:
         self._alternatives = alternatives
-        self._steps: list[tuple[list[int], list[float], list[dict[int, float]]]] = []
+        self._greedy = greedy
+        self._best: list[list[int]] = []
+        self._logprobs: list[torch.Tensor] = []
+        self._top: list[list[dict[int, float]]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logprobs = scores.float().log_softmax(dim=-1)
-        best = scores.argmax(dim=-1)  # as greedy search chooses
-        values = logprobs.gather(1, best[:, None])[:, 0]
         top = logprobs.topk(self._alternatives, dim=-1)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        self._steps.append((best.tolist(), values.tolist(), [dict(zip(*row, strict=True)) for row in rows]))
+        self._best.append(scores.argmax(dim=-1).tolist())  # as greedy search chooses
+        self._logprobs.append(logprobs)
+        self._top.append([dict(zip(*row, strict=True)) for row in rows])
         return scores
 
     def generation(self, row: int, tokens: list[int], stops: set[int]) -> Json:
         """The `Generation` of a row, from the tokens that came, padding included."""
         end = next((place for place, token in enumerate(tokens) if token in stops), None)
         answer = tokens if end is None else tokens[: end + 1]
-        steps = self._steps[: len(answer)]
-        if [best[row] for best, _, _ in steps] != answer:
+        if self._greedy and [best[row] for best in self._best[: len(answer)]] != answer:
             raise RuntimeError("the tokens are not those of the highest scores: this is no greedy search")
+        steps = zip(self._logprobs, answer, strict=False)
         return {
             "token_ids": answer,
             "finish_reason": "length" if end is None else "stop",
-            "logprobs": [values[row] for _, values, _ in steps],
-            "top": [top[row] for _, _, top in steps] if self._alternatives else [],
+            "logprobs": [float(logprobs[row, token]) for logprobs, token in steps],
+            "top": [top[row] for top in self._top[: len(answer)]] if self._alternatives else [],
         }
+
+
+def _write_states(model: Any, request: Json) -> None:
+    """What each layer gives for the last token of each prompt, asked for alone."""
+    text = getattr(model.model, "language_model", model.model)
+    rows = []
+    for number in range(len(request["prompts"])):
+        seen: dict[int, torch.Tensor] = {}
+        hooks = [layer.register_forward_hook(_keep(seen, k)) for k, layer in enumerate(text.layers)]
+        one = {key: request[key][number : number + 1] for key in ("prompts", "images", "sounds")}
+        try:
+            _answers(model, {**request, **one, "max_new_tokens": 1, "samples": 1})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows.append(torch.stack([seen[k] for k in range(len(text.layers))]))
+    save_file({"states": torch.stack(rows)}, request["states"])
+
+
+def _keep(seen: dict[int, torch.Tensor], layer: int) -> Any:
+    """A hook that keeps what a layer gives for the last token of the only row."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen[layer] = hidden[0, -1].float()
+
+    return hook
 
 
 __all__ = ["RequestError", "generate", "loglikelihood"]

@@ -2,7 +2,8 @@
 
 * One rank runs in the process that calls it; several are processes of vLLM's own ("mp").
 * All prompts go to one call of `LLM.generate`, so that vLLM schedules them as a batch. Its cache of prefixes
-  is emptied before each, so that an answer does not depend on what was asked before.
+  is emptied before each request, so that an answer does not depend on what was asked before, but not between
+  the repetitions of one.
 * The engine is kept while requests need the same one: `engine_setup` says what decides that.
 * Likelihoods are those that it gives the tokens of a prompt, before a token that nobody wants.
 * What really runs is read back inside each rank: from its attention layers, parameters, parallel groups and
@@ -40,7 +41,12 @@ _PRELOADED = (
 )
 """What every engine imports."""
 _ROOMS = (4, 16)
-FEATURES = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds")
+FEATURES = (
+    *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3", "lora"),
+    *("prefill-chunk", "prefix-cache", "block-size", "max-sequences", "sampling", "repeat"),
+    *("images", "sounds"),
+)
+_SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
 _RATE = 16_000
 """Samples a second of every sound; the adapter converts none."""
 
@@ -62,7 +68,8 @@ class VllmEngines:
 
     def loglikelihood(self, request: Json) -> Json:
         """Answer a `LoglikelihoodRequest`."""
-        return self._ask({**request, "adapter": None, "images": [], "sounds": []})
+        media: Json = {"images": [], "sounds": []}
+        return self._ask({**request, **media, "adapter": None})
 
     def _ask(self, request: Json) -> Json:
         setup = engine_setup(request)
@@ -154,6 +161,7 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
     }
     if options["attention"] is not None:
         arguments["attention_config"] = {"backend": options["attention"]}
+    arguments |= _schedule_arguments(options)
     if options["speculation"] is not None:
         arguments["speculative_config"] = {
             "method": options["speculation"]["method"],
@@ -167,10 +175,51 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
     return arguments
 
 
+def _schedule_arguments(options: Json) -> Json:
+    """Those of the scheduler and the cache, as far as they are asked for."""
+    chunk, sequences = options["prefill_chunk"], options["max_sequences"]
+    arguments: Json = {"enable_expert_parallel": True} if options["expert_parallel"] else {}
+    if options["prefix_cache"] is not None:
+        arguments["enable_prefix_caching"] = options["prefix_cache"]
+    if options["block_size"] is not None:
+        arguments["block_size"] = options["block_size"]
+    if chunk is not None:
+        arguments["enable_chunked_prefill"] = True
+        arguments["max_num_batched_tokens"] = chunk
+        sequences = sequences or chunk  # vLLM wants a step to have a token for each sequence
+    if sequences is not None:
+        arguments["max_num_seqs"] = sequences
+    return arguments
+
+
+def environment(options: Json) -> dict[str, str]:
+    """Variables by which vLLM is told what has no argument.
+
+    Raises:
+        RequestError: what is asked for has neither.
+    """
+    for name in ("cache", "threads"):
+        if options[name] is not None:
+            raise RequestError(f"{name} {options[name]!r}: vLLM's adapter leaves that to vLLM")
+    if options["pipeline_split"] is None:
+        return {}
+    return {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, options["pipeline_split"]))}
+
+
 def sampling_arguments(request: Json) -> Json:
     """Arguments of `vllm.SamplingParams`."""
+    drawn: Json = {}
+    if request["sampling"] is not None:
+        drawn = {
+            "temperature": request["sampling"]["temperature"],
+            "top_k": request["sampling"]["top_k"] or 0,
+            "top_p": request["sampling"]["top_p"],
+            "seed": request["sampling"]["seed"],
+            "n": request["samples"],
+        }
     return {
         "temperature": 0.0,
+        **drawn,
         "max_tokens": request["max_new_tokens"],
         "stop_token_ids": list(request["stop_ids"]),
         "ignore_eos": True,
@@ -200,7 +249,7 @@ def likelihood(prompt_logprobs: Sequence[Any], continuation: Sequence[int]) -> J
     }
 
 
-def generation(output: Any, *, top: bool) -> Json:
+def generation(output: Any, *, top: bool, cached: int | None = None) -> Json:
     """A `Generation` from a `vllm.CompletionOutput`."""
     tokens = list(output.token_ids)
     return {
@@ -210,6 +259,7 @@ def generation(output: Any, *, top: bool) -> Json:
         "top": [{token: found.logprob for token, found in at.items()} for at in output.logprobs]
         if top
         else [],
+        "cached_tokens": cached,
     }
 
 
@@ -219,6 +269,13 @@ def agreed(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for key in ("attention", "dtype", "tensor_parallel", "pipeline_parallel", "speculation"):
         values = {value for rank in ranks for value in rank[key]}
         effective[key] = ", ".join(sorted(values)) or "none"
+    for key in _SCHEDULE:
+        values = {value for rank in ranks for value in rank.get(key, ())}
+        if values:
+            effective[key] = ", ".join(sorted(values))
+    stages = sorted({tuple(stage) for rank in ranks for stage in rank.get("stage", ())})
+    if stages:
+        effective["pipeline_split"] = ",".join(str(stop - start) for start, stop in stages)
     modules = {module for rank in ranks for module in rank["adapter"]}
     return {**effective, "adapter": ", ".join(sorted(modules)) or "none"}
 
@@ -240,6 +297,7 @@ class _LlmEngine:
     """Implements `conformance.worker.engine_process.Engine` with `vllm.LLM`."""
 
     def __init__(self, setup: Json) -> None:
+        os.environ.update(environment(setup["options"]))  # of this process alone
         from vllm import LLM  # type: ignore[import-not-found]
         from vllm.config.lora import MaxLoRARanks  # type: ignore[import-not-found]
 
@@ -277,15 +335,23 @@ class _LlmEngine:
             name = json.dumps([request["adapter"], _signature(Path(request["adapter"]))])
             number = self._adapters.setdefault(name, len(self._adapters) + 1)
             lora = LoRARequest(f"adapter-{number}", number, request["adapter"])
-        outputs = self._llm.generate(
-            _prompts(request),
-            SamplingParams(**sampling_arguments(request)),
-            use_tqdm=False,
-            lora_request=lora,
-        )
+        outputs = [
+            output
+            for _ in range(request["repeat"])
+            for output in self._llm.generate(
+                _prompts(request),
+                SamplingParams(**sampling_arguments(request)),
+                use_tqdm=False,
+                lora_request=lora,
+            )
+        ]
         top = request["top_logprobs"] > 0
         return {
-            "generations": [generation(output.outputs[0], top=top) for output in outputs],
+            "generations": [
+                generation(made, top=top, cached=output.num_cached_tokens)
+                for output in outputs
+                for made in output.outputs
+            ],
             "effective": agreed(self._llm.collective_rpc(read_back, args=(number,))),
         }
 
@@ -342,6 +408,25 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
         "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
         "speculation": [drafter.method] if drafter is not None else [],
         "adapter": _adapted(runner, adapter) if adapter else [],
+        **_schedule(runner),
+    }
+
+
+def _schedule(runner: Any) -> dict[str, list[Any]]:
+    """What the scheduler and the cache of a rank run with, and which layers it has."""
+    config = runner.vllm_config
+    stages = {
+        (module.start_layer, module.end_layer)
+        for module in runner.get_model().modules()
+        if hasattr(module, "start_layer") and hasattr(module, "end_layer")
+    }
+    return {
+        "expert_parallel": ["on" if config.parallel_config.enable_expert_parallel else "off"],
+        "prefix_cache": ["on" if config.cache_config.enable_prefix_caching else "off"],
+        "block_size": [str(config.cache_config.block_size)],
+        "prefill_chunk": [str(config.scheduler_config.max_num_batched_tokens)],
+        "max_sequences": [str(config.scheduler_config.max_num_seqs)],
+        "stage": sorted(stages),
     }
 
 

@@ -1,0 +1,65 @@
+"""How many tokens a round of speculation brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conformance.targets.protocol import Generation
+
+CONFIDENCE = 0.99
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Length:
+    """Mean tokens a round: one of the target, and those of the draft that it accepted."""
+
+    mean: float
+    low: float
+    high: float
+    """Limits of a bootstrap interval at 99 %, by prompt: rounds of one answer are not independent."""
+    by_place: tuple[float, ...]
+    """Of the drafts at each place of a round, the part that was accepted."""
+
+
+def length(answers: Sequence[Generation]) -> Length | None:
+    """Of answers to different prompts; None where the target does not tell.
+
+    Args:
+        answers: At least two.
+    """
+    told = [answer for answer in answers if answer.accepted]
+    if len(told) < 2:
+        return None
+    import numpy as np
+    from scipy import stats  # it takes a while to import, and most suites have no statistics
+
+    accepted = np.array([sum(answer.accepted) for answer in told], dtype=float)
+    rounds = np.array([len(answer.accepted) for answer in told], dtype=float)
+
+    def mean(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
+        result: np.ndarray = 1 + part.sum(axis=axis) / whole.sum(axis=axis)
+        return result
+
+    found = stats.bootstrap(
+        (accepted, rounds),
+        mean,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    limits = found.confidence_interval
+    return Length(float(mean(accepted, rounds)), float(limits.low), float(limits.high), _by_place(told))
+
+
+def _by_place(answers: Sequence[Generation]) -> tuple[float, ...]:
+    pairs = [pair for answer in answers for pair in zip(answer.accepted, answer.drafted, strict=False)]
+    found = []
+    for place in range(max((drafted for _, drafted in pairs), default=0)):
+        tried = sum(drafted > place for _, drafted in pairs)
+        found.append(sum(accepted > place for accepted, _ in pairs) / tried)
+    return tuple(found)

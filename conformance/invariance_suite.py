@@ -1,0 +1,178 @@
+"""Suite files of kind `invariance`: pairs of configurations under which a request has the same output."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from conformance.invariance.models import DrawnModel
+from conformance.media import PicturePrompt
+from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase
+from conformance.targets.protocol import DType, EngineOptions, Sampling, Speculation
+
+DRAWS = 10_000
+"""Fewest answers from which a distribution is judged."""
+
+
+class Draft(Strict):
+    """A draft model for the case's model."""
+
+    guesses: bool = True
+    """It knows which token follows which, as far as nothing but the last one counts; else its weights are
+    random, and it is right by chance alone."""
+    tokens: int = Field(default=3, ge=1)
+    """Proposed at a time."""
+    layers: tuple[int, ...] = (1, 2, 3)
+    """Of an Eagle3 head: after how many of the model's layers the states are taken that it reads."""
+    seed: int = 0
+
+
+class Way(Strict):
+    """How an engine is set up, and how it is given the prompts."""
+
+    dtype: DType = "float32"
+    attention: str | None = None
+    """Attention backend, by the target's own name for it."""
+    cache: str | None = None
+    """Form of the key-value cache likewise."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    pipeline_split: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Layers of each stage."""
+    expert_parallel: bool = False
+    prefill_chunk: int | None = Field(default=None, ge=1)
+    prefix_cache: bool | None = None
+    block_size: int | None = Field(default=None, ge=1)
+    max_sequences: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    eagle3: Draft | None = None
+    assistant: Draft | None = None
+    given: Literal["together", "alone", "reversed", "twice"] = "together"
+    """All prompts in one request; each in one of its own; all, last one first; all, each two times."""
+    repeat: int = Field(default=1, ge=1, le=8)
+    """How many times they are asked in one engine, which keeps its prefix cache."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Way:
+        if self.eagle3 is not None and self.assistant is not None:
+            raise ValueError("an engine has one draft model: `eagle3` or `assistant`")
+        if self.pipeline_split is not None and len(self.pipeline_split) != self.pipeline_parallel:
+            raise ValueError("`pipeline_split` needs as many numbers as `pipeline_parallel` says")
+        return self
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft model of either kind."""
+        return self.eagle3 or self.assistant
+
+    def options(self, draft: str | None = None) -> EngineOptions:
+        """How the target is set up.
+
+        Args:
+            draft: Folder of the draft model, where there is one.
+        """
+        speculation = None
+        if self.draft is not None:
+            speculation = Speculation(
+                method="eagle3" if self.eagle3 is not None else "assistant",
+                checkpoint=draft or "",
+                tokens=self.draft.tokens,
+            )
+        mine = {name for name in EngineOptions.model_fields if name in Way.model_fields}
+        return EngineOptions(speculation=speculation, **{name: getattr(self, name) for name in mine})
+
+
+class DrawnPrompts(Strict):
+    """Seeded random prompts for a drawn model."""
+
+    lengths: tuple[Annotated[int, Field(ge=1, le=512)], ...] = (3, 9, 16, 17, 31, 40)
+    """In tokens. The models' window is 16."""
+    shared: int = Field(default=0, ge=0, le=256)
+    """All begin with the same tokens, so many of them."""
+    carried: int = Field(default=0, ge=0, le=256)
+    """Each begins with the last tokens of the one before it, so many of them."""
+    seed: int = 0
+
+
+class ScriptedPrompts(Strict):
+    """Lines that the scripted checkpoint knows by heart."""
+
+    lines: tuple[CaseId, ...] = ()
+    pictures: tuple[PicturePrompt, ...] = ()
+    asked: Literal["alone", "thinking", "tools", "system", "all"] = "alone"
+    """What stands around the message."""
+
+    @model_validator(mode="after")
+    def _something(self) -> ScriptedPrompts:
+        if not self.lines and not self.pictures:
+            raise ValueError("name `lines` or `pictures` to ask for")
+        return self
+
+
+class Acceptance(Strict):
+    """What is known of a draft that guesses."""
+
+    at_least: float = Field(gt=1)
+    """Tokens a round, the target's own one included: the interval of the mean must not lie below it."""
+
+
+class InvarianceCase(CaseBase):
+    """Judge whether a change of configuration changes the output."""
+
+    model: DrawnModel | Literal["scripted"]
+    """Drawn at random, or the bundled scripted checkpoint."""
+    weights: int = 1
+    """Seed of a drawn model's weights."""
+    prompts: DrawnPrompts | ScriptedPrompts = DrawnPrompts()
+    base: Way = Way()
+    """Of both sides, but for what is changed."""
+    change: Way
+    """What is another in the second."""
+    max_new_tokens: int = Field(default=20, ge=1, le=200)
+    sampling: Sampling | None = None
+    """Answers are drawn, and it is their distribution that must not change. Needs a `top_k` of 2 to 8."""
+    draws: int = Field(default=DRAWS, ge=DRAWS, le=100_000)
+    """Of each prompt, where there is `sampling`."""
+    or_refused: bool = False
+    """The target may refuse the change: what it must not do is to give another answer."""
+    finds: bool = False
+    """The changed side must find tokens of prompts in its prefix cache."""
+    acceptance: Acceptance | None = None
+    """Of the changed side's draft."""
+    factor: float = Field(default=10.0, ge=1)
+    """How many times the noise floor two log-probabilities may be apart."""
+
+    @property
+    def changed(self) -> Way:
+        """How the second side is set up.
+
+        Raises:
+            ValueError: what comes out contradicts itself.
+        """
+        values = {name: getattr(self.base, name) for name in Way.model_fields}
+        values |= {name: getattr(self.change, name) for name in self.change.model_fields_set}
+        return Way(**values)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> InvarianceCase:
+        if self.changed == self.base:
+            raise ValueError("`change` changes nothing")
+        if self.change.dtype != self.base.dtype and "dtype" in self.change.model_fields_set:
+            raise ValueError("two dtypes differ by right; set `dtype` in `base`, for both sides")
+        if (self.model == "scripted") != isinstance(self.prompts, ScriptedPrompts):
+            raise ValueError("`lines` and `pictures` are for the scripted checkpoint, and for it alone")
+        if self.sampling is not None and (self.sampling.top_k is None or not 2 <= self.sampling.top_k <= 8):
+            raise ValueError("`sampling` needs a `top_k` of 2 to 8, so that all that can be drawn is known")
+        if self.acceptance is not None and self.changed.draft is None:
+            raise ValueError("`acceptance` is of a draft; change `eagle3` or `assistant`")
+        if self.finds and not self.changed.prefix_cache:
+            raise ValueError("`finds` needs `prefix_cache: true` in `change`")
+        return self
+
+
+class InvarianceSuite(SuiteBase):
+    """Suite of kind `invariance`."""
+
+    kind: Literal["invariance"]
+    cases: tuple[InvarianceCase, ...] = Field(min_length=1)
