@@ -1,0 +1,255 @@
+"""`conformance matrix`: the cells of CI, shown, run, measured, and written as workflows."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from conformance import execute, runfile
+from conformance import matrix as matrices
+from conformance.commands import output
+from conformance.commands.output import (
+    CellRow,
+    MatrixMeasureOutput,
+    MatrixRunOutput,
+    MatrixShowOutput,
+    RanRow,
+    json_option,
+)
+from conformance.commands.run import matrix_option, seconds
+from conformance.errors import UsageError
+from conformance.execute import CellResult, CellRunner, Executor, LocalExecutor
+from conformance.matrix import Cell, Matrix
+from conformance.recording import new_run_id
+from conformance.runner import DEFAULT_TIMEOUT
+from conformance.targets import environments, registry
+from conformance.verdicts import counted
+
+_tier = click.option("--tier", metavar="NAME", help="Only the cells of this tier.")
+_shard = click.option("--shard", metavar="K/N", help="Only job K of N that take about as long.")
+
+
+@click.group("matrix")
+def matrix_group() -> None:
+    """Run the suites as cells of a matrix: every backend, layout and option, on every target."""
+
+
+@matrix_group.command("show")
+@click.argument("cells", nargs=-1, metavar="[CELL]...")
+@_tier
+@_shard
+@matrix_option
+@json_option
+def show_command(
+    cells: tuple[str, ...], tier: str | None, shard: str | None, matrix: Path | None, as_json: bool
+) -> None:
+    """Show cells, by id or pattern (default: all), and whether they can run.
+
+    One cell is shown with its cases, and with those that are not applicable.
+    """
+    loaded, chosen = _select(matrix, cells, tier, shard)
+    rows = tuple(_cell_row(loaded, cell) for cell in chosen)
+    if as_json:
+        output.emit_json(MatrixShowOutput(matrix=str(loaded.path), tier=tier, cells=rows))
+        return
+    screen = output.console()
+    columns = ("cell", "cases", "expected", "")
+    table = [(r.id, str(len(r.cases)), f"{r.seconds:.0f} s", r.note) for r in rows]
+    screen.print(output.table(loaded.file.title, columns, table))
+    if len(rows) == 1:
+        for address in rows[0].cases:
+            screen.print(address, markup=False)
+        for address, reason in rows[0].left_out.items():
+            screen.print(f"{address}: {reason}", markup=False, soft_wrap=True)
+    able = sum(cell.may_run for cell in chosen)
+    screen.print(f"{len(rows)} cells, {able} of them can run without a GPU", markup=False)
+
+
+@matrix_group.command("run")
+@click.argument("cells", nargs=-1, metavar="[CELL]...")
+@_tier
+@_shard
+@matrix_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of run files.  [default: runs/matrix-<id>]"
+)
+@click.option("--resume", is_flag=True, help="Go on in the folder --out: what is complete there is kept.")
+@click.option("--executor", type=click.Choice(["local"]), default="local", show_default=True)
+@click.option(
+    "-n", "workers", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time."
+)
+@click.option(
+    "--timeout", default=DEFAULT_TIMEOUT, show_default=True, callback=seconds, help="Seconds for one request."
+)
+@click.option(
+    "--limit",
+    default=execute.CELL_LIMIT,
+    show_default=True,
+    callback=seconds,
+    help="Seconds for one cell.",
+)
+@json_option
+@click.pass_context
+def run_command(
+    context: click.Context,
+    cells: tuple[str, ...],
+    tier: str | None,
+    shard: str | None,
+    matrix: Path | None,
+    out: Path | None,
+    resume: bool,
+    executor: str,
+    workers: int,
+    timeout: float,
+    limit: float,
+    as_json: bool,
+) -> None:
+    """Run cells, by id or pattern (default: all of the tier), each in a process and a run file of its own.
+
+    A cell that cannot run here is reported as not run, with the reason. One that did not get the backend,
+    layout or option it asked for is an error.
+
+    Exits with 1 for any failure, unexpected pass, error or timeout; else with 3 for anything inconclusive;
+    else with 0.
+    """
+    if resume and out is None:
+        raise UsageError("--resume goes on in a folder; name it with --out")
+    loaded, chosen = _select(matrix, cells, tier, shard)
+    folder = out or Path("runs") / f"matrix-{new_run_id()}"
+    started = time.monotonic()
+    runner = CellRunner(
+        loaded,
+        folder,
+        _executor(executor, workers),
+        resume=resume,
+        options=("--timeout", str(timeout)),
+        limit=limit,
+    )
+    done: dict[str, CellResult] = {}
+    for result in runner.run(chosen):
+        done[result.cell] = result
+        if not as_json:
+            _tell(result, len(done), len(chosen))
+    results = [done[cell.id] for cell in chosen]
+    codes = [result.exit_code for result in results]
+    code = next((code for code in (1, 3) if code in codes), 0 if codes else 2)
+    if as_json:
+        rows = tuple(_ran_row(result) for result in results)
+        answer = MatrixRunOutput(folder=str(folder), tier=tier, shard=shard, cells=rows, exit_code=code)
+        output.emit_json(answer)
+    else:
+        tally = Counter(result.verdict for result in results)
+        words = ", ".join(f"{count} {verdict}" for verdict, count in tally.most_common())
+        click.echo(f"{len(results)} cells in {time.monotonic() - started:.0f} s: {words or 'none'}")
+        click.echo(f"run files: {folder}")
+        click.echo(f"exit code {code}")
+    context.exit(code)
+
+
+@matrix_group.command("install")
+@click.argument("cells", nargs=-1, metavar="[CELL]...")
+@_tier
+@_shard
+@matrix_option
+def install_command(cells: tuple[str, ...], tier: str | None, shard: str | None, matrix: Path | None) -> None:
+    """Install the environments of the engines that cells run in, where they are not there."""
+    _, chosen = _select(matrix, cells, tier, shard)
+    with_environment = {found.spec for found in environments.environments()}
+    wanted = {registry.environment_of(cell.target) for cell in chosen if cell.may_run} & with_environment
+    for spec in sorted(wanted):
+        environments.install(spec, progress=lambda line: click.echo(line, err=True))
+        click.echo(f"{spec}: installed")
+
+
+@matrix_group.command("measure")
+@click.argument("run_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@matrix_option
+@json_option
+def measure_command(run_files: tuple[Path, ...], matrix: Path | None, as_json: bool) -> None:
+    """Write down how long cells took, from their run files: shards are made with it.
+
+    It is kept in `durations.json` beside the matrix. Cells that did not run are left out.
+    """
+    loaded = matrices.load(matrix)
+    results = [execute.summarise(runfile.read(path), path) for path in _files(run_files)]
+    measured = {result.cell: result.seconds for result in results if result.verdict != "not run"}
+    path = matrices.write_durations(loaded, measured)
+    if as_json:
+        output.emit_json(MatrixMeasureOutput(file=str(path), cells=measured))
+    else:
+        click.echo(f"{path}: {len(measured)} cells measured")
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Run files, and those in folders.
+
+    Raises:
+        UsageError: a folder has none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: there is no run file (*.jsonl) in this folder")
+        found += inside
+    return found
+
+
+def _executor(name: str, workers: int) -> Executor:
+    del name
+    return LocalExecutor(workers)
+
+
+def _select(
+    path: Path | None, names: tuple[str, ...], tier: str | None, shard: str | None
+) -> tuple[Matrix, tuple[Cell, ...]]:
+    loaded = matrices.load(path)
+    chosen = loaded.select(names, tier)
+    if shard is None:
+        return loaded, chosen
+    number, slash, count = shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise UsageError(f"--shard {shard}: write it as 1/4")
+    return loaded, matrices.shard(chosen, matrices.durations(loaded), int(number), int(count))
+
+
+def _cell_row(loaded: Matrix, cell: Cell) -> CellRow:
+    known = matrices.durations(loaded)
+    return CellRow(
+        id=cell.id,
+        axes=dict(cell.labels),
+        settings=cell.settings.imposed,
+        cases=tuple(case.address for case in loaded.placed(cell)),
+        left_out=loaded.left_out(cell),
+        needs=cell.needs,
+        lacks=cell.lacks,
+        note=_note(cell),
+        seconds=matrices.expected_seconds(cell, loaded.cells, known),
+    )
+
+
+def _note(cell: Cell) -> str:
+    if cell.needs:
+        return "needs " + ", ".join(need.upper() for need in cell.needs)
+    return f"{cell.target} cannot generate with {', '.join(cell.lacks)}" if cell.lacks else ""
+
+
+def _ran_row(result: CellResult) -> RanRow:
+    return RanRow(
+        id=result.cell,
+        verdict=result.verdict,
+        reason=result.reason,
+        counts=result.counts,
+        seconds=round(result.seconds, 3),
+        run_file=str(result.run_file),
+    )
+
+
+def _tell(result: CellResult, number: int, total: int) -> None:
+    cases = ", ".join(counted(Counter(result.counts)))
+    why = f": {result.reason}" if result.reason else ""
+    click.echo(f"[{number}/{total}] {result.cell}: {result.verdict} ({cases}, {result.seconds:.0f} s){why}")
