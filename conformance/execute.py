@@ -3,8 +3,8 @@
 1. A cell has a run file. Whatever becomes of its process, every case of the cell has a result in that file in
    the end: what a dead or hanging process left open is an `error` or a `timeout`.
 2. A cell that cannot run here gets its file too, with a skip for each case that says why.
-3. Nothing that was started stays: a process that is over its limit, or whose user interrupts, is ended with
-   all that it started.
+3. Nothing that was started stays: each process has a guardian (`conformance.worker.guardian`), which ends it
+   and all that it started when it is over its limit, or when this process ends, whatever ends it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import conformance
 from conformance import runfile, runner
 from conformance.errors import ConformanceError, RunFileError
 from conformance.matrix import Cell, Matrix
@@ -28,6 +29,7 @@ from conformance.recording import Planned, Recording
 from conformance.results import CellVerdict, Result, Run, Verdict, exit_code
 from conformance.session import cannot_run
 from conformance.targets import registry
+from conformance.targets.guarded import STOP_GRACE, ending
 
 CELL_LIMIT = 3600.0
 """Seconds that a cell may take."""
@@ -49,7 +51,8 @@ class Job:
     def command(self, run_file: Path | None = None) -> list[str]:
         """The process that runs it."""
         path = str(run_file or self.run_file)
-        return [sys.executable, "-m", "conformance", *(path if a == "{}" else a for a in self.arguments)]
+        arguments = (path if argument == "{}" else argument for argument in self.arguments)
+        return [sys.executable, "-m", "conformance.worker.guarded", "conformance", *arguments]
 
 
 @dataclass(frozen=True)
@@ -99,29 +102,58 @@ class LocalExecutor:
                     _end(process)
 
     def _run(self, job: Job) -> Ended:
-        started = time.monotonic()
         if self._stopping:
             return Ended(job, None, 0.0, "")
-        process = subprocess.Popen(  # noqa: S603 - our own program
-            job.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        self._running.add(process)
-        try:
-            output, _ = process.communicate(timeout=job.limit)
-            code: int | None = process.returncode
-        except subprocess.TimeoutExpired:
-            _end(process)
-            output, _ = process.communicate()
-            code = None
-        finally:
-            self._running.discard(process)
+        started = time.monotonic()
+        with _guarded(job.command()) as process:
+            self._running.add(process)
+            try:
+                output, _ = process.communicate(timeout=job.limit)
+                code: int | None = process.returncode
+            except subprocess.TimeoutExpired:
+                _end(process)
+                output, _ = process.communicate()
+                code = None
+            finally:
+                self._running.discard(process)
         return Ended(job, code, time.monotonic() - started, output.decode(errors="replace")[-_TAIL:])
 
 
+@contextlib.contextmanager
+def _guarded(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose guardian ends it, and all that it started, when this one ends."""
+    packages = str(Path(conformance.__file__).parents[1])
+    path = os.pathsep.join(part for part in (packages, os.environ.get("PYTHONPATH", "")) if part)
+    watched, held = os.pipe()  # the guardian sees it close
+    try:
+        process = subprocess.Popen(  # noqa: S603 - our own program
+            command,
+            stdin=watched,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        os.close(watched)
+        try:
+            yield process
+        finally:
+            _end(process)
+    finally:
+        os.close(held)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group; engines die with it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Have a process and all that it started ended by its guardian; end the guardian if it does not."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_GRACE)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @dataclass(frozen=True)
@@ -258,7 +290,8 @@ class CellRunner:
         if ended.code is None:
             self._record(cell, "timeout", f"the cell was not done within {ended.job.limit:g} s")
         else:
-            self._record(cell, "error", f"its process ended with code {ended.code}: {last or 'no output'}")
+            said = f": {last}" if last else ""
+            self._record(cell, "error", f"the cell's process {ending(ended.code)}{said}")
 
     def _record(
         self, cell: Cell, verdict: Verdict, reason: str, unavailable: dict[str, str] | None = None
