@@ -161,7 +161,8 @@ class CellResult:
     """What became of a cell."""
 
     cell: str
-    run_file: Path
+    run_file: Path | None
+    """None where the run comes from elsewhere."""
     verdict: CellVerdict
     reason: str
     """Why it did not run, or the first reason for its verdict."""
@@ -174,14 +175,18 @@ class CellResult:
         return exit_code([verdict for verdict, count in self.counts.items() for _ in range(count)])
 
 
-def summarise(run: Run, path: Path) -> CellResult:
+def summarise(run: Run, where: Path | str) -> CellResult:
     """What became of the cell that a run is of.
+
+    Args:
+        run: It.
+        where: Its file, or what to call it.
 
     Raises:
         RunFileError: it is of none.
     """
     if run.header.cell is None:
-        raise RunFileError(f"{path}: is no run of a cell; `conformance matrix run` writes those")
+        raise RunFileError(f"{where}: is no run of a cell; `conformance matrix run` writes those")
     latest = run.latest()
     planned = [(entry.suite, entry.case, entry.target) for entry in run.header.manifest]
     open_ends = sum(key not in latest for key in planned)
@@ -196,6 +201,7 @@ def summarise(run: Run, path: Path) -> CellResult:
     if not reason and open_ends:
         reason = f"the run did not come to its end; {open_ends} cases have no result"
     seconds = run.footer.duration if run.footer is not None else sum(r.duration for r in latest.values())
+    path = where if isinstance(where, Path) else None
     return CellResult(run.header.cell.id, path, verdict, reason, counts, seconds)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -175,28 +174,13 @@ def measure_command(run_files: tuple[Path, ...], matrix: Path | None, as_json: b
     It is kept in `durations.json` beside the matrix. Cells that did not run are left out.
     """
     loaded = matrices.load(matrix)
-    results = [execute.summarise(runfile.read(path), path) for path in _files(run_files)]
+    results = [execute.summarise(runfile.read(path), path) for path in runfile.files(run_files)]
     measured = {result.cell: result.seconds for result in results if result.verdict != "not run"}
     path = matrices.write_durations(loaded, measured)
     if as_json:
         output.emit_json(MatrixMeasureOutput(file=str(path), cells=measured))
     else:
         click.echo(f"{path}: {len(measured)} cells measured")
-
-
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """Run files, and those in folders.
-
-    Raises:
-        UsageError: a folder has none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not inside:
-            raise UsageError(f"{path}: there is no run file (*.jsonl) in this folder")
-        found += inside
-    return found
 
 
 def _executor(name: str, workers: int) -> Executor:
