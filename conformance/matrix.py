@@ -89,6 +89,10 @@ class Tier(Strict):
     """How many values each covered combination has; absent: all cells."""
     shards: int = Field(default=1, ge=1)
     """Jobs that CI spreads it over."""
+    trigger: Literal["pull-request", "nightly", "release", "manual"] = "manual"
+    """When CI runs it."""
+    publish: bool = False
+    """Whether its dashboard is published; else it is kept with the run."""
 
 
 class MatrixFile(Strict):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import click
 
-from conformance import execute, runfile
+from conformance import execute, runfile, workflows
 from conformance import matrix as matrices
 from conformance.commands import output
 from conformance.commands.output import (
     CellRow,
+    MatrixCheckOutput,
     MatrixMeasureOutput,
     MatrixRunOutput,
     MatrixShowOutput,
@@ -162,6 +164,50 @@ def install_command(cells: tuple[str, ...], tier: str | None, shard: str | None,
     for spec in sorted(wanted):
         environments.install(spec, progress=lambda line: click.echo(line, err=True))
         click.echo(f"{spec}: installed")
+
+
+@matrix_group.command("check")
+@click.argument("run_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@_tier
+@matrix_option
+@json_option
+@click.pass_context
+def check_command(
+    context: click.Context,
+    run_files: tuple[Path, ...],
+    tier: str | None,
+    matrix: Path | None,
+    as_json: bool,
+) -> None:
+    """Check that every cell (of the tier) came to its end in one of these run files, or folders of them.
+
+    Exits with 1 if one did not: a job that was lost must not look like one that found nothing.
+    """
+    _, wanted = _select(matrix, (), tier, None)
+    runs = (runfile.read(path) for path in runfile.files(run_files))
+    ended = {run.header.cell.id for run in runs if run.header.cell is not None and run.footer is not None}
+    missing = tuple(cell.id for cell in wanted if cell.id not in ended)
+    if as_json:
+        output.emit_json(MatrixCheckOutput(cells=len(wanted), missing=missing))
+    else:
+        for cell_id in missing:
+            click.echo(f"{cell_id}: has no complete run")
+        click.echo(f"{len(wanted) - len(missing)} of {len(wanted)} cells came to their end")
+    context.exit(1 if missing else 0)
+
+
+@matrix_group.command("render")
+@click.argument("system", type=click.Choice(get_args(workflows.System)))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: that of the matrix file]")
+@matrix_option
+def render_command(system: workflows.System, out: Path | None, matrix: Path | None) -> None:
+    """Write the workflows of a CI system: one for each tier."""
+    loaded = matrices.load(matrix)
+    for name, text in workflows.render(system, loaded.file).items():
+        path = (loaded.path.parent if out is None else out) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        click.echo(str(path))
 
 
 @matrix_group.command("measure")

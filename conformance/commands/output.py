@@ -469,6 +469,15 @@ class MatrixMeasureOutput(Output):
     """Seconds that each took."""
 
 
+class MatrixCheckOutput(Output):
+    """Output of `conformance matrix check`."""
+
+    cells: int
+    """How many there should be."""
+    missing: tuple[str, ...]
+    """Those that have no complete run."""
+
+
 OUTPUTS: dict[str, type[Output]] = {
     "list": ListOutput,
     "show": ShowOutput,
@@ -494,6 +503,7 @@ OUTPUTS: dict[str, type[Output]] = {
     "matrix-show": MatrixShowOutput,
     "matrix-run": MatrixRunOutput,
     "matrix-measure": MatrixMeasureOutput,
+    "matrix-check": MatrixCheckOutput,
 }
 """Model of each command's output, under the name of its schema."""
 
