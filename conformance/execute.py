@@ -14,10 +14,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +66,8 @@ class Ended:
     seconds: float
     tail: str
     """Of what it printed."""
+    attempts: int = 1
+    """How often it was started, because what ran it died."""
 
 
 class Executor(Protocol):
@@ -84,39 +87,52 @@ class LocalExecutor:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopping = False
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """Run jobs; an interrupt, or leaving off early, ends all processes."""
+        running: set[subprocess.Popen[bytes]] = set()
+        stopping = threading.Event()
         with ThreadPoolExecutor(max_workers=self._workers) as threads:
-            futures = [threads.submit(self._run, job) for job in jobs]
+            futures = [threads.submit(run_process, job, running, stopping) for job in jobs]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             finally:
-                self._stopping = True
+                stopping.set()
                 for future in futures:
                     future.cancel()
-                for process in list(self._running):
+                for process in list(running):
                     _end(process)
 
-    def _run(self, job: Job) -> Ended:
-        if self._stopping:
-            return Ended(job, None, 0.0, "")
-        started = time.monotonic()
-        with _guarded(job.command()) as process:
-            self._running.add(process)
-            try:
-                output, _ = process.communicate(timeout=job.limit)
-                code: int | None = process.returncode
-            except subprocess.TimeoutExpired:
-                _end(process)
-                output, _ = process.communicate()
-                code = None
-            finally:
-                self._running.discard(process)
-        return Ended(job, code, time.monotonic() - started, output.decode(errors="replace")[-_TAIL:])
+
+def run_process(
+    job: Job, running: set[subprocess.Popen[bytes]] | None = None, stopping: threading.Event | None = None
+) -> Ended:
+    """Run one job here.
+
+    Args:
+        job: It.
+        running: Where its process is entered while it runs.
+        stopping: Nothing is started once it is set.
+    """
+    if stopping is not None and stopping.is_set():
+        return Ended(job, None, 0.0, "")
+    started = time.monotonic()
+    known = running if running is not None else set()
+    with _guarded(job.command()) as process:
+        known.add(process)
+        if stopping is not None and stopping.is_set():
+            _end(process)  # it was not there yet when the others were ended
+        try:
+            output, _ = process.communicate(timeout=job.limit)
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            _end(process)
+            output, _ = process.communicate()
+            code = None
+        finally:
+            known.discard(process)
+    return Ended(job, code, time.monotonic() - started, output.decode(errors="replace")[-_TAIL:])
 
 
 @contextlib.contextmanager
@@ -168,6 +184,8 @@ class CellResult:
     """Why it did not run, or the first reason for its verdict."""
     counts: dict[Verdict, int]
     seconds: float
+    attempts: int = 1
+    """How often it was started, because the worker that ran it died."""
 
     @property
     def exit_code(self) -> int:
@@ -217,7 +235,7 @@ class CellRunner:
     Args:
         matrix: Where the cells are.
         folder: For the run files.
-        executor: Where processes run.
+        executor: Gives where processes run; asked once the run files are known to be new.
         resume: Go on with run files that are there, and leave complete ones alone.
         options: More options of `conformance run`.
         limit: Seconds for one cell.
@@ -227,7 +245,7 @@ class CellRunner:
         self,
         matrix: Matrix,
         folder: Path,
-        executor: Executor,
+        executor: Callable[[], Executor],
         *,
         resume: bool = False,
         options: Sequence[str] = (),
@@ -264,9 +282,10 @@ class CellRunner:
                 yield summarise(runfile.read(path), path)
             else:
                 jobs[cell.id] = self._job(cell, path)
-        for ended in self._executor.run(list(jobs.values())):
+        for ended in self._executor().run(list(jobs.values())) if jobs else ():
             self._close(by_id[ended.job.cell], ended)
-            yield summarise(runfile.read(ended.job.run_file), ended.job.run_file)
+            found = summarise(runfile.read(ended.job.run_file), ended.job.run_file)
+            yield replace(found, attempts=ended.attempts)
 
     def _path(self, cell: Cell) -> Path:
         return self._folder / cell.file_name

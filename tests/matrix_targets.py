@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from conformance.targets.protocol import Feature, GenerateRequest, GenerateResult, TargetInfo
 from conformance.targets.reference import ReferenceTarget
@@ -64,3 +65,17 @@ class Hangs(Obedient):
     def generate(self, request: GenerateRequest) -> GenerateResult:
         time.sleep(600)
         raise AssertionError(request)
+
+
+class Waits(Obedient):
+    """Leaves its process id in `WAITS_FOR_ITS_END`, and waits to be killed; once that is there, it answers."""
+
+    spec = "matrix_targets:Waits"
+
+    def generate(self, request: GenerateRequest) -> GenerateResult:
+        flag = Path(os.environ["WAITS_FOR_ITS_END"])
+        if not flag.exists():
+            flag.with_suffix(".new").write_text(str(os.getpid()))
+            flag.with_suffix(".new").rename(flag)
+            time.sleep(600)
+        return super().generate(request)

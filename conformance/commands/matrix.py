@@ -79,7 +79,7 @@ def show_command(
     "--out", type=click.Path(path_type=Path), help="Folder of run files.  [default: runs/matrix-<id>]"
 )
 @click.option("--resume", is_flag=True, help="Go on in the folder --out: what is complete there is kept.")
-@click.option("--executor", type=click.Choice(["local"]), default="local", show_default=True)
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option(
     "-n", "workers", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time."
 )
@@ -125,7 +125,7 @@ def run_command(
     runner = CellRunner(
         loaded,
         folder,
-        _executor(executor, workers),
+        lambda: _executor(executor, workers),
         resume=resume,
         options=("--timeout", str(timeout)),
         limit=limit,
@@ -230,7 +230,10 @@ def measure_command(run_files: tuple[Path, ...], matrix: Path | None, as_json: b
 
 
 def _executor(name: str, workers: int) -> Executor:
-    del name
+    if name == "ray":
+        from conformance.ray_executor import RayExecutor  # it starts a cluster, and need not be installed
+
+        return RayExecutor(workers)
     return LocalExecutor(workers)
 
 
@@ -276,10 +279,12 @@ def _ran_row(result: CellResult) -> RanRow:
         counts=result.counts,
         seconds=round(result.seconds, 3),
         run_file=str(result.run_file),
+        attempts=result.attempts,
     )
 
 
 def _tell(result: CellResult, number: int, total: int) -> None:
     cases = ", ".join(counted(Counter(result.counts)))
     why = f": {result.reason}" if result.reason else ""
+    why += f"; attempt {result.attempts}, its worker had died" if result.attempts > 1 else ""
     click.echo(f"[{number}/{total}] {result.cell}: {result.verdict} ({cases}, {result.seconds:.0f} s){why}")

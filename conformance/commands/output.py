@@ -448,6 +448,8 @@ class RanRow(Output):
     counts: dict[Verdict, int]
     seconds: float
     run_file: str
+    attempts: int
+    """How often it was started, because the worker that ran it died."""
 
 
 class MatrixRunOutput(Output):
