@@ -65,12 +65,14 @@ class RayExecutor:
         self._ray: Any = ray
         self._workers = workers
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "_node_ip_address": "127.0.0.1"}
+        options: dict[str, Any] = {"log_to_driver": False}
+        if "RAY_ADDRESS" not in os.environ:
+            options |= {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         try:
-            ray.init(include_dashboard=False if local else None, log_to_driver=False, **local)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            self._ray.init(**options)
+        except Exception as error:  # noqa: BLE001 - Ray raises all kinds, and Exception itself
             raise UsageError(f"--executor ray: the cluster cannot be used: {error}") from error
-        self._remote = ray.remote(num_cpus=1, max_retries=0)(_run_cell)
+        self._remote = self._ray.remote(num_cpus=1, max_retries=0)(_run_cell)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """Run jobs; an interrupt, or leaving off early, ends all tasks."""
@@ -113,4 +115,5 @@ class RayExecutor:
         if content is not None:
             task.job.run_file.parent.mkdir(parents=True, exist_ok=True)
             task.job.run_file.write_bytes(content)
-        return replace(ended, attempts=task.attempt)
+        made: Ended = replace(ended, attempts=task.attempt)
+        return made

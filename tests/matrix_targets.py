@@ -68,7 +68,7 @@ class Hangs(Obedient):
 
 
 class Waits(Obedient):
-    """Leaves its process id in `WAITS_FOR_ITS_END`, and waits to be killed; once that is there, it answers."""
+    """Leaves its process id in `WAITS_FOR_ITS_END` and waits to be killed; once that is there, it answers."""
 
     spec = "matrix_targets:Waits"
 
