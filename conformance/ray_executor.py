@@ -70,7 +70,7 @@ class RayExecutor:
             options |= {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         try:
             self._ray.init(**options)
-        except Exception as error:  # noqa: BLE001 - Ray raises all kinds, and Exception itself
+        except Exception as error:  # Ray raises all kinds, and Exception itself
             raise UsageError(f"--executor ray: the cluster cannot be used: {error}") from error
         self._remote = self._ray.remote(num_cpus=1, max_retries=0)(_run_cell)
 
