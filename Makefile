@@ -1,4 +1,5 @@
 # make run   set up everything in .venv, run the quick cases, write reports/site/index.html
+# make install  only sets up
 # make test  the same set-up with the development tools, then all tests and suites
 # make vllm  vLLM's engine and its real server besides: their tests and suites
 # make engines  only installs what of engines the tests and suites can use beyond `make test`
@@ -18,7 +19,9 @@ WORKERS ?= 4
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: run test vllm engines server lint schemas clean
+.PHONY: install run test vllm engines server lint schemas clean
+
+install: $(VENV)/.installed
 
 run: $(VENV)/.installed
 	$(BIN)/conformance targets install --default || echo 'going on with the targets that are there'

@@ -18,6 +18,7 @@ from conformance.commands.faults import faults_group
 from conformance.commands.gate import gate_group
 from conformance.commands.ladder import ladder_command
 from conformance.commands.listing import list_command
+from conformance.commands.matrix import matrix_group
 from conformance.commands.new_case import new_case_command
 from conformance.commands.probe import probe_command
 from conformance.commands.report import report_command
@@ -52,6 +53,7 @@ for command in (
     backtest_command,
     store_group,
     gate_group,
+    matrix_group,
 ):
     cli.add_command(command)
 

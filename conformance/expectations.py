@@ -2,7 +2,8 @@
 
 1. An expectation names cases, a version range of the target, and the rules that are known to break.
 2. It is strict. A failure that breaks any other rule is still a `fail`; a pass is an `xpass`.
-3. At most one expectation holds for a case at a version.
+3. At most one expectation holds for a case at a version. One for cells of the matrix goes before one for
+   everywhere.
 4. A review date that has passed only warns.
 """
 
@@ -45,6 +46,8 @@ class Entry(Strict):
     """Case addresses, `suite-id::case-id`. A pattern with `*` must match at least two cases."""
     versions: Annotated[str, AfterValidator(_specifiers)] = ""
     """Version range of the target, such as `>=0.24,<0.33`; absent for every version."""
+    cells: tuple[str, ...] = ()
+    """Patterns of the cells of the matrix in which it holds; absent: in all, and outside the matrix."""
     rules: tuple[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], ...] = Field(min_length=1)
     """The rules that are known to break; `error` and `timeout` stand for those verdicts."""
     reason: str = Field(min_length=8)
@@ -76,8 +79,11 @@ class Expectation:
     """`file:line`."""
     addresses: frozenset[str]
 
-    def holds_for(self, address: str, version: str) -> bool:
-        """Whether it speaks about this case at this version."""
+    def holds_for(self, address: str, version: str, cell: str = "") -> bool:
+        """Whether it speaks about this case at this version, in a cell of the matrix or (empty) outside."""
+        cells = self.entry.cells
+        if cells and not any(fnmatch.fnmatchcase(cell, pattern) for pattern in cells):
+            return False
         return address in self.addresses and _in_range(self.entry.versions, version)
 
 
@@ -87,12 +93,17 @@ class Expectations:
 
     all: tuple[Expectation, ...] = ()
 
-    def find(self, address: str, target: str, version: str) -> Expectation | None:
-        """The one expectation for a case on a target (by registry name) at a version."""
-        for expectation in self.all:
-            if expectation.target == target and expectation.holds_for(address, version):
-                return expectation
-        return None
+    def find(self, address: str, target: str, version: str, cell: str = "") -> Expectation | None:
+        """The one expectation for a case on a target (by registry name) at a version.
+
+        Args:
+            address: Of the case.
+            target: Its registry name.
+            version: Of the target.
+            cell: Of the matrix; empty outside it.
+        """
+        found = [e for e in self.all if e.target == target and e.holds_for(address, version, cell)]
+        return next((e for e in found if e.entry.cells), next(iter(found), None))
 
     def overdue(self) -> tuple[str, ...]:
         """A note for each entry whose review date has passed."""
@@ -148,7 +159,8 @@ def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
         line = document.line(("expectations", index))
         new = Expectation(entry, content.target, f"{_short(path)}:{line}", frozenset(addresses))
         for old in result:
-            if not (both := old.addresses & new.addresses):
+            both = old.addresses & new.addresses
+            if not both or not _may_meet(old.entry.cells, new.entry.cells):
                 continue
             version = common_version(old.entry.versions, new.entry.versions)
             if version is not None:
@@ -159,6 +171,11 @@ def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
                 )
         result.append(new)
     return result
+
+
+def _may_meet(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether two entries may hold in one cell, neither going before the other."""
+    return not (first or second) or bool(set(first) & set(second))
 
 
 def _addresses(

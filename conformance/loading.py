@@ -75,6 +75,10 @@ class LoadedCase:
     case: Case
     line: int
     digest: str
+    cell: str = ""
+    """Id of the matrix cell whose settings it has; empty outside the matrix."""
+    matrix: Path | None = None
+    """The file of that matrix; None for the bundled one."""
 
     @property
     def address(self) -> str:

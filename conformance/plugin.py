@@ -61,6 +61,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write the answers of the target to a new file, which `--target replay@FILE` judges again",
     )
     group.addoption(
+        "--conformance-cell",
+        dest="conformance_cell",
+        metavar="ID",
+        help="run suites as this cell of the matrix: on its target, with its settings",
+    )
+    group.addoption(
+        "--conformance-matrix",
+        dest="conformance_matrix",
+        metavar="FILE",
+        help="the matrix that has the cell (default: the one that comes with the harness)",
+    )
+    group.addoption(
         "--conformance-timeout",
         dest="conformance_timeout",
         metavar="SECONDS",
@@ -82,7 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     # Workers see the options as they are now, from a working directory of their own.
-    for name in ("conformance_run", "conformance_resume", "conformance_record"):
+    for name in ("conformance_run", "conformance_resume", "conformance_record", "conformance_matrix"):
         if config.getoption(name):
             setattr(config.option, name, str(Path(config.getoption(name)).absolute()))
     if config.getoption("conformance_record") and config.getoption("numprocesses", None):
@@ -178,8 +190,9 @@ class SuiteFile(pytest.File):
         except ConformanceError as error:
             raise self.CollectError(str(error)) from None
         for case in suite.cases:
-            for target in session.specs:
-                yield CaseItem.from_parent(self, loaded=case, target=target)
+            placed = session.place(case)
+            for target in session.specs if placed is not None else ():
+                yield CaseItem.from_parent(self, loaded=placed, target=target)
 
 
 class CaseItem(pytest.Item):
@@ -229,7 +242,8 @@ class Recorder:
         self.broken_suites: list[str] = []
         self._ordinary = False
         self._recording: Recording | None = None
-        options = ("conformance_targets", "conformance_run", "conformance_resume", "conformance_record")
+        names = ("targets", "run", "resume", "record", "cell")
+        options = [f"conformance_{name}" for name in names]
         self._asked = any(config.getoption(name) for name in options)
         if self._asked:  # a wrong target or run file ends the session before anything is collected
             _ = self.recording
@@ -254,6 +268,7 @@ class Recorder:
                 unavailable=session.unavailable,
                 path=Path(path) if path else None,
                 resume=bool(resume),
+                cell=session.cell.record if session.cell is not None else None,
             )
         return self._recording
 
@@ -287,7 +302,9 @@ class Recorder:
 
         if node_id in items:
             return Planned(items[node_id].loaded, items[node_id].target)
-        return planned_item(self.config.rootpath, node_id)
+        found = planned_item(self.config.rootpath, node_id)
+        placed = _suite_session(self.config).place(found.loaded) if found is not None else None
+        return Planned(placed, found.target) if found is not None and placed is not None else found
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -377,6 +394,8 @@ def _suite_session(config: pytest.Config) -> SuiteSession:
             resume=config.getoption("conformance_resume"),
             record=config.getoption("conformance_record"),
             expect_failures=not config.option.runxfail,
+            cell=config.getoption("conformance_cell"),
+            matrix=config.getoption("conformance_matrix"),
         )
         config.stash[_SESSION] = session
     return config.stash[_SESSION]

@@ -22,7 +22,7 @@ import conformance
 from conformance import fingerprint, resources, results, runfile, runner
 from conformance.discovery import looks_like_suite
 from conformance.loading import LoadedCase, LoadedSuite, load_suite
-from conformance.results import Footer, Header, PlannedCase, Preflight, Result, Run, Verdict
+from conformance.results import CellRecord, Footer, Header, PlannedCase, Preflight, Result, Run, Verdict
 from conformance.targets.protocol import TargetInfo
 
 NODE_ID = re.compile(r"^(?P<path>.+\.yaml)::(?P<case>[a-z0-9-]+)\[(?P<target>.+)\]$", re.DOTALL)
@@ -62,6 +62,8 @@ class Recording:
     """Called after a result is safe on disk."""
     preflight: tuple[Preflight, ...] = ()
     """For the header; set before anything is planned."""
+    cell: CellRecord | None = None
+    """The cell of the matrix that this is a run of."""
 
     def __post_init__(self) -> None:
         self.planned: dict[str, Planned] = {}
@@ -103,6 +105,7 @@ class Recording:
             manifest=tuple(p.entry for p in self.planned.values()),
             preflight=self.preflight,
             resumed_from=self._run_id if self.resume else None,
+            cell=self.cell,
         )
         self._writer.write(self._header)
         if self._earlier is not None:

@@ -20,6 +20,7 @@ from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.reporting.accuracy import AccuracyView, History
 from conformance.reporting.backtests import BacktestsView
+from conformance.reporting.cells import MatrixView
 from conformance.reporting.ladders import views
 from conformance.reporting.pages import Pages
 from conformance.reporting.view import Site
@@ -41,6 +42,7 @@ def write_site(
     ladders: Iterable[Ladder] = (),
     backtests: Findings | None = None,
     history: History | None = None,
+    cells: Iterable[Run] = (),
 ) -> Path:
     """Write the dashboard of a run.
 
@@ -55,12 +57,14 @@ def write_site(
         ladders: Release ladders that get a page beside the run; the last one of a target counts.
         backtests: Backtests that get a page beside the run.
         history: Results of accuracy cases over time; None for those of the run alone.
+        cells: Runs of cells of the matrix, which get a map beside the run.
 
     Returns:
         The folder.
 
     Raises:
         ReportError: `out` is a file, holds something else than a site, or cannot be written.
+        RunFileError: one of `cells` is a run of no cell.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100  # `resolve` would follow a link that is about to be replaced
     _check_replaceable(out)
@@ -71,7 +75,9 @@ def write_site(
             site = Site(run, suites)
             shown = BacktestsView(backtests, site) if backtests is not None else None
             accuracy = AccuracyView(site, history)
-            _write_pages(Pages(site, views(ladders, site), shown, accuracy), run, new)
+            matrix = MatrixView(cells, site)
+            pages = Pages(site, views(ladders, site), shown, accuracy, matrix if matrix.entries else None)
+            _write_pages(pages, run, new)
             _check_replaceable(out)
             _put_in_place(new, out)
         finally:

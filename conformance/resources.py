@@ -20,6 +20,11 @@ def suites_dir() -> Path:
     return _data("suites")
 
 
+def ci_dir() -> Path:
+    """The matrix of CI, and what was measured of it."""
+    return _data("ci")
+
+
 def templates_dir() -> Path:
     """Jinja2 templates of the dashboard."""
     return _data("reports/templates")

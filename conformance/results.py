@@ -17,6 +17,9 @@ from conformance.targets.protocol import Chunking, ParseResult, TargetInfo
 
 Verdict = Literal["pass", "fail", "xfail", "xpass", "skip", "inconclusive", "error", "timeout"]
 
+CellVerdict = Literal["pass", "xfail", "inconclusive", "fail", "xpass", "timeout", "error", "not run"]
+"""What a cell of the matrix comes to: the worst of its verdicts; `not run` where all cases are skipped."""
+
 SCHEMA_VERSION = 1
 
 
@@ -186,6 +189,16 @@ class Preflight(Record):
     detail: str
 
 
+class CellRecord(Record):
+    """The cell of the matrix that a run is of."""
+
+    id: str
+    axes: dict[str, str]
+    """Every axis to its value; the axes `target` and `checkpoint` are among them."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What it imposed on its cases."""
+
+
 class Header(Record):
     """First line of a run file: who ran what, where."""
 
@@ -215,6 +228,8 @@ class Header(Record):
     preflight: tuple[Preflight, ...] = ()
     """What a probe asked first."""
     resumed_from: str | None = None
+    cell: CellRecord | None = None
+    """None outside the matrix."""
 
 
 class Footer(Record):
@@ -265,6 +280,8 @@ class Run(Record):
 __all__ = [
     "SCHEMA_VERSION",
     "AccuracyEvidence",
+    "CellRecord",
+    "CellVerdict",
     "Evidence",
     "Footer",
     "Header",

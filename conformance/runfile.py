@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -199,6 +199,21 @@ def check_new(path: Path) -> None:
     if path.exists():
         raise RunFileError(f"{path} exists; go on with it by --resume {path}, or name another file")
     check_parent(path)
+
+
+def files(paths: Iterable[Path]) -> list[Path]:
+    """Run files, and those in folders, by name.
+
+    Raises:
+        RunFileError: a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not inside:
+            raise RunFileError(f"{path}: there is no run file (*.jsonl) in this folder")
+        found += inside
+    return found
 
 
 def check_parent(path: Path) -> None:

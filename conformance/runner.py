@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import cast
 
-from conformance import checks, resources
+from conformance import checks, placing, resources
 from conformance.checks import CheckOutcome, Search
 from conformance.errors import (
     ConformanceError,
@@ -152,7 +152,7 @@ def run_case(
     try:
         opened = pool.get(spec)
         expectation = expectations.find(
-            loaded.address, _expected_name(spec, opened.info), opened.info.version
+            loaded.address, _expected_name(spec, opened.info), opened.info.version, loaded.cell
         )
         if isinstance(opened.target, PerCase):
             opened.target.begin_case()
@@ -180,6 +180,8 @@ def run_case(
         pool.discard(spec)
         outcome = CheckOutcome("error", reason=f"{type(error).__name__}: {error}")
         stderr = traceback.format_exc()
+    if loaded.cell:
+        outcome = placing.settle(outcome)
     return _result(loaded, spec, outcome, expectation, stderr, time.perf_counter() - started)
 
 
@@ -189,7 +191,8 @@ def rejudge(loaded: LoadedCase, stored: Result, info: TargetInfo, expectations: 
     if stored.own_verdict is not None:
         verdict, reason = stored.own_verdict, stored.own_reason
     outcome = CheckOutcome(verdict, stored.problems, stored.evidence, reason)
-    expectation = expectations.find(loaded.address, _expected_name(stored.target, info), info.version)
+    name = _expected_name(stored.target, info)
+    expectation = expectations.find(loaded.address, name, info.version, loaded.cell)
     result = _result(loaded, stored.target, outcome, expectation, stored.stderr, stored.duration)
     return result.model_copy(update={"shortened": stored.shortened})
 
@@ -231,7 +234,9 @@ def repeat_line(loaded: LoadedCase, spec: str) -> str:
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
         name = f"{path}::{loaded.case.id}"
-    return f"conformance run {shlex.quote(name)} --target {shlex.quote(spec)}"
+    options = ["--cell", loaded.cell] if loaded.cell else ["--target", spec]
+    options += ["--matrix", str(loaded.matrix)] if loaded.matrix is not None else []
+    return shlex.join(["conformance", "run", name, *options])
 
 
 def apply_expectation(outcome: CheckOutcome, expectation: Expectation | None) -> CheckOutcome:

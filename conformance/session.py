@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from conformance import expectations, fingerprint, runfile, runner
+from conformance import expectations, fingerprint, placing, runfile, runner
 from conformance.errors import ConformanceError, TargetError, UsageError
 from conformance.expectations import Expectations
 from conformance.loading import LoadedCase, load_suites
@@ -19,6 +20,9 @@ from conformance.results import Result
 from conformance.runner import TargetPool
 from conformance.targets import registry
 from conformance.targets.protocol import TargetInfo
+
+if TYPE_CHECKING:
+    from conformance.matrix import Cell
 
 
 class ReviewDue(UserWarning):
@@ -71,6 +75,35 @@ def select_targets(wanted: Sequence[str] | None) -> Selection:
     return Selection(specs, unavailable)
 
 
+def select_cell(cell: Cell, wanted: Sequence[str] | None = None) -> Selection:
+    """The target of a cell. Where it cannot run, its cases are skipped, and nothing is refused.
+
+    Raises:
+        UsageError: other targets were asked for.
+    """
+    if wanted and {registry.resolve(spec) for spec in wanted} != {cell.target}:
+        raise UsageError(f"the cell {cell.id} is one of {cell.target}; leave out --target")
+    reason = cannot_run(cell)
+    return Selection((cell.target,), {cell.target: reason} if reason else {})
+
+
+def cannot_run(cell: Cell) -> str:
+    """Why a cell cannot run on this machine; empty if it can, as far as is known without its target."""
+    if "cuda" in cell.needs:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "needs CUDA, and PyTorch finds none here"
+    reason = registry.unavailable(cell.target)
+    return f"{cell.target} cannot be used: {reason}" if reason else ""
+
+
+def _cell(cell_id: str, path: Path | None) -> Cell:
+    from conformance import matrix  # it makes coverings, which other runs need not load
+
+    return matrix.load(path).cell(cell_id)
+
+
 @cache
 def _check_factory(spec: str) -> None:
     """Use a factory once, so that one that makes no target is wrong use and not a failing case."""
@@ -91,9 +124,12 @@ class SuiteSession:
         resume: Run file whose results are reused.
         record: New file for the answers of the target.
         expect_failures: False to report known failures as failures.
+        cell: Id of a cell of the matrix, whose target and settings are used.
+        matrix: File of that matrix; None for the bundled one.
 
     Raises:
-        UsageError: answers of several targets cannot be recorded, nor those of a run that is resumed.
+        UsageError: no such cell, or one of another target; answers of several targets cannot be recorded, nor
+            those of a run that is resumed.
     """
 
     def __init__(
@@ -104,8 +140,12 @@ class SuiteSession:
         *,
         record: str | None = None,
         expect_failures: bool = True,
+        cell: str | None = None,
+        matrix: str | None = None,
     ) -> None:
-        selection = select_targets(targets)
+        self._matrix = Path(matrix) if matrix else None
+        self.cell = _cell(cell, self._matrix) if cell else None
+        selection = select_targets(targets) if self.cell is None else select_cell(self.cell, targets)
         self.specs = selection.specs
         self.unavailable = selection.unavailable
         if record and (resume or len(self.specs) != 1):
@@ -126,6 +166,13 @@ class SuiteSession:
         """
         if run and resume:
             raise UsageError("--resume appends to the run it names; leave out the option for a new run file")
+
+    def place(self, loaded: LoadedCase) -> LoadedCase | None:
+        """A case as it is run here: with the settings of the cell; None where they are not applicable."""
+        if self.cell is None:
+            return loaded
+        placed = placing.place(loaded, self.cell.settings, self.cell.id, self._matrix)
+        return placed if isinstance(placed, LoadedCase) else None
 
     def expectations(self, root: Path) -> Expectations:
         """Known failures of the suites under a root.

@@ -16,7 +16,7 @@ from conformance.backtests import BacktestResult
 from conformance.explain import visible
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
-from conformance.results import Preflight, Result, Verdict
+from conformance.results import CellVerdict, Preflight, Result, Verdict
 from conformance.store import Change, Merged, StoredRun, StoredVerdict
 
 json_option = click.option(
@@ -410,6 +410,76 @@ class BacktestOutput(Output):
     """Catalogue ids without a backtest, and why."""
 
 
+class CellRow(Output):
+    """A cell of the matrix."""
+
+    id: str
+    axes: dict[str, str]
+    """Every axis to its value."""
+    settings: dict[str, Any]
+    """What it imposes on its cases."""
+    cases: tuple[str, ...]
+    left_out: dict[str, str]
+    """Cases of its checkpoint that are not applicable, and why."""
+    needs: tuple[str, ...]
+    lacks: tuple[str, ...]
+    """What its target cannot do, as far as the matrix knows."""
+    note: str
+    """Why it will not run here, as far as the matrix knows."""
+    seconds: float
+    """How long it is expected to take."""
+
+
+class MatrixShowOutput(Output):
+    """Output of `conformance matrix show`."""
+
+    matrix: str
+    tier: str | None
+    cells: tuple[CellRow, ...]
+
+
+class RanRow(Output):
+    """What became of a cell."""
+
+    id: str
+    verdict: CellVerdict
+    reason: str
+    """Why it did not run, or what the first problem is."""
+    counts: dict[Verdict, int]
+    seconds: float
+    run_file: str
+    attempts: int
+    """How often it was started, because the worker that ran it died."""
+
+
+class MatrixRunOutput(Output):
+    """Output of `conformance matrix run`."""
+
+    folder: str
+    """Of the run files."""
+    tier: str | None
+    shard: str | None
+    cells: tuple[RanRow, ...]
+    exit_code: int
+
+
+class MatrixMeasureOutput(Output):
+    """Output of `conformance matrix measure`."""
+
+    file: str
+    cells: dict[str, float]
+    """Seconds that each took."""
+
+
+class MatrixCheckOutput(Output):
+    """Output of `conformance matrix check`."""
+
+    cells: int
+    """How many there should be."""
+    missing: tuple[str, ...]
+    """Those that have no complete run."""
+
+
 OUTPUTS: dict[str, type[Output]] = {
     "list": ListOutput,
     "show": ShowOutput,
@@ -432,6 +502,10 @@ OUTPUTS: dict[str, type[Output]] = {
     "ladder": LadderOutput,
     "bisect": BisectOutput,
     "backtest": BacktestOutput,
+    "matrix-show": MatrixShowOutput,
+    "matrix-run": MatrixRunOutput,
+    "matrix-measure": MatrixMeasureOutput,
+    "matrix-check": MatrixCheckOutput,
 }
 """Model of each command's output, under the name of its schema."""
 

@@ -30,6 +30,13 @@ _FILE = click.Path(path_type=Path)
     "--ladder", "ladders", multiple=True, type=_FILE, help="What `conformance ladder` wrote; may be repeated."
 )
 @click.option("--backtests", type=_FILE, help="What `conformance backtest` wrote.")
+@click.option(
+    "--matrix",
+    "cells",
+    multiple=True,
+    type=_FILE,
+    help="Run files of cells, or folders of them, that `conformance matrix run` wrote; may be repeated.",
+)
 @database_option("Draw the history of accuracy from this database.")
 @json_option
 def report_command(
@@ -38,6 +45,7 @@ def report_command(
     paths: tuple[str, ...],
     ladders: tuple[Path, ...],
     backtests: Path | None,
+    cells: tuple[Path, ...],
     database: str | None,
     as_json: bool,
 ) -> None:
@@ -57,6 +65,7 @@ def report_command(
         ladders=[history.read(path) for path in ladders],
         backtests=read_findings(backtests) if backtests is not None else None,
         history=_history(run, database) if database is not None else None,
+        cells=[runfile.read(path) for path in runfile.files(cells)],
     )
     index = out / "index.html"
     if as_json:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from conformance import expectations, resources, results, runfile
+from conformance import expectations, placing, resources, results, runfile
+from conformance import matrix as matrices
 from conformance.commands import output
 from conformance.commands.output import AreaCounts, ProblemRow, RunOutput, json_option
 from conformance.commands.report import DEFAULT_SITE
@@ -28,7 +29,7 @@ from conformance.progress import ProgressPlugin
 from conformance.recording import new_run_id
 from conformance.results import Preflight, Result, Run
 from conformance.runner import DEFAULT_TIMEOUT
-from conformance.session import select_targets
+from conformance.session import select_cell, select_targets
 from conformance.targets import registry
 from conformance.verdicts import BAD, counted, verdict_counts
 
@@ -43,6 +44,11 @@ _ISOLATION = (
 
 _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
 _WRONG_USE = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+matrix_option = click.option(
+    "--matrix", type=click.Path(path_type=Path), help="Matrix file.  [default: the bundled ci/matrix.yaml]"
+)
 
 
 def _workers(_context: click.Context, _option: click.Parameter, value: str) -> str:
@@ -64,6 +70,8 @@ def seconds(_context: click.Context, _option: click.Parameter, value: float) -> 
 @click.option(
     "-n", "workers", default="0", show_default=True, callback=_workers, help="Worker processes, or `auto`."
 )
+@click.option("--cell", metavar="ID", help="Run as this cell of the matrix: its target, settings and cases.")
+@matrix_option
 @click.option("--quick", is_flag=True, help="Leave out the cases that are tagged `slow`.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run file to write.  [default: runs/<id>.jsonl]")
@@ -90,6 +98,8 @@ def run_command(
     cases: tuple[str, ...],
     targets: tuple[str, ...],
     workers: str,
+    cell: str | None,
+    matrix: Path | None,
     quick: bool,
     resume: Path | None,
     out: Path | None,
@@ -118,14 +128,16 @@ def run_command(
         runfile.check_new(path)
     else:
         earlier = runfile.read(resume)
+        cell = _cell_of(earlier, resume, cell)
         cases = cases or _cases_of(earlier, resume)
-        targets = targets or _targets_of(earlier)
+        targets = targets or (_targets_of(earlier) if cell is None else ())
     if report:
         from conformance.report import check_site, write_site
 
         check_site(site)
-    selected = select(cases, quick=quick)
-    select_targets(targets)  # all refuse what is wrong before anything starts
+    selected = select(cases, quick=quick) if cell is None else _of_cell(cell, matrix, cases, targets, quick)
+    if cell is None:
+        select_targets(targets)  # all refuse what is wrong before anything starts
     known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
     for note in known.overdue():
         click.echo(f"warning: {note}", err=True)
@@ -133,6 +145,8 @@ def run_command(
         *(("-n", workers) if workers != "0" else ()),
         *(("-x",) if exitfirst else ()),
         *(("--conformance-record", str(record)) if record is not None else ()),
+        *(("--conformance-cell", cell) if cell is not None else ()),
+        *(("--conformance-matrix", str(matrix)) if matrix is not None else ()),
     ]
     code = execute(
         selected, targets, path, timeout=timeout, resume=resume is not None, options=options, verbose=verbose
@@ -153,6 +167,38 @@ def run_command(
     if summary.site is not None and not as_json:
         output.console().print(f"dashboard: {summary.site}", markup=False, soft_wrap=True)
     context.exit(code)
+
+
+def _cell_of(run: Run, path: Path, cell: str | None) -> str | None:
+    """The cell of a run that is resumed.
+
+    Raises:
+        UsageError: another one was asked for.
+    """
+    own = run.header.cell.id if run.header.cell is not None else None
+    if cell not in (None, own):
+        what = f"of the cell {own}" if own is not None else "of no cell"
+        raise UsageError(f"{path} is a run {what}; leave out --cell to go on with it")
+    return own
+
+
+def _of_cell(
+    name: str, path: Path | None, cases: Sequence[str], targets: Sequence[str], quick: bool
+) -> Selected:
+    """The cases of a cell, or those of them that were named.
+
+    Raises:
+        UsageError: no such cell, or none of the cases takes its settings.
+    """
+    loaded = matrices.load(path)
+    cell = loaded.cell(name)
+    select_cell(cell, targets)
+    selected = select(cases or cell.cases, quick=quick)
+    placed = [placing.place(case, cell.settings, cell.id) for case in selected.cases]
+    kept = tuple(c for c, p in zip(selected.cases, placed, strict=True) if not isinstance(p, str))
+    if not kept:
+        raise UsageError(f"no case that was named can be run in the cell {name}: {placed[0]}")
+    return Selected(selected.suites, kept)
 
 
 def _check_record(record: Path, targets: Sequence[str], workers: str, resume: Path | None) -> None:

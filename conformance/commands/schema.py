@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from conformance import expectations, loading, runfile
+from conformance import expectations, loading, matrix, runfile
 from conformance.commands import requests
 from conformance.commands.output import OUTPUTS, Output
 from conformance.targets import recordings
@@ -23,6 +23,7 @@ def schemas() -> dict[str, Callable[[], dict[str, Any]]]:
     files = {
         "suite": loading.json_schema,
         "expectations": expectations.json_schema,
+        "matrix": matrix.json_schema,
         "run-file": runfile.json_schema,
         "replay": recordings.json_schema,
         "requests": requests.json_schema,

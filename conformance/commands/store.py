@@ -118,11 +118,11 @@ def list_runs_command(latest: bool, limit: int | None, database: str | None, as_
         )
         return
     if latest:
-        judged = [(f"{v.suite}::{v.case}", v.target, str(v.verdict), v.run_id) for v in newest]
-        shown = output.table("newest results", ("case", "target", "verdict", "run"), judged)
+        judged = [(f"{v.suite}::{v.case}", v.cell or v.target, str(v.verdict), v.run_id) for v in newest]
+        shown = output.table("newest results", ("case", "target or cell", "verdict", "run"), judged)
     else:
-        rows = [(run.run_id, run.started[:19], run.commit or "", _how(run)) for run in runs]
-        shown = output.table("runs", ("run", "started (UTC)", "commit", "results"), rows)
+        rows = [(r.run_id, r.started[:19], r.commit or "", r.cell or "", _how(r)) for r in runs]
+        shown = output.table("runs", ("run", "started (UTC)", "commit", "cell", "results"), rows)
     output.console().print(shown)
 
 
@@ -134,7 +134,9 @@ def _how(run: StoredRun) -> str:
 
 @store_group.command("show")
 @click.argument("run_id", metavar="[RUN]", required=False)
-@click.option("--since", metavar="RUN", help="Run to compare with.  [default: the one before]")
+@click.option(
+    "--since", metavar="RUN", help="Run to compare with.  [default: the one before of the same cell]"
+)
 @_database
 @json_option
 def show_run_command(run_id: str | None, since: str | None, database: str | None, as_json: bool) -> None:
@@ -144,7 +146,7 @@ def show_run_command(run_id: str | None, since: str | None, database: str | None
     with Store(database) as store:
         runs = store.runs()
         found = _find(runs, run_id, store.name)
-        earlier = runs[runs.index(found) + 1 :]
+        earlier = [run for run in runs[runs.index(found) + 1 :] if run.cell == found.cell]
         before = _find(runs, since, store.name) if since is not None else next(iter(earlier), None)
         changes = store.changes(before.run_id, found.run_id) if before is not None else []
     if as_json:
@@ -153,6 +155,8 @@ def show_run_command(run_id: str | None, since: str | None, database: str | None
         return
     click.echo(f"run {found.run_id}, started {found.started[:19]} UTC, harness {found.harness}")
     click.echo(f"commit {found.commit or 'unknown'}; exit code {found.exit_code}")
+    if found.cell is not None:
+        click.echo(f"cell {found.cell}")
     click.echo(_how(found) or "no results")
     if before is None:
         click.echo("there is no earlier run to compare with")
@@ -184,9 +188,12 @@ def _find(runs: Sequence[StoredRun], run_id: str | None, name: str) -> StoredRun
 @store_group.command("history")
 @click.argument("case")
 @click.option("--target", "-t", metavar="SPEC", help="Only this target.")
+@click.option("--cell", metavar="ID", help="Only this cell of the matrix; '' for what ran outside it.")
 @_database
 @json_option
-def history_command(case: str, target: str | None, database: str | None, as_json: bool) -> None:
+def history_command(
+    case: str, target: str | None, cell: str | None, database: str | None, as_json: bool
+) -> None:
     """Show how CASE, named `suite-id::case-id`, was judged over time: verdicts, and scores if it has any."""
     from conformance.store.history import Store
 
@@ -202,7 +209,7 @@ def history_command(case: str, target: str | None, database: str | None, as_json
                 decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
                 outcomes=store.outcomes(verdict.run_id, verdict.key),
             )
-            for verdict, result in store.evidence_series(suite, name, target)
+            for verdict, result in store.evidence_series(suite, name, target, cell)
         ]
         where = store.name
     if not points:
@@ -214,10 +221,16 @@ def history_command(case: str, target: str | None, database: str | None, as_json
         output.emit_json(StoreHistoryOutput(address=case, points=tuple(points)))
         return
     rows = [
-        (p.verdict.started[:19], p.verdict.target, p.verdict.verdict, _score(p), _classes(p.outcomes))
+        (
+            p.verdict.started[:19],
+            p.verdict.cell or p.verdict.target,
+            p.verdict.verdict,
+            _score(p),
+            _classes(p.outcomes),
+        )
         for p in points
     ]
-    columns = ("started (UTC)", "target", "verdict", "score", "outcomes")
+    columns = ("started (UTC)", "target or cell", "verdict", "score", "outcomes")
     output.console().print(output.table(case, columns, rows))
 
 

@@ -15,6 +15,7 @@ from conformance.reporting import accuracy as scores
 from conformance.reporting import evidence, items, values
 from conformance.reporting.accuracy import AccuracyView, Series
 from conformance.reporting.backtests import BacktestsView
+from conformance.reporting.cells import MatrixView
 from conformance.reporting.ladders import LadderView
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
@@ -135,6 +136,7 @@ class Pages:
         ladders: Release ladders to show beside it.
         backtests: Backtests to show beside it.
         accuracy: Scores of the run, with what history there is; by default of the run alone.
+        matrix: Cells to show beside it.
     """
 
     def __init__(
@@ -143,14 +145,21 @@ class Pages:
         ladders: Sequence[LadderView] = (),
         backtests: BacktestsView | None = None,
         accuracy: AccuracyView | None = None,
+        matrix: MatrixView | None = None,
     ) -> None:
         self._site = site
         self._accuracy = accuracy if accuracy is not None else AccuracyView(site)
         self._ladders = ladders
         self._backtests = backtests
+        self._matrix = matrix
         self._env = environment()
         self._env.globals.update(
-            site=site, run=site.run, ladders=ladders, backtests=backtests, accuracy=self._accuracy
+            site=site,
+            run=site.run,
+            ladders=ladders,
+            backtests=backtests,
+            accuracy=self._accuracy,
+            matrix=matrix,
         )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -161,6 +170,10 @@ class Pages:
             yield ladder.page, self._render("ladder.html", 1, ladder=ladder)
         if self._backtests is not None:
             yield "backtests.html", self._render("backtests.html", 0)
+        if self._matrix is not None:
+            yield "matrix.html", self._render("matrix.html", 0)
+            for cell in self._matrix.entries:
+                yield cell.page, self._render("cell.html", 1, cell=cell)
         yield from self._accuracy_pages()
         for status in self._site.counts:
             yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])

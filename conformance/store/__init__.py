@@ -50,6 +50,8 @@ class StoredRun(Record):
     exit_code: int | None
     planned: int
     counts: dict[Verdict, int]
+    cell: str | None = None
+    """Of the matrix; None outside it."""
 
 
 class StoredVerdict(Record):
@@ -67,6 +69,8 @@ class StoredVerdict(Record):
     verdict: Verdict
     digest: str
     """Of the case."""
+    cell: str | None = None
+    """Of the matrix; None outside it."""
 
     @property
     def key(self) -> Key:

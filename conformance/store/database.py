@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, make_url, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    insert,
+    make_url,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from conformance.store import StoreError
-from conformance.store.tables import VERSION, Base, VersionRow
+from conformance.store.tables import MIGRATIONS, VERSION, Base, VersionRow
 
 _WRITES = "conformance_writes"
 """Execution option of a connection that will write."""
@@ -36,7 +47,7 @@ class Database:
 
     Args:
         url: Its URL; None for `default_url()`.
-        create: Make what is not there yet.
+        create: Make what is not there yet, and bring an older schema up to date.
 
     Raises:
         StoreError: the URL is none, there is no such database, or it cannot be used.
@@ -47,6 +58,7 @@ class Database:
         try:
             if create:
                 self._create()
+                self._migrate()
             self._check_version()
         except BaseException:
             self.close()
@@ -98,6 +110,17 @@ class Database:
             if connection.execute(select(VersionRow.version)).first() is None:
                 connection.execute(insert(VersionRow).values(id=1, version=VERSION))
 
+    def _migrate(self) -> None:
+        """Bring an older schema up to date, in one transaction under the lock."""
+        with self._errors(), self._connected(writes=True) as connection, connection.begin():
+            version = connection.execute(select(VersionRow.version).with_for_update()).scalar_one_or_none()
+            for known, statements in sorted(MIGRATIONS.items()):
+                if version == known:
+                    for statement in statements:
+                        connection.execute(text(statement))
+                    version = known + 1
+                    connection.execute(update(VersionRow).values(version=version))
+
     def _check_version(self) -> None:
         file = _file(self._url)
         if file is not None and not file.exists():
@@ -111,7 +134,7 @@ class Database:
         if version is None or version < VERSION:
             raise StoreError(
                 f"{self.name} was made by an older harness (schema {version}, this one has {VERSION}); "
-                "merge the run files into a new database"
+                "`conformance store merge RUN` brings it up to date, if it is not too old"
             )
         if version > VERSION:
             raise StoreError(

@@ -137,6 +137,7 @@ class Store:
             "digest": digest,
             "header": header,
             "footer": footer,
+            "cell": run.header.cell.id if run.header.cell is not None else None,
         }
         if row is None:
             session.add(RunRow(run_id=run.header.run_id, **values))
@@ -165,6 +166,7 @@ class Store:
                 exit_code=row.exit_code,
                 planned=row.planned,
                 counts=dict(counts.get(row.run_id, {})),
+                cell=row.cell,
             )
             for row in rows
         ]
@@ -187,11 +189,11 @@ class Store:
                 )
 
     def latest(self) -> list[StoredVerdict]:
-        """The newest result of every case on every target."""
+        """The newest result of every case on every target, in each cell of the matrix and outside it."""
         newest = (
             func.row_number()
             .over(
-                partition_by=(ResultRow.suite, ResultRow.case, ResultRow.target),
+                partition_by=(ResultRow.suite, ResultRow.case, ResultRow.target, RunRow.cell),
                 order_by=(RunRow.started.desc(), RunRow.run_id.desc()),
             )
             .label("newest")
@@ -211,19 +213,28 @@ class Store:
         )
         with self._database.reading() as session:
             found = [_verdict(result, run) for result, run in session.execute(query)]
-        return sorted(found, key=lambda verdict: verdict.key)
+        return sorted(found, key=lambda verdict: (verdict.key, verdict.cell or ""))
 
-    def series(self, suite: str, case: str, target: str | None = None) -> list[StoredVerdict]:
-        """The verdicts of a case over time, oldest first; on one target, or on all."""
-        query = self._series(suite, case, target).options(*_LIGHT)
+    def series(
+        self, suite: str, case: str, target: str | None = None, cell: str | None = None
+    ) -> list[StoredVerdict]:
+        """The verdicts of a case over time, oldest first.
+
+        Args:
+            suite: Its suite's id.
+            case: Its id.
+            target: Only on this target.
+            cell: Only in this cell of the matrix; empty: only outside the matrix.
+        """
+        query = self._series(suite, case, target, cell).options(*_LIGHT)
         with self._database.reading() as session:
             return [_verdict(result, run) for result, run in session.execute(query)]
 
     def evidence_series(
-        self, suite: str, case: str, target: str | None = None
+        self, suite: str, case: str, target: str | None = None, cell: str | None = None
     ) -> list[tuple[StoredVerdict, Result]]:
         """The same with the results, whose accuracy evidence comes without its items."""
-        query = self._series(suite, case, target)
+        query = self._series(suite, case, target, cell)
         with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
             return [
                 (_verdict(result, run), Result.model_validate_json(result.body))
@@ -233,10 +244,13 @@ class Store:
     def accuracy(self, besides: Collection[Key] = ()) -> dict[Key, list[tuple[StoredVerdict, Result]]]:
         """Results of every accuracy case on every target, oldest first; the newest with scores has its items.
 
+        The matrix has no accuracy cases, and its runs are left out.
+
         Args:
             besides: Cases and targets whose items are at hand already.
         """
-        found = {v.key: self.evidence_series(*v.key) for v in self.latest() if v.kind == "accuracy"}
+        known = [v.key for v in self.latest() if v.kind == "accuracy" and v.cell is None]
+        found = {key: self.evidence_series(*key, cell="") for key in known}
         for key, past in found.items():
             scored = [n for n, (_, result) in enumerate(past) if result.evidence.accuracy is not None]
             if scored and key not in besides:
@@ -294,14 +308,16 @@ class Store:
         return {row.key: (row.verdict, row.digest) for row in session.scalars(query)}
 
     @staticmethod
-    def _series(suite: str, case: str, target: str | None) -> Select[ResultRow, RunRow]:
+    def _series(suite: str, case: str, target: str | None, cell: str | None) -> Select[ResultRow, RunRow]:
         query = (
             select(ResultRow, RunRow)
             .join(RunRow, RunRow.run_id == ResultRow.run_id)
             .where(ResultRow.suite == suite, ResultRow.case == case, ResultRow.current)
             .order_by(RunRow.started, RunRow.run_id, ResultRow.target)
         )
-        return query if target is None else query.where(ResultRow.target == target)
+        if target is not None:
+            query = query.where(ResultRow.target == target)
+        return query if cell is None else query.where(RunRow.cell == cell if cell else RunRow.cell.is_(None))
 
 
 def _verdict(result: ResultRow, run: RunRow) -> StoredVerdict:
@@ -317,6 +333,7 @@ def _verdict(result: ResultRow, run: RunRow) -> StoredVerdict:
         area=result.area,
         verdict=result.verdict,
         digest=result.digest,
+        cell=run.cell,
     )
 
 

@@ -7,8 +7,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from conformance.results import Verdict
 
-VERSION = 1
+VERSION = 2
 """Of the schema."""
+
+
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: ("ALTER TABLE conformance_runs ADD COLUMN cell TEXT",),
+}
+"""A version to what makes the next one of it: statements that SQLite and PostgreSQL both know."""
 
 
 class Base(DeclarativeBase):
@@ -47,6 +53,8 @@ class RunRow(Base):
     header: Mapped[str]
     """JSON; the headers of the file, merged."""
     footer: Mapped[str | None]
+    cell: Mapped[str | None]
+    """Id of the cell of the matrix that it is a run of; None outside the matrix."""
 
 
 class ResultRow(Base):

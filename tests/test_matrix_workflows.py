@@ -1,0 +1,176 @@
+"""The workflows of CI: as the matrix says, valid, and their steps really run in a clean clone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conformance import matrix, resources, workflows
+from conformance.cli import invoke
+from tests.conftest import ROOT
+
+BELOW = resources.ci_dir()
+SYSTEMS: tuple[workflows.System, ...] = ("github", "buildkite")
+ONE = """
+title: One cheap cell, and one that needs what is not here
+targets:
+  reference: {}
+checkpoints:
+  scripted: {cases: ["generation/scripted::one-alone"]}
+axes:
+  attention:
+    own: {}
+    cuda-attn: {attention: FLASH_ATTN, needs: cuda}
+  layout:
+    single: {}
+tiers:
+  pr: {strength: 2, trigger: pull-request}
+"""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_committed_workflows_are_those_of_the_matrix(system: workflows.System) -> None:
+    """If this fails: conformance matrix render github && conformance matrix render buildkite."""
+    made = workflows.render(system, matrix.load().file)
+    assert {f"{system}/{path.name}" for path in (BELOW / system).iterdir()} == set(made)
+    for name, text in made.items():
+        assert (BELOW / name).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(("system", "schema"), [("github", "github-workflows"), ("buildkite", "buildkite")])
+def test_workflows_follow_the_schema_of_their_system(system: str, schema: str) -> None:
+    files = sorted(map(str, (BELOW / system).glob("*.yml")))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(files) == 3
+
+
+def test_a_shard_that_is_not_in_the_workflow_is_none_of_the_matrix() -> None:
+    """The jobs of a tier are all of its shards, once each."""
+    for tier, entry in matrix.load().file.tiers.items():
+        github = yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())
+        cells = github["jobs"]["cells"]
+        assert cells["strategy"]["matrix"]["shard"] == list(range(1, entry.shards + 1))
+        assert any(f'"$SHARD/{entry.shards}"' in step.get("run", "") for step in cells["steps"])
+        buildkite = yaml.safe_load((BELOW / f"buildkite/matrix-{tier}.yml").read_text())
+        assert buildkite["steps"][1]["parallelism"] == entry.shards
+
+
+def test_only_a_tier_that_is_published_may_write() -> None:
+    for tier, entry in matrix.load().file.tiers.items():
+        github = yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())
+        assert github["permissions"] == {"contents": "read"}
+        writes = {name for name, job in github["jobs"].items() if "permissions" in job}
+        assert writes == ({"publish"} if entry.publish else set())
+        for job in github["jobs"].values():
+            for step in job["steps"]:
+                action = step.get("uses", "x@" + 40 * "0").split("#")[0].strip()
+                assert len(action.partition("@")[2]) == 40, "actions are pinned by their commits"
+                assert "${{" not in step.get("run", ""), "values reach a shell through its environment"
+
+
+# ------------------------------------------------------------------------------------------ a clean clone
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files, as they are now, and beside them what `make install` would have made."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, timeout=60, check=True
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "bench/", "docs/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "ci/matrix.yaml").write_text(ONE)
+    binaries = folder / ".prepared" / "bin"
+    binaries.mkdir(parents=True)
+    program = binaries / "conformance"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -m conformance "$@"\n')
+    program.chmod(0o755)
+    for stamp in (".python", ".torch", ".installed"):
+        (folder / ".prepared" / stamp).touch()
+    return folder
+
+
+def steps(text: str, job: str) -> Iterator[tuple[str, str]]:
+    """Name and command of each `run:` step of a job."""
+    for step in yaml.safe_load(text)["jobs"][job]["steps"]:
+        if "run" in step:
+            yield step["name"], step["run"]
+
+
+@pytest.fixture(scope="module")
+def shell(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "CONFORMANCE_", "PYTHON"))}
+    home = tmp_path_factory.mktemp("home")
+    variables = kept | {
+        "VENV": str(clone / ".prepared"),
+        "SHARD": "1",
+        "OMP_NUM_THREADS": "1",
+        "CONFORMANCE_HOME": str(home),
+    }
+
+    def run(command: str) -> str:
+        # As GitHub does on Linux.
+        arguments = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command]
+        done = subprocess.run(
+            arguments, cwd=clone, env=variables, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def test_the_steps_of_a_cell_and_of_the_merge_run_in_a_clean_clone(
+    clone: Path, shell: Callable[[str], str]
+) -> None:
+    text = workflows.render("github", matrix.load(clone / "ci/matrix.yaml").file)["github/matrix-pr.yml"]
+    names = []
+    for name, command in steps(text, "cells"):
+        names.append(name)
+        shell(command)
+    assert names == ["Install the harness", "Install the engines of this shard", "Run its cells"]
+    found = sorted(path.name for path in (clone / "runs/cells").iterdir())
+    assert found == ["reference+scripted+cuda-attn.jsonl", "reference+scripted.jsonl"]
+
+    # The job `suites` runs all quick cases; here its file comes from one.
+    shell(
+        '"$VENV/bin/conformance" run parser/typing::nullable-null -t reference --no-report '
+        "--out runs/suites/run.jsonl"
+    )
+    said = {name: shell(command) for name, command in steps(text, "merge")}
+    assert list(said) == [
+        "Install the harness",
+        "Merge the run files into the history",
+        "Write the dashboard",
+        "Fail if a cell of the tier has no result",
+    ]
+    assert "2 of 2 cells came to their end" in said["Fail if a cell of the tier has no result"]
+    assert (clone / "history.sqlite").is_file()
+    page = (clone / "site/matrix.html").read_text()
+    assert "reference+scripted+cuda-attn" in page
+    assert "needs CUDA" in page
+    assert (clone / "site/cells/reference-scripted.html").is_file()
+
+
+def test_render_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "matrix.yaml").write_text(ONE)
+    assert invoke(["matrix", "render", "github", "--matrix", str(tmp_path / "matrix.yaml")]) == 0
+    assert (tmp_path / "github/matrix-pr.yml").is_file()
+    out = str(tmp_path / "out")
+    assert (
+        invoke(["matrix", "render", "buildkite", "--matrix", str(tmp_path / "matrix.yaml"), "--out", out])
+        == 0
+    )
+    assert (tmp_path / "out/buildkite/matrix-pr.yml").is_file()
+    assert "matrix-pr.yml" in capsys.readouterr().out
