@@ -18,6 +18,14 @@ class StoreError(ConformanceError):
     """The history database cannot be used, or a run does not fit into it."""
 
 
+class UnknownRunError(StoreError):
+    """The database holds no such run."""
+
+
+class MisfitError(StoreError):
+    """A run cannot be kept: it contradicts one that is there, or holds what no database keeps."""
+
+
 class Merged(Record):
     """What merging one run changed."""
 

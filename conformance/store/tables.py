@@ -7,7 +7,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from conformance.results import Verdict
 
-VERSION = 1
+VERSION = 2
 """Of the schema."""
 
 
@@ -24,6 +24,8 @@ class VersionRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     version: Mapped[int]
+    revision: Mapped[int] = mapped_column(default=0)
+    """Counts the merges that changed anything, so that what is made from the database can be kept until then."""
 
 
 class RunRow(Base):
