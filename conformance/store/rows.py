@@ -18,8 +18,6 @@ from conformance.store.tables import ItemRow, PromptRow, ResultRow, RunRow
 
 _AT_ONCE = 500
 """Values in one `IN (…)`; databases limit their number."""
-
-
 _LONGEST_NAMES = 2000
 """Bytes of all names of a result together; PostgreSQL keeps no more in an index."""
 _EXIT_CODES = range(256)
@@ -33,8 +31,9 @@ def check_storable(run: Run) -> None:
             is none; or a number is not finite, so that the line would not come back.
     """
     header, footer = run.header, run.footer
-    named = [
-        ("the run", (header.run_id, header.harness, header.commit or "", footer.finished if footer else ""))
+    finished = footer.finished if footer is not None else ""
+    named: list[tuple[str, tuple[str, ...]]] = [
+        ("the run", (header.run_id, header.harness, header.commit or "", finished))
     ]
     named += [
         (
