@@ -7,6 +7,7 @@ This module imports no SQLAlchemy, which takes long to load.
 from __future__ import annotations
 
 from conformance.errors import ConformanceError
+from conformance.gates.decision import Decision
 from conformance.records import Record
 from conformance.results import Verdict
 
@@ -23,7 +24,11 @@ class UnknownRunError(StoreError):
 
 
 class MisfitError(StoreError):
-    """A run cannot be kept: it contradicts one that is there, or holds what no database keeps."""
+    """A run cannot be kept: it holds what not every database keeps."""
+
+
+class RunConflictError(StoreError):
+    """Another run of the same id is stored."""
 
 
 class Merged(Record):
@@ -80,6 +85,16 @@ class StoredVerdict(Record):
     def key(self) -> Key:
         """Identity inside a run."""
         return (self.suite, self.case, self.target)
+
+
+class StorePoint(Record):
+    """A case on a target in one run."""
+
+    verdict: StoredVerdict
+    decision: Decision | None
+    """Of accuracy cases."""
+    outcomes: dict[str, int]
+    """Items by outcome class, of accuracy cases."""
 
 
 class Change(Record):

@@ -32,9 +32,11 @@ from conformance.store import (
     Key,
     Merged,
     MisfitError,
+    RunConflictError,
     StoredRun,
     StoredVerdict,
     StoreError,
+    StorePoint,
     UnknownRunError,
 )
 from conformance.store.database import Database
@@ -104,7 +106,8 @@ class Store:
             lines: Complete lines of its file, which tell an older copy from a newer one.
 
         Raises:
-            MisfitError: another run of this id is stored, or it holds what cannot be kept.
+            MisfitError: it holds what cannot be kept.
+            RunConflictError: another run of this id is stored.
             StoreError: the database cannot be written.
         """
         header = run.header
@@ -113,7 +116,7 @@ class Store:
         with self._database.writing() as session:
             row = session.get(RunRow, header.run_id)
             if row is not None and row.started != started:
-                raise MisfitError(
+                raise RunConflictError(
                     f"run {header.run_id}: {self.name} holds another run of this id, started "
                     f"{row.started}; the file was changed by hand, or two runs drew the same id"
                 )
@@ -324,6 +327,17 @@ class Store:
         )
         with self._database.reading() as session:
             return dict(sorted(session.execute(query).all()))
+
+    def points(self, suite: str, case: str, target: str | None = None) -> list[StorePoint]:
+        """A case over time, oldest first, with what its gate decided; on one target, or on all."""
+        return [
+            StorePoint(
+                verdict=verdict,
+                decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
+                outcomes=self.outcomes(verdict.run_id, verdict.key),
+            )
+            for verdict, result in self.evidence_series(suite, case, target)
+        ]
 
     def changes(self, before: str, after: str) -> list[Change]:
         """Verdicts that differ between two runs; results that only one of them has included.
