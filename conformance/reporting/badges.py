@@ -15,7 +15,8 @@ _WIDTH = 7
 _MARGIN = 6
 _HEIGHT = 20
 _SVG = Markup(
-    '<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" aria-label="{text}">'
+    '<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    'role="img" aria-label="{text}">'
     "<title>{text}</title>"
     '<rect width="{split}" height="{height}" fill="{left}"/>'
     '<rect x="{split}" width="{rest}" height="{height}" fill="{right}"/>'

@@ -53,7 +53,9 @@ def _sender(
     request: Request,
     shown: Annotated[
         HTTPAuthorizationCredentials | None,
-        Security(HTTPBearer(auto_error=False, description="The token of the service, for those who send runs.")),
+        Security(
+            HTTPBearer(auto_error=False, description="The token of the service, for those who send runs.")
+        ),
     ],
 ) -> None:
     _sources(request).ingest.check_sender(shown.credentials if shown is not None else None)
@@ -72,43 +74,47 @@ def _refusals(**words: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
+_STRING = {"schema": {"type": "string"}}
+_SENT: dict[int | str, dict[str, Any]] = {
+    200: {"model": Merged, "description": "All of it was there already."},
+    201: {"description": "Something was added or updated."},
+}
 _WRONG = "The query is wrong."
 _NO_RUN = "There is no such run."
 
 
 @router.get(
     "/health",
-    summary="Whether the service can answer",
     responses={503: {"model": Health, "description": "The database cannot be read."}},
 )
 def health(sources: From, response: Response) -> Health:
+    """Whether the service can answer."""
     runs = None
     try:
         runs = sources.store.size()
     except StoreError as error:
         _LOG.error("%s", error)
         response.status_code = 503
-    status = "unavailable" if runs is None else "ok"
-    return Health(status=status, version=__version__, ingest=sources.ingest.enabled, runs=runs)
+    return Health(
+        status="unavailable" if runs is None else "ok",
+        version=__version__,
+        ingest=sources.ingest.enabled,
+        runs=runs,
+    )
 
 
-@router.get("/runs", summary="Runs, newest first", responses=_refusals(on_422=_WRONG))
+@router.get("/runs", responses=_refusals(on_422=_WRONG))
 def runs(sources: From, limit: Limit = 100, offset: Offset = 0) -> RunList:
+    """The runs, newest first."""
     found = sources.store.runs(limit=limit, offset=offset)
     return RunList(total=sources.store.size(), runs=tuple(found))
 
 
 @router.post(
     "/runs",
-    summary="Send a run file",
-    description="The body is the run file as it is. A run is known by its id: sending it again changes nothing, and "
-    "a file that has grown adds what is new. A torn last line is reported in the answer, and the rest is kept.",
     dependencies=[Depends(_sender)],
     status_code=201,
-    responses={
-        200: {"model": Merged, "description": "All of it was there already."},
-        201: {"description": "Something was added or updated."},
-    }
+    responses=_SENT
     | _refusals(
         on_400="The body did not come whole.",
         on_401="The token is missing or wrong.",
@@ -122,26 +128,29 @@ def runs(sources: From, limit: Limit = 100, offset: Offset = 0) -> RunList:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "description": "A run file: one JSON document a line; its schema is `conformance schema run-file`.",
-            "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+            "description": "One JSON document a line; the schema of a line is `conformance schema run-file`.",
+            "content": {MEDIA_TYPE: _STRING},
         }
     },
 )
 async def send_run(request: Request, response: Response, sources: From) -> Merged:
+    """Send a run file, as it is. A run is known by its id: sending it again changes nothing.
+
+    A file that has grown adds what is new. A torn last line is reported in the answer, and the rest is kept.
+    """
     merged = await sources.ingest.take(request)
     if not merged.changed:
         response.status_code = 200
     return merged
 
 
-@router.get("/runs/{run_id}", summary="One run", responses=_refusals(on_404=_NO_RUN, on_422=_WRONG))
+@router.get("/runs/{run_id}", responses=_refusals(on_404=_NO_RUN, on_422=_WRONG))
 def one_run(sources: From, run_id: RunId) -> StoredRun:
+    """One run, without its results."""
     return sources.store.described(run_id)
 
 
-@router.get(
-    "/runs/{run_id}/results", summary="Results of a run", responses=_refusals(on_404=_NO_RUN, on_422=_WRONG)
-)
+@router.get("/runs/{run_id}/results", responses=_refusals(on_404=_NO_RUN, on_422=_WRONG))
 def results(
     sources: From,
     run_id: RunId,
@@ -152,6 +161,7 @@ def results(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> ResultList:
+    """The results of a run, without their evidence."""
     found, total = sources.store.results(
         run_id, limit=limit, offset=offset, suite=suite, target=target, area=area, verdict=verdict
     )
@@ -160,10 +170,10 @@ def results(
 
 @router.get(
     "/runs/{run_id}/result",
-    summary="One result with its evidence",
     responses=_refusals(on_404="There is no such run, or it has no such result.", on_422=_WRONG),
 )
 def result(sources: From, run_id: RunId, suite: Name, case: Name, target: Name) -> Result:
+    """One result of a run, with its evidence."""
     found = sources.store.result(run_id, (suite, case, target))
     if found is None:
         raise HTTPException(404, "this run has no such result")
@@ -172,16 +182,16 @@ def result(sources: From, run_id: RunId, suite: Name, case: Name, target: Name) 
 
 @router.get(
     "/runs/{run_id}/changes",
-    summary="Verdicts that differ from those of another run",
     responses=_refusals(on_404=_NO_RUN, on_422=_WRONG),
 )
 def changes(sources: From, run_id: RunId, since: Name) -> ChangeList:
+    """Verdicts that differ from those of another run."""
     return ChangeList(
         run_id=run_id, since=since, changes=tuple(sources.store.changes(before=since, after=run_id))
     )
 
 
-@router.get("/cases", summary="Cases, with their newest verdicts", responses=_refusals(on_422=_WRONG))
+@router.get("/cases", responses=_refusals(on_422=_WRONG))
 def cases(
     sources: From,
     suite: Filter = None,
@@ -190,6 +200,7 @@ def cases(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> CaseList:
+    """The cases, each with its newest verdict on each target."""
     found = [
         row
         for row in sources.newest.cases()
@@ -200,46 +211,50 @@ def cases(
 
 @router.get(
     "/history",
-    summary="A case over time, with scores where it has any",
     responses=_refusals(on_404="There is no result of this case.", on_422=_WRONG),
 )
 def history(sources: From, suite: Name, case: Name, target: Filter = None) -> Points:
+    """A case over time, with scores where it has any."""
     found = sources.store.points(suite, case, target)
     if not found:
         raise HTTPException(404, "there is no result of this case")
     return Points(suite=suite, case=case, points=tuple(found))
 
 
-@router.get("/accuracy", summary="Accuracy cases that have a history", responses=_refusals())
+@router.get("/accuracy", responses=_refusals())
 def accuracy(sources: From) -> AccuracyList:
+    """The accuracy cases on their targets, each with its newest result."""
     return AccuracyList(series=tuple(v for v in sources.newest.verdicts() if v.kind == "accuracy"))
 
 
 @router.get(
     "/summary",
-    summary="Verdicts by target and area",
-    description="Of one run, or of the newest result of every case on every target.",
     responses=_refusals(on_404=_NO_RUN, on_422=_WRONG),
 )
 def summary(sources: From, run: Filter = None) -> Summary:
+    """Verdicts by target and area: of one run, or of the newest result of every case on every target."""
     found = sources.newest.verdicts() if run is None else sources.store.results(run)[0]
     return Summary(run_id=run, areas=areas(found))
 
 
 _BADGE: dict[str, Any] = {
     "response_class": Response,
-    "responses": {200: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}, "description": "A picture."}}
+    "responses": {
+        200: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}, "description": "A picture."}
+    }
     | _refusals(on_404="There is no such result.", on_422="This is no name."),
 }
 
 
-@router.get("/badges/{target}.svg", summary="Badge of a target", **_BADGE)
+@router.get("/badges/{target}.svg", **_BADGE)
 def target_badge(sources: From, target: TargetName) -> Response:
+    """A badge of a target, of its newest results."""
     return _picture(sources, target, None)
 
 
-@router.get("/badges/{target}/{area}.svg", summary="Badge of an area of a target", **_BADGE)
+@router.get("/badges/{target}/{area}.svg", **_BADGE)
 def area_badge(sources: From, target: TargetName, area: AreaName) -> Response:
+    """A badge of one area of a target, of its newest results."""
     return _picture(sources, target, area)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -61,7 +60,6 @@ def api_app() -> FastAPI:
         docs_url=None,  # they would load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
-        telemetry=None,
     )
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _wrong_query)

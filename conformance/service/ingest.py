@@ -51,13 +51,13 @@ class Token:
     def __init__(self, text: str) -> None:
         if len(text) < SHORTEST_TOKEN:
             raise UsageError(
-                f"{TOKEN_VARIABLE}: a token of fewer than {SHORTEST_TOKEN} characters can be guessed; draw one by "
-                "`python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
+                f"{TOKEN_VARIABLE}: a token of fewer than {SHORTEST_TOKEN} characters can be guessed; "
+                "draw one by `python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
             )
         self._digest = _digest(text)
 
     def matches(self, given: str) -> bool:
-        """Whether this is the token. Takes the same time wherever the two differ, and however long they are."""
+        """Whether this is the token. How long it takes says nothing of where the two differ."""
         return hmac.compare_digest(_digest(given), self._digest)
 
 
@@ -155,7 +155,8 @@ class Ingest:
             run_id = run.header.run_id
             if not addressable(run_id):
                 raise HTTPException(
-                    422, "the run's id is no name: up to 100 letters, digits, `.`, `_` and `-`, a letter or digit first"
+                    422,
+                    "the run's id must be up to 100 of `A-Z a-z 0-9 . _ -`, with a letter or digit first",
                 )
             if max(len(run.results), len(run.header.manifest)) > MOST_RESULTS:
                 raise HTTPException(422, f"the run has more than {MOST_RESULTS} results")
@@ -163,6 +164,14 @@ class Ingest:
         except (RunFileError, MisfitError) as error:
             raise HTTPException(422, str(error)) from None
         except RunConflictError:
-            raise HTTPException(409, f"run {run_id}: another run of this id, of another time, is stored") from None
-        _LOG.info("run %s: %d added, %d updated, %d unchanged", run_id, merged.added, merged.updated, merged.unchanged)
+            raise HTTPException(
+                409, f"run {run_id}: another run of this id, of another time, is stored"
+            ) from None
+        _LOG.info(
+            "run %s: %d added, %d updated, %d unchanged",
+            run_id,
+            merged.added,
+            merged.updated,
+            merged.unchanged,
+        )
         return merged
