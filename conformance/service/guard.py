@@ -56,6 +56,9 @@ class Guard:
                     headers[name] = value
                 for name, value in _UNLESS_SAID.items():
                     headers.setdefault(name, value)
+                if status >= 400 and scope["method"] not in ("GET", "HEAD"):
+                    # The body may not have been read, and the server would read all of it first.
+                    headers["connection"] = "close"
             await send(message)
 
         try:

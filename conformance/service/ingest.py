@@ -164,14 +164,6 @@ class Ingest:
         except (RunFileError, MisfitError) as error:
             raise HTTPException(422, str(error)) from None
         except RunConflictError:
-            raise HTTPException(
-                409, f"run {run_id}: another run of this id, of another time, is stored"
-            ) from None
-        _LOG.info(
-            "run %s: %d added, %d updated, %d unchanged",
-            run_id,
-            merged.added,
-            merged.updated,
-            merged.unchanged,
-        )
+            raise HTTPException(409, f"run {run_id}: another run of this id is stored") from None
+        _LOG.info("run %s: %d results added, %d updated", run_id, merged.added, merged.updated)
         return merged

@@ -415,8 +415,8 @@ def _moment(header: Header) -> str:
     """When a run started, as a text that sorts by time."""
     moment = None
     with contextlib.suppress(ValueError, OverflowError):
-        moment = dt.datetime.fromisoformat(header.started)
-        moment = moment.astimezone(dt.UTC) if moment.tzinfo is not None else None
+        read = dt.datetime.fromisoformat(header.started)
+        moment = read.astimezone(dt.UTC) if read.tzinfo is not None else None
     if moment is None:
         raise MisfitError(
             f"run {header.run_id}: started at {header.started!r}, which is no ISO 8601 time with its zone; "
