@@ -25,6 +25,7 @@ from conformance.commands.report import report_command
 from conformance.commands.requests import requests_command
 from conformance.commands.run import run_command
 from conformance.commands.schema import schema_command
+from conformance.commands.serve import serve_command
 from conformance.commands.show import show_command
 from conformance.commands.store import store_group
 from conformance.commands.targets import targets_group
@@ -52,6 +53,7 @@ for command in (
     bisect_command,
     backtest_command,
     store_group,
+    serve_command,
     gate_group,
     matrix_group,
 ):

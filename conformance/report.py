@@ -1,7 +1,7 @@
-"""The static dashboard: a folder of HTML pages made from a run file.
+"""The dashboard: HTML pages made from a run, which `write_site` puts into a folder.
 
-`write_site` is the only way in. The pages work from a folder, without JavaScript, and ask for
-nothing outside it.
+The pages work from a folder, without JavaScript, and ask for nothing outside it. The service has them by
+`make_pages`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,24 @@ MARKER = ".conformance-site.json"
 
 class ReportError(ConformanceError):
     """The dashboard cannot be written."""
+
+
+def make_pages(
+    run: Run,
+    suites: Iterable[LoadedSuite] = (),
+    *,
+    ladders: Iterable[Ladder] = (),
+    backtests: Findings | None = None,
+    history: History | None = None,
+    cells: Iterable[Run] = (),
+) -> Pages:
+    """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`."""
+    site = Site(run, suites)
+    shown = BacktestsView(backtests, site) if backtests is not None else None
+    matrix = MatrixView(cells, site)
+    return Pages(
+        site, views(ladders, site), shown, AccuracyView(site, history), matrix if matrix.entries else None
+    )
 
 
 def write_site(
@@ -72,11 +90,9 @@ def write_site(
         out.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
         try:
-            site = Site(run, suites)
-            shown = BacktestsView(backtests, site) if backtests is not None else None
-            accuracy = AccuracyView(site, history)
-            matrix = MatrixView(cells, site)
-            pages = Pages(site, views(ladders, site), shown, accuracy, matrix if matrix.entries else None)
+            pages = make_pages(
+                run, suites, ladders=ladders, backtests=backtests, history=history, cells=cells
+            )
             _write_pages(pages, run, new)
             _check_replaceable(out)
             _put_in_place(new, out)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -114,13 +114,33 @@ def read(path: Path) -> Run:
     Raises:
         RunFileError: it cannot be read, or a line other than a torn last one is wrong.
     """
-    content = _read(path)
+    return _run(_read(path))
+
+
+def _run(content: _Content) -> Run:
     return Run(
         header=merge(content.headers),
         results=tuple(stored.result for stored in content.results),
         footer=content.footer,
         torn=content.torn,
     )
+
+
+def read_open(file: BinaryIO, name: str) -> tuple[Run, int]:
+    """Read a run from an open file, such as one that was sent.
+
+    Args:
+        file: At its beginning.
+        name: What messages call it.
+
+    Returns:
+        The run, and the number of its complete lines.
+
+    Raises:
+        RunFileError: as `read`.
+    """
+    content = _contents(file, name)
+    return _run(content), content.lines
 
 
 def read_stored(path: Path) -> dict[tuple[str, str, str], StoredResult]:
@@ -235,31 +255,37 @@ class _Content:
     results: list[StoredResult] = field(default_factory=list)
     targets: dict[str, TargetInfo] = field(default_factory=dict)
     footer: Footer | None = None
+    lines: int = 0
+    """Complete ones."""
     torn: str = ""
 
 
 def _read(path: Path) -> _Content:
-    content = _Content()
     try:
         with path.open("rb") as file:
-            number = 0
-            while data := file.readline(MAX_LINE + 1):
-                number += 1
-                if len(data) > MAX_LINE:
-                    raise RunFileError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes")
-                if not data.endswith(b"\n"):
-                    content.torn = f"line {number} was cut off after {len(data)} bytes and is ignored"
-                    break
-                _take(path, number, _parse(path, number, data), content)
+            return _contents(file, str(path))
     except OSError as error:
         raise RunFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _contents(file: BinaryIO, path: str) -> _Content:
+    content = _Content()
+    while data := file.readline(MAX_LINE + 1):
+        number = content.lines + 1
+        if len(data) > MAX_LINE:
+            raise RunFileError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes")
+        if not data.endswith(b"\n"):
+            content.torn = f"line {number} was cut off after {len(data)} bytes and is ignored"
+            break
+        _take(path, number, _parse(path, number, data), content)
+        content.lines = number
     if not content.headers:
         reason = f"; {content.torn}" if content.torn else ""
         raise RunFileError(f"{path}: the file holds no complete header{reason}")
     return content
 
 
-def _take(path: Path, number: int, line: Header | Result | Footer, content: _Content) -> None:
+def _take(path: str, number: int, line: Header | Result | Footer, content: _Content) -> None:
     if isinstance(line, Header):
         _check_header(path, number, line, content.headers)
         content.headers.append(line)
@@ -282,7 +308,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_LINE.json_schema()}
 
 
-def _parse(path: Path, number: int, data: bytes) -> Header | Result | Footer:
+def _parse(path: str, number: int, data: bytes) -> Header | Result | Footer:
     try:
         return _LINE.validate_json(data)
     except ValidationError as error:
@@ -294,7 +320,7 @@ def _parse(path: Path, number: int, data: bytes) -> Header | Result | Footer:
         ) from None
 
 
-def _check_header(path: Path, number: int, header: Header, earlier: list[Header]) -> None:
+def _check_header(path: str, number: int, header: Header, earlier: list[Header]) -> None:
     if header.schema_version != SCHEMA_VERSION:
         raise RunFileError(
             f"{path}:{number}: schema version {header.schema_version}; this harness reads {SCHEMA_VERSION}"

@@ -71,14 +71,15 @@ def store(fresh: Callable[[], str]) -> Iterator[Store]:
 
 
 def content(store: Store) -> dict[str, list[tuple[Any, ...]]]:
-    """Everything in the database, without the numbers that it gives to rows."""
+    """Everything in the database, without the numbers that it gives to rows, or counts merges by."""
     found = {}
     with store._database.reading() as session:
         results = {
             row.id: (row.run_id, *row.key, row.digest) for row in session.scalars(select(_table("results")))
         }
         for mapper in Base.registry.mappers:
-            names = [column.key for column in mapper.columns if column.key not in ("id", "result_id")]
+            unnamed = ("id", "result_id", "revision")
+            names = [column.key for column in mapper.columns if column.key not in unnamed]
             rows = []
             for row in session.scalars(select(mapper.class_)):
                 owner = results[row.result_id] if hasattr(row, "result_id") else ()

@@ -17,7 +17,7 @@ from conformance.explain import visible
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
 from conformance.results import CellVerdict, Preflight, Result, Verdict
-from conformance.store import Change, Merged, StoredRun, StoredVerdict
+from conformance.store import Change, Merged, StoredRun, StoredVerdict, StorePoint
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -220,16 +220,6 @@ class StoreShowOutput(Output):
     """The run that it is compared with; null where there is no earlier one."""
     changes: tuple[Change, ...]
     """Verdicts that differ between the two."""
-
-
-class StorePoint(Output):
-    """A case on a target in one run."""
-
-    verdict: StoredVerdict
-    decision: Decision | None
-    """Of accuracy cases."""
-    outcomes: dict[str, int]
-    """Items by outcome class, of accuracy cases."""
 
 
 class StoreHistoryOutput(Output):

@@ -18,6 +18,12 @@ def _output_schema(model: type[Output]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
 
 
+def _openapi() -> dict[str, Any]:
+    from conformance.service.app import api_app
+
+    return api_app().openapi()
+
+
 def schemas() -> dict[str, Callable[[], dict[str, Any]]]:
     """Name of each schema to what makes it; `conformance/schemas/NAME.schema.json` holds a copy."""
     files = {
@@ -27,6 +33,7 @@ def schemas() -> dict[str, Callable[[], dict[str, Any]]]:
         "run-file": runfile.json_schema,
         "replay": recordings.json_schema,
         "requests": requests.json_schema,
+        "openapi": _openapi,
     }
     outputs = {name: (lambda model=model: _output_schema(model)) for name, model in OUTPUTS.items()}
     return files | outputs
@@ -42,6 +49,6 @@ def schema_text(name: str) -> str:
 def schema_command(name: str | None) -> None:
     """Print the JSON Schema of a suite, an expectations file, a line of some file, or an output.
 
-    Without NAME, print the names.
+    `openapi` is the document of the service's API. Without NAME, print the names.
     """
     click.echo(schema_text(name) if name is not None else "\n".join(sorted(schemas())) + "\n", nl=False)

@@ -14,13 +14,12 @@ from conformance.commands.output import (
     StoreHistoryOutput,
     StoreListOutput,
     StoreMergeOutput,
-    StorePoint,
     StoreShowOutput,
     json_option,
 )
 from conformance.errors import ConformanceError, UsageError
 from conformance.scoring import OUTCOMES
-from conformance.store import StoredRun
+from conformance.store import StoredRun, StorePoint
 from conformance.verdicts import counted
 
 Command = Callable[..., object]
@@ -203,14 +202,7 @@ def history_command(
             f"{case}: name a case as suite-id::case-id; `conformance store list --latest` has them"
         )
     with Store(database) as store:
-        points = [
-            StorePoint(
-                verdict=verdict,
-                decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
-                outcomes=store.outcomes(verdict.run_id, verdict.key),
-            )
-            for verdict, result in store.evidence_series(suite, name, target, cell)
-        ]
+        points = store.points(suite, name, target, cell)
         where = store.name
     if not points:
         on = f" on {target}" if target is not None else ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,6 +21,9 @@ from conformance.reporting.ladders import LadderView
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
 from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
+
+Render = Callable[[], str]
+"""Renders a page."""
 
 SHORT_LIST = 40
 """Rows of a list on the overview; the rest is on the page that it links to."""
@@ -164,6 +168,11 @@ class Pages:
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Path below the site's root, and HTML, of each page."""
+        for path, render in self.each():
+            yield path, render()
+
+    def each(self) -> Iterator[tuple[str, Render]]:
+        """Path below the site's root of each page, and what renders it."""
         yield "index.html", self._render("index.html", 0)
         yield "policies.html", self._render("policies.html", 0)
         for ladder in self._ladders:
@@ -186,9 +195,9 @@ class Pages:
             for number, case in enumerate(ordered):
                 before = ordered[number - 1] if number else None
                 after = ordered[number + 1] if number + 1 < len(ordered) else None
-                yield case.page, self._case(case, before, after)
+                yield case.page, partial(self._case, case, before, after)
 
-    def _accuracy_pages(self) -> Iterator[tuple[str, str]]:
+    def _accuracy_pages(self) -> Iterator[tuple[str, Render]]:
         if not self._accuracy:
             return
         yield "accuracy.html", self._render("accuracy.html", 0)
@@ -202,7 +211,7 @@ class Pages:
         source = evidence.input_text(case)
         # Other kinds are asked for the prompt: it is then part of what each target answered.
         prompt = evidence.first_evidence(case, "prompt") if case.kind == "parser" else None
-        return self._render(
+        render = self._render(
             "case.html",
             2,
             case=case,
@@ -218,9 +227,10 @@ class Pages:
             answers=evidence.answers(case) if case.contested else [],
             views=[_entry_view(entry, self._accuracy.of(entry)) for entry in case.entries],
         )
+        return render()
 
-    def _render(self, template: str, depth: int, **context: Any) -> str:
-        return self._env.get_template(template).render(root="../" * depth, **context)
+    def _render(self, template: str, depth: int, **context: Any) -> Render:
+        return partial(self._env.get_template(template).render, root="../" * depth, **context)
 
 
 def _entry_view(entry: Entry, series: Series | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ This module imports no SQLAlchemy, which takes long to load.
 from __future__ import annotations
 
 from conformance.errors import ConformanceError
+from conformance.gates.decision import Decision
 from conformance.records import Record
 from conformance.results import Verdict
 
@@ -16,6 +17,18 @@ Key = tuple[str, str, str]
 
 class StoreError(ConformanceError):
     """The history database cannot be used, or a run does not fit into it."""
+
+
+class UnknownRunError(StoreError):
+    """The database holds no such run."""
+
+
+class MisfitError(StoreError):
+    """A run cannot be kept: it holds what not every database keeps."""
+
+
+class RunConflictError(StoreError):
+    """Another run of the same id is stored."""
 
 
 class Merged(Record):
@@ -76,6 +89,16 @@ class StoredVerdict(Record):
     def key(self) -> Key:
         """Identity inside a run."""
         return (self.suite, self.case, self.target)
+
+
+class StorePoint(Record):
+    """A case on a target in one run."""
+
+    verdict: StoredVerdict
+    decision: Decision | None
+    """Of accuracy cases."""
+    outcomes: dict[str, int]
+    """Items by outcome class, of accuracy cases."""
 
 
 class Change(Record):

@@ -33,7 +33,7 @@ from conformance.store.tables import MIGRATIONS, VERSION, Base, VersionRow
 _WRITES = "conformance_writes"
 """Execution option of a connection that will write."""
 _PATIENCE = 60
-"""Seconds for which one writer waits for another on SQLite."""
+"""Seconds for which one writer waits for another."""
 
 
 def default_url() -> URL:
@@ -161,7 +161,8 @@ def _engine(url: str | URL) -> tuple[URL, Engine]:
     try:
         parsed = make_url(url)
         patience = {"timeout": _PATIENCE} if _is_sqlite(parsed) else {}
-        engine = create_engine(parsed, connect_args=patience)
+        # A server that was restarted has closed the connections that are kept.
+        engine = create_engine(parsed, connect_args=patience, pool_pre_ping=True)
     except ArgumentError:  # its message repeats the URL, and a password with it
         raise StoreError(
             "--database: this is no database URL, or of no kind that SQLAlchemy knows; "
@@ -175,6 +176,8 @@ def _engine(url: str | URL) -> tuple[URL, Engine]:
     if _is_sqlite(parsed):
         event.listen(engine, "connect", _leave_transactions_to_us)
         event.listen(engine, "begin", _begin)
+    elif parsed.get_backend_name() == "postgresql":
+        event.listen(engine, "begin", _limit_waiting)
     return parsed, engine
 
 
@@ -197,3 +200,9 @@ def _begin(connection: Connection) -> None:
     """Take SQLite's lock at the beginning, because two readers that go on to write lock each other out."""
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _limit_waiting(connection: Connection) -> None:
+    """PostgreSQL would wait for another writer for ever."""
+    if connection.get_execution_options().get(_WRITES, False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_PATIENCE}s'")

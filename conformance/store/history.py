@@ -21,16 +21,27 @@ from types import TracebackType
 from typing import Self
 
 from pydantic import ValidationError
-from sqlalchemy import URL, ColumnElement, Select, func, select
+from sqlalchemy import URL, ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session, defer
 
 from conformance import runfile
 from conformance.errors import RunFileError
 from conformance.results import Footer, Header, Result, Run, Verdict
-from conformance.store import Change, Key, Merged, StoredRun, StoredVerdict, StoreError
+from conformance.store import (
+    Change,
+    Key,
+    Merged,
+    MisfitError,
+    RunConflictError,
+    StoredRun,
+    StoredVerdict,
+    StoreError,
+    StorePoint,
+    UnknownRunError,
+)
 from conformance.store.database import Database
-from conformance.store.rows import mark_current, merge_results, read_result, verdict_counts
-from conformance.store.tables import ItemRow, ResultRow, RunRow
+from conformance.store.rows import check_storable, mark_current, merge_results, read_result, verdict_counts
+from conformance.store.tables import ItemRow, ResultRow, RunRow, VersionRow
 
 _READINGS = 5
 """How often a file that is being written is read again."""
@@ -95,14 +106,17 @@ class Store:
             lines: Complete lines of its file, which tell an older copy from a newer one.
 
         Raises:
-            StoreError: another run of this id is stored, or the database cannot be written.
+            MisfitError: it holds what cannot be kept.
+            RunConflictError: another run of this id is stored.
+            StoreError: the database cannot be written.
         """
         header = run.header
         started = _moment(header)
+        check_storable(run)
         with self._database.writing() as session:
             row = session.get(RunRow, header.run_id)
             if row is not None and row.started != started:
-                raise StoreError(
+                raise RunConflictError(
                     f"run {header.run_id}: {self.name} holds another run of this id, started "
                     f"{row.started}; the file was changed by hand, or two runs drew the same id"
                 )
@@ -110,6 +124,7 @@ class Store:
             added, updated = merge_results(session, run)
             if newer or added or updated:
                 mark_current(session, header.run_id)
+                session.execute(update(VersionRow).values(revision=VersionRow.revision + 1))
         unchanged = len({(*r.key, r.digest) for r in run.results}) - added - updated
         return Merged(
             run_id=header.run_id,
@@ -149,13 +164,36 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def runs(self, *, limit: int | None = None) -> list[StoredRun]:
+    def runs(self, *, limit: int | None = None, offset: int = 0) -> list[StoredRun]:
         """The runs, newest first, with the verdicts that count."""
+        query = select(RunRow).order_by(RunRow.started.desc(), RunRow.run_id.desc())
         with self._database.reading() as session:
-            query = select(RunRow).order_by(RunRow.started.desc(), RunRow.run_id.desc())
-            query = query.limit(limit).options(*_LIGHT[1:])
-            rows = session.scalars(query).all()
-            counts = verdict_counts(session, [row.run_id for row in rows])
+            return self._described(session, query.limit(limit).offset(offset))
+
+    def described(self, run_id: str) -> StoredRun:
+        """One run, without its results.
+
+        Raises:
+            UnknownRunError: there is no such run.
+        """
+        with self._database.reading() as session:
+            self._run(session, run_id)
+            return self._described(session, select(RunRow).where(RunRow.run_id == run_id))[0]
+
+    def size(self) -> int:
+        """Number of runs."""
+        with self._database.reading() as session:
+            return session.scalars(select(func.count()).select_from(RunRow)).one()
+
+    def revision(self) -> int:
+        """A number that is another one after every merge that changed anything."""
+        with self._database.reading() as session:
+            return session.scalars(select(VersionRow.revision)).one()
+
+    @staticmethod
+    def _described(session: Session, query: Select[RunRow]) -> list[StoredRun]:
+        rows = session.scalars(query.options(*_LIGHT[1:])).all()
+        counts = verdict_counts(session, [row.run_id for row in rows])
         return [
             StoredRun(
                 run_id=row.run_id,
@@ -175,7 +213,7 @@ class Store:
         """A run with all its results and items, as its file has it, less lines that later ones replaced.
 
         Raises:
-            StoreError: there is no such run.
+            UnknownRunError: there is no such run.
         """
         with self._database.reading() as session:
             row = self._run(session, run_id)
@@ -187,6 +225,36 @@ class Store:
                     results=tuple(read_result(session, found) for found in session.scalars(query)),
                     footer=Footer.model_validate_json(row.footer) if row.footer is not None else None,
                 )
+
+    def results(
+        self, run_id: str, *, limit: int | None = None, offset: int = 0, **wanted: str | None
+    ) -> tuple[list[StoredVerdict], int]:
+        """The results of a run that count, in the order of their keys, and how many there are in all.
+
+        Args:
+            run_id: Of the run.
+            limit: Only so many.
+            offset: Leave out so many first.
+            wanted: Values of `suite`, `case`, `target`, `area` or `verdict`; None for any.
+
+        Raises:
+            UnknownRunError: there is no such run.
+        """
+        named = [getattr(ResultRow, name) == value for name, value in wanted.items() if value is not None]
+        which = (ResultRow.run_id == run_id, ResultRow.current, *named)
+        with self._database.reading() as session:
+            run = self._run(session, run_id)
+            total = session.scalars(select(func.count()).select_from(ResultRow).where(*which)).one()
+            query = select(ResultRow).where(*which).options(_NO_BODY)
+            query = query.order_by(ResultRow.suite, ResultRow.case, ResultRow.target)
+            return [_verdict(row, run) for row in session.scalars(query.limit(limit).offset(offset))], total
+
+    def result(self, run_id: str, key: Key) -> Result | None:
+        """The result of a run that counts, with its items; None where it has none."""
+        query = select(ResultRow).where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
+        with self._database.reading() as session, _of_this_version(f"run {run_id}"):
+            row = session.scalars(query).one_or_none()
+            return read_result(session, row) if row is not None else None
 
     def latest(self) -> list[StoredVerdict]:
         """The newest result of every case on every target, in each cell of the matrix and outside it."""
@@ -259,11 +327,9 @@ class Store:
         return found
 
     def _with_items(self, verdict: StoredVerdict) -> Result:
-        query = select(ResultRow).where(
-            ResultRow.run_id == verdict.run_id, ResultRow.current, *_is(verdict.key)
-        )
-        with self._database.reading() as session, _of_this_version(f"run {verdict.run_id}"):
-            return read_result(session, session.scalars(query).one())
+        result = self.result(verdict.run_id, verdict.key)
+        assert result is not None  # results are never removed
+        return result
 
     def outcomes(self, run_id: str, key: Key) -> dict[str, int]:
         """Number of items of a result by outcome class; empty where it has none."""
@@ -276,11 +342,24 @@ class Store:
         with self._database.reading() as session:
             return dict(sorted(session.execute(query).all()))
 
+    def points(
+        self, suite: str, case: str, target: str | None = None, cell: str | None = None
+    ) -> list[StorePoint]:
+        """A case over time, oldest first, with what its gate decided; `target` and `cell` as in `series`."""
+        return [
+            StorePoint(
+                verdict=verdict,
+                decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
+                outcomes=self.outcomes(verdict.run_id, verdict.key),
+            )
+            for verdict, result in self.evidence_series(suite, case, target, cell)
+        ]
+
     def changes(self, before: str, after: str) -> list[Change]:
         """Verdicts that differ between two runs; results that only one of them has included.
 
         Raises:
-            StoreError: there is no such run.
+            UnknownRunError: there is no such run.
         """
         with self._database.reading() as session:
             old, new = (self._verdicts_of(session, run_id) for run_id in (before, after))
@@ -299,7 +378,7 @@ class Store:
     def _run(self, session: Session, run_id: str) -> RunRow:
         row = session.get(RunRow, run_id)
         if row is None:
-            raise StoreError(f"{self.name} holds no run {run_id}; `conformance store list` names them")
+            raise UnknownRunError(f"{self.name} holds no run {run_id}; `conformance store list` names them")
         return row
 
     def _verdicts_of(self, session: Session, run_id: str) -> dict[Key, tuple[Verdict | None, str]]:
@@ -354,14 +433,15 @@ def _lines(path: Path) -> int:
 def _moment(header: Header) -> str:
     """When a run started, as a text that sorts by time."""
     moment = None
-    with contextlib.suppress(ValueError):
-        moment = dt.datetime.fromisoformat(header.started)
-    if moment is None or moment.tzinfo is None:
-        raise StoreError(
+    with contextlib.suppress(ValueError, OverflowError):
+        read = dt.datetime.fromisoformat(header.started)
+        moment = read.astimezone(dt.UTC) if read.tzinfo is not None else None
+    if moment is None:
+        raise MisfitError(
             f"run {header.run_id}: started at {header.started!r}, which is no ISO 8601 time with its zone; "
             "the file was changed by hand, or is none of this harness"
         )
-    return moment.astimezone(dt.UTC).isoformat(timespec="microseconds")
+    return moment.isoformat(timespec="microseconds")
 
 
 @contextlib.contextmanager

@@ -8,14 +8,63 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session, defer
 
-from conformance.results import Header, Result, Run, Verdict
+from conformance.results import Footer, Header, Result, Run, Verdict
+from conformance.store import MisfitError
 from conformance.store.tables import ItemRow, PromptRow, ResultRow, RunRow
 
 _AT_ONCE = 500
 """Values in one `IN (…)`; databases limit their number."""
+_LONGEST_NAMES = 2000
+"""Bytes of all names of a result together; PostgreSQL keeps no more in an index."""
+_EXIT_CODES = range(256)
+
+
+def check_storable(run: Run) -> None:
+    """Refuse what not every database could keep, so that a run is welcome in all of them or in none.
+
+    Raises:
+        MisfitError: a name is too long, or has a character that PostgreSQL does not take; or the exit code
+            is none; or a number is not finite, so that the line would not come back.
+    """
+    header, footer = run.header, run.footer
+    finished = footer.finished if footer is not None else ""
+    named: list[tuple[str, tuple[str, ...]]] = [
+        ("the run", (header.run_id, header.harness, header.commit or "", finished))
+    ]
+    named += [
+        (
+            f"the result of {r.suite[:80]}::{r.case[:80]}",
+            (header.run_id, r.suite, r.case, r.target, r.digest, r.kind, r.area),
+        )
+        for r in run.results
+    ]
+    for what, names in named:
+        if any("\0" in name for name in names):
+            raise MisfitError(f"{what} has a name with the character U+0000, which databases do not keep")
+        if sum(len(name.encode()) for name in names) > _LONGEST_NAMES:
+            raise MisfitError(f"{what} has names of more than {_LONGEST_NAMES} bytes together")
+    if footer is not None and footer.exit_code not in _EXIT_CODES:
+        raise MisfitError("the run's exit code is none: it is not between 0 and 255")
+    _comes_back(header, "the run's header")
+    if footer is not None:
+        _comes_back(footer, "the run's last line")
+
+
+def _comes_back(line: Header | Result | Footer, what: str) -> str:
+    """A line as JSON, from which it can be made again."""
+    text = line.model_dump_json()
+    try:
+        type(line).model_validate_json(text)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        raise MisfitError(
+            f"{what} holds a value that JSON cannot hold ({place}), such as a number that is not finite"
+        ) from None
+    return text
 
 
 def merge_results(session: Session, run: Run) -> tuple[int, int]:
@@ -25,7 +74,7 @@ def merge_results(session: Session, run: Run) -> tuple[int, int]:
     stored = {(*row.key, row.digest): row for row in session.scalars(query)}
     added = updated = 0
     for identity, (position, result) in latest.items():
-        text = result.model_dump_json()
+        text = _comes_back(result, f"the result of {result.suite}::{result.case}")
         content = hashlib.sha256(text.encode()).hexdigest()
         row = stored.get(identity)
         if row is None:
@@ -94,6 +143,9 @@ def _remove_items(session: Session, result_id: int) -> None:
 
 def read_result(session: Session, row: ResultRow) -> Result:
     """A stored result, with its items."""
+    body = json.loads(row.body)
+    if body["evidence"].get("accuracy") is None:
+        return Result.model_validate_json(row.body)
     query = (
         select(ItemRow.body, PromptRow.text)
         .join(PromptRow, PromptRow.digest == ItemRow.prompt)
@@ -101,9 +153,7 @@ def read_result(session: Session, row: ResultRow) -> Result:
         .order_by(ItemRow.number)
     )
     items = [{**json.loads(body), "prompt": json.loads(text)} for body, text in session.execute(query)]
-    body = json.loads(row.body)
-    if items:
-        body["evidence"]["accuracy"]["sheet"]["items"] = items
+    body["evidence"]["accuracy"]["sheet"]["items"] = items
     return Result.model_validate_json(json.dumps(body))
 
 

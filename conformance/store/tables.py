@@ -30,6 +30,8 @@ class VersionRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     version: Mapped[int]
+    revision: Mapped[int] = mapped_column(default=0)
+    """Counts the merges that changed anything; what is made from the database can be kept until the next."""
 
 
 class RunRow(Base):
