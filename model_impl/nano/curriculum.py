@@ -31,7 +31,7 @@ _SAMPLES: tuple[tuple[Generator, int], ...] = (
 
 _TALK: tuple[Generator, ...] = (problems.lesson, dialogues.lesson, telling)
 
-TEXT = Course((*_TALK, reciting), (56, 14, 12, 18))
+TEXT = Course((*_TALK, reciting), (50, 22, 12, 16))
 """Reading, copying and reckoning: all else builds on them, and text is cheap."""
 GLANCES = Course((*_TALK, glance), (22, 6, 4, 68))
 """One tile a picture: with several from the start, the tower does not find out what there is to see."""
@@ -93,10 +93,10 @@ class Recipe:
         raise IndexError("the step is beyond the last stage")
 
 
-_SIGHTED = (Stage(TEXT, 600), Stage(GLANCES, 80), Stage(NAMING, 220), Stage(SIGHT, 700))
+_SIGHTED = (Stage(TEXT, 600), Stage(GLANCES, 80), Stage(NAMING, 220), Stage(SIGHT, 500))
 RECIPES: Mapping[str, Recipe] = {
     "nano-e": Recipe(
-        (Stage(TEXT, 600), Stage(GLANCES_AND_TONES, 100), Stage(NAMING_AND_TONES, 250), Stage(SENSES, 800))
+        (Stage(TEXT, 600), Stage(GLANCES_AND_TONES, 100), Stage(NAMING_AND_TONES, 250), Stage(SENSES, 600))
     ),
     "nano-a": Recipe(_SIGHTED),
     "nano-d": Recipe(_SIGHTED),
