@@ -93,10 +93,10 @@ class Recipe:
         raise IndexError("the step is beyond the last stage")
 
 
-_SIGHTED = (Stage(TEXT, 600), Stage(GLANCES, 80), Stage(NAMING, 220), Stage(SIGHT, 500))
+_SIGHTED = (Stage(TEXT, 600), Stage(GLANCES, 80), Stage(NAMING, 220), Stage(SIGHT, 700))
 RECIPES: Mapping[str, Recipe] = {
     "nano-e": Recipe(
-        (Stage(TEXT, 600), Stage(GLANCES_AND_TONES, 100), Stage(NAMING_AND_TONES, 250), Stage(SENSES, 600))
+        (Stage(TEXT, 600), Stage(GLANCES_AND_TONES, 100), Stage(NAMING_AND_TONES, 250), Stage(SENSES, 800))
     ),
     "nano-a": Recipe(_SIGHTED),
     "nano-d": Recipe(_SIGHTED),
