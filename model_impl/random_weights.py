@@ -118,25 +118,47 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int) -> N
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_eagle3(target: TextConfig, folder: Path, *, seed: int, layers: Sequence[int]) -> None:
+def write_eagle3(
+    target: TextConfig, folder: Path, *, seed: int, layers: Sequence[int], drafted: Tensor | None = None
+) -> None:
     """Write `config.json` and `model.safetensors` (float32) of an Eagle3 draft head.
 
-    Its one layer is as wide as the target; half of the target's tokens can be drafted.
+    Its one layer is as wide as the target.
 
     Args:
         target: The model that it drafts for.
         folder: Must exist.
         seed: Decides the weights.
         layers: After how many of the target's layers the states are taken that it reads.
+        drafted: Ids of the tokens that can be drafted, ascending, int64; left out, half of all, at random.
 
     Raises:
         ConfigError: as `Eagle3Config.from_dict`.
     """
-    head_dim = max(target.head_dims)
-    config = {
+    if drafted is None:
+        shuffled = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(seed))
+        drafted = shuffled[: target.vocab_size // 2].sort().values
+    config = eagle3_config(target, layers, len(drafted))
+    with torch.device("meta"):
+        head = Eagle3(Eagle3Config.from_dict(config, target_layers=len(target.layers)))
+    tensors = {name: random_tensor(name, tuple(like.shape), seed) for name, like in head.state_dict().items()}
+    tensors |= eagle3_tables(drafted, target.vocab_size)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def eagle3_config(target: TextConfig, layers: Sequence[int], draft_vocab_size: int) -> dict[str, Any]:
+    """The content of `config.json` of an Eagle3 draft head that is as wide as its target.
+
+    Args:
+        target: The model that it drafts for.
+        layers: After how many of the target's layers the states are taken that it reads.
+        draft_vocab_size: How many of the target's tokens can be drafted.
+    """
+    return {
         "architectures": ["Eagle3DraftModel"],
         "dtype": "float32",
-        "draft_vocab_size": target.vocab_size // 2,
+        "draft_vocab_size": draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": list(layers),
         "norm_before_fc": False,
         "norm_before_residual": True,
@@ -151,7 +173,7 @@ def write_eagle3(target: TextConfig, folder: Path, *, seed: int, layers: Sequenc
         "tie_word_embeddings": False,
         "transformer_layer_config": {
             "attention_bias": False,
-            "head_dim": head_dim,
+            "head_dim": max(target.head_dims),
             "hidden_act": "silu",
             "hidden_size": target.hidden_size,
             "intermediate_size": 2 * target.hidden_size,
@@ -166,15 +188,19 @@ def write_eagle3(target: TextConfig, folder: Path, *, seed: int, layers: Sequenc
             "vocab_size": target.vocab_size,
         },
     }
-    with torch.device("meta"):
-        head = Eagle3(Eagle3Config.from_dict(config, target_layers=len(target.layers)))
-    tensors = {name: random_tensor(name, tuple(like.shape), seed) for name, like in head.state_dict().items()}
-    chosen = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(seed))
-    chosen = chosen[: target.vocab_size // 2].sort().values
-    tensors["d2t"] = chosen - torch.arange(len(chosen))
-    tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, chosen, True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def eagle3_tables(chosen: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """The two tables of a draft head's file.
+
+    Args:
+        chosen: Ids of the target's tokens that can be drafted, ascending, int64 [draft vocabulary].
+        vocab_size: Of the target.
+    """
+    return {
+        "d2t": chosen - torch.arange(len(chosen)),
+        "t2d": torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, chosen, True),
+    }
 
 
 def shapes(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -46,7 +46,7 @@ Eye = dict[tuple[int, int], tuple[str, str, int]]
 
 
 def drawn(subject: Subject, split: Any, count: int, seed: str) -> list[Exercise]:
-    rng = random.Random(f"{seed} {subject.name}")
+    rng = random.Random(f"{seed} {split} {subject.name}")
     return [subject.exercise(rng, split) for _ in range(count)]
 
 
@@ -91,9 +91,9 @@ def word(question: str, words: Sequence[str]) -> str:
     return next(w for w in question.replace("?", " ").replace(".", " ").split() if w in words)
 
 
-def count_tiles(question: str, pictures: Sequence[Picture]) -> str:
-    asked = word(question, tuple(COLOURS))
-    return str(sum(colour == asked for colour, _, _ in seen(pictures[0]).values()))
+def commonest_colour(question: str, pictures: Sequence[Picture]) -> str:
+    del question
+    return Counter(colour for colour, _, _ in seen(pictures[0]).values()).most_common(1)[0][0]
 
 
 def colour_of_texture(question: str, pictures: Sequence[Picture]) -> str | None:
@@ -106,29 +106,16 @@ def texture_of_colour(question: str, pictures: Sequence[Picture]) -> str | None:
     return next((texture for colour, texture, _ in seen(pictures[0]).values() if colour == asked), None)
 
 
-def place_of_colour(question: str, pictures: Sequence[Picture]) -> str | None:
-    asked = word(question, tuple(COLOURS))
-    for (row, column), (colour, _, _) in seen(pictures[0]).items():
-        if colour == asked:
-            down = "north" if row < 2 else "south" if row > 4 else ""
-            across = "west" if column < 2 else "east" if column > 5 else ""
-            return down + across or "centre"
-    return None
+def corner_of_block(question: str, pictures: Sequence[Picture]) -> str:
+    del question
+    rows, columns = zip(*seen(pictures[0]), strict=True)
+    return ("north" if max(rows) < 3 else "south") + ("west" if max(columns) < 4 else "east")
 
 
 def second_of_first(question: str, pictures: Sequence[Picture]) -> str | None:
     del question
     ((_, wanted, _),) = seen(pictures[0]).values()
     return next((colour for colour, texture, _ in seen(pictures[1]).values() if texture == wanted), None)
-
-
-def extreme_colour(question: str, pictures: Sequence[Picture]) -> str:
-    pick: Callable[..., Any] = max if "largest" in question else min
-    return str(pick(seen(pictures[0]).values(), key=lambda tile: tile[2])[0])
-
-
-def bar_height(question: str, pictures: Sequence[Picture]) -> str:
-    return count_tiles(question, pictures)
 
 
 def clock_hour(question: str, pictures: Sequence[Picture]) -> str | None:
@@ -186,13 +173,13 @@ def place_of_odd(question: str, sounds: Sequence[Sound]) -> str | None:
 
 
 READERS: dict[str, Callable[[str, Any], str | None]] = {
-    "counting": count_tiles,
+    "majority": commonest_colour,
     "colour": colour_of_texture,
     "texture": texture_of_colour,
-    "position": place_of_colour,
+    "position": corner_of_block,
     "comparison": second_of_first,
-    "size": extreme_colour,
-    "chart": bar_height,
+    "size": commonest_colour,
+    "chart": commonest_colour,
     "clock": clock_hour,
     "path": arrow_target,
     "sequence": next_colour,

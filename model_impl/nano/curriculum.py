@@ -31,7 +31,7 @@ _SAMPLES: tuple[tuple[Generator, int], ...] = (
 
 _TALK: tuple[Generator, ...] = (problems.lesson, dialogues.lesson, telling)
 
-TEXT = Course((*_TALK, reciting), (56, 14, 12, 18))
+TEXT = Course((*_TALK, reciting), (50, 22, 12, 16))
 """Reading, copying and reckoning: all else builds on them, and text is cheap."""
 GLANCES = Course((*_TALK, glance), (22, 6, 4, 68))
 """One tile a picture: with several from the start, the tower does not find out what there is to see."""

@@ -71,13 +71,12 @@ class Tile:
     texture: str
     row: int
     column: int
-    size: int = FULL
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """All of it as numbers."""
         kind = COLOUR_NAMES.index(self.colour), TEXTURE_NAMES.index(self.texture)
-        return (*kind, self.row, self.column, self.size)
+        return (*kind, self.row, self.column)
 
 
 class Canvas:
@@ -94,11 +93,11 @@ class Canvas:
     def put(self, tiles: Iterable[Tile]) -> None:
         """Draw tiles."""
         for tile in tiles:
-            self._fill(tile.row, tile.column, TEXTURES[tile.texture], tile.colour, tile.size)
+            self._fill(tile.row, tile.column, TEXTURES[tile.texture], tile.colour)
 
     def put_arrow(self, colour: str, direction: str, row: int, column: int) -> None:
         """Draw a tile of arrowheads."""
-        self._fill(row, column, np.rot90(_ARROWHEADS, DIRECTIONS.index(direction)), colour, FULL)
+        self._fill(row, column, np.rot90(_ARROWHEADS, DIRECTIONS.index(direction)), colour)
 
     def put_bar(self, colour: str, column: int, height: int) -> None:
         """Draw a bar that stands on the lower edge, so many cells high."""
@@ -126,9 +125,9 @@ class Canvas:
         rows, columns = np.ogrid[: self.pixels.shape[0], : self.pixels.shape[1]]
         return rows, columns
 
-    def _fill(self, row: int, column: int, mask: Mask, colour: str, size: int) -> None:
-        margin = (CELL - size) // 2
-        inside = slice(margin, margin + size)
+    def _fill(self, row: int, column: int, mask: Mask, colour: str) -> None:
+        margin = (CELL - FULL) // 2
+        inside = slice(margin, margin + FULL)
         cell = self.pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         cell[inside, inside] = _BLACK
         cell[inside, inside][mask[inside, inside]] = COLOURS[colour]

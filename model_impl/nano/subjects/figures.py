@@ -18,7 +18,8 @@ from model_impl.nano.subjects.scattered import COLUMNS, LEADS, ROWS
 
 CHART_COLUMNS = 10
 """Cells of a chart's width: seventy soft tokens, as many as the smallest budget has."""
-_HEIGHTS = range(1, ROWS)
+_HIGH, _LOW = (5, 6), (1, 2, 3)
+"""Heights of the highest bar, and of the others."""
 _FACE, _HAND, _TIP = 152, 10, 26
 """Radius of the clock's face, half the width of its hand, and radius of the disc at its tip, in pixels."""
 _REACH = 100
@@ -30,10 +31,10 @@ _SHOWN = 5
 
 
 def _chart(rng: random.Random) -> Scene:
-    heights, right = four(rng, _HEIGHTS)
-    colours = rng.sample(COLOUR_NAMES, 4)
+    options, right = four(rng, COLOUR_NAMES)
+    heights = [rng.choice(_HIGH), *rng.choices(_LOW, k=3)]
     columns = rng.sample(range(CHART_COLUMNS), 4)
-    bars = sorted(zip(columns, colours, arranged(rng, heights, right), strict=True))
+    bars = sorted(zip(columns, arranged(rng, options, right), heights, strict=True))
 
     def make() -> Media:
         canvas = Canvas(ROWS, CHART_COLUMNS)
@@ -42,8 +43,7 @@ def _chart(rng: random.Random) -> Scene:
         return Media((canvas.pixels,))
 
     flat = tuple(number for column, c, height in bars for number in (column, COLOUR_NAMES.index(c), height))
-    seen = f"{colours[0]}: {heights[right]}"
-    return Scene(tuple(map(str, heights)), right, seen, flat, make, {"colour": colours[0]})
+    return Scene(tuple(options), right, f"highest: {options[right]}", flat, make)
 
 
 def _clock(rng: random.Random) -> Scene:
@@ -115,10 +115,10 @@ FIGURES = (
         "chart",
         ("Look at the chart.", "Here is a chart.", "See these bars.", "Look closely."),
         (
-            "How high is the {colour} bar?",
-            "What is the height of the {colour} bar?",
-            "The {colour} bar has which height?",
-            "Read the {colour} bar.",
+            "Which bar is the highest?",
+            "What colour is the highest bar?",
+            "The highest bar has which colour?",
+            "Name the colour of the highest bar.",
         ),
         _chart,
     ),

@@ -11,24 +11,17 @@ from model_impl.nano.subjects.exercise import Media, Scene, Subject, arranged, f
 ROWS, COLUMNS = 7, 8
 LEADS = ("Look at the picture.", "Here is a picture.", "See this drawing.", "Look closely.")
 _CELLS = tuple((row, column) for row in range(ROWS) for column in range(COLUMNS))
-_COUNTS = range(1, 7)
-_OTHERS = (3, 8)
-"""Fewest and most tiles beside those that are counted."""
-_SIZES = (8, 16, 24, 34, 46)
-_REGIONS = {
-    "northwest": (0, 0),
-    "north": (0, 3),
-    "northeast": (0, 6),
-    "west": (3, 0),
-    "centre": (3, 3),
-    "east": (3, 6),
-    "southwest": (5, 0),
-    "south": (5, 3),
-    "southeast": (5, 6),
-}
-"""Row and column of the first cell of each."""
-_REGION_ROWS = {0: 2, 3: 1, 5: 2}
-"""How many rows of cells a region has, by its first."""
+_MOST = (8, 12)
+"""Fewest and most tiles of the commonest colour."""
+_FEW = (1, 2)
+"""Of each other one."""
+_CORNERS = {"northwest": (0, 0), "northeast": (0, 4), "southwest": (4, 0), "southeast": (4, 4)}
+"""Row and column of the first cell of each corner, which has `_CORNER` rows and columns of cells."""
+_CORNER = (3, 4)
+_BLOCKS = ((3, 3), (2, 2), (1, 2), (1, 1))
+"""Rows and columns of blocks, the largest first."""
+_ALONE = ((2, 2), (2, 3), (3, 2), (3, 3))
+"""Those of a block with nothing beside it."""
 
 
 def painted(pictures: Sequence[Sequence[Tile]]) -> Media:
@@ -62,15 +55,22 @@ def scatter(rng: random.Random, colours: Sequence[str], textures: Sequence[str])
     return [Tile(c, s, *cell) for c, s, cell in zip(colours, textures, cells, strict=True)]
 
 
-def _counting(rng: random.Random) -> Scene:
-    options, right = four(rng, _COUNTS)
-    asked = rng.choice(COLOUR_NAMES)
-    rest = [colour for colour in COLOUR_NAMES if colour != asked]
-    colours = [asked] * options[right] + rng.choices(rest, k=rng.randint(*_OTHERS))
+def block(rng: random.Random, corner: str, shape: tuple[int, int], colour: str, texture: str) -> list[Tile]:
+    """Tiles side by side, somewhere in a corner."""
+    (first, left), (rows, columns) = _CORNERS[corner], shape
+    top = first + rng.randint(0, _CORNER[0] - rows)
+    start = left + rng.randint(0, _CORNER[1] - columns)
+    return [Tile(colour, texture, top + r, start + c) for r in range(rows) for c in range(columns)]
+
+
+def _majority(rng: random.Random) -> Scene:
+    options, right = four(rng, COLOUR_NAMES)
+    commonest, *others = arranged(rng, options, right)
+    colours = [commonest] * rng.randint(*_MOST)
+    for other in others:
+        colours += [other] * rng.randint(*_FEW)
     tiles = scatter(rng, colours, rng.choices(TEXTURE_NAMES, k=len(colours)))
-    counted = [tile for tile in in_order(tiles) if tile.colour == asked]
-    seen = " ".join(f"{tile.texture} {number}" for number, tile in enumerate(counted, 1))
-    return _scene([str(count) for count in options], right, f"{asked}: {seen}", [tiles], colour=asked)
+    return _scene(options, right, f"commonest: {commonest}", [tiles])
 
 
 def _colour(rng: random.Random) -> Scene:
@@ -88,13 +88,10 @@ def _texture(rng: random.Random) -> Scene:
 
 
 def _position(rng: random.Random) -> Scene:
-    options, right = four(rng, tuple(_REGIONS))
-    colours = rng.sample(COLOUR_NAMES, 4)
-    tiles = [
-        Tile(colour, rng.choice(TEXTURE_NAMES), *_cell_of(rng, region))
-        for colour, region in zip(colours, arranged(rng, options, right), strict=True)
-    ]
-    return _scene(options, right, f"{colours[0]}: {options[right]}", [tiles], colour=colours[0])
+    options, right = four(rng, tuple(_CORNERS))
+    colour, texture = rng.choice(COLOUR_NAMES), rng.choice(TEXTURE_NAMES)
+    tiles = block(rng, options[right], rng.choice(_ALONE), colour, texture)
+    return _scene(options, right, f"{colour}: {options[right]}", [tiles])
 
 
 def _comparison(rng: random.Random) -> Scene:
@@ -107,23 +104,16 @@ def _comparison(rng: random.Random) -> Scene:
     return _scene(options, right, seen, [first, second])
 
 
-def _size(rng: random.Random, *, largest: bool) -> Scene:
+def _size(rng: random.Random) -> Scene:
     options, right = four(rng, COLOUR_NAMES)
-    sizes = sorted(rng.sample(_SIZES, 4), reverse=largest)
+    corners = rng.sample(tuple(_CORNERS), 4)
     colours = arranged(rng, options, right)
-    cells = rng.sample(_CELLS, 4)
-    tiles = [Tile(c, "plain", *cell, size) for c, cell, size in zip(colours, cells, sizes, strict=True)]
-    word = "largest" if largest else "smallest"
-    return _scene(options, right, f"{word}: {options[right]}", [tiles], extreme=word)
-
-
-def _either_size(rng: random.Random) -> Scene:
-    return _size(rng, largest=rng.random() < 0.5)
-
-
-def _cell_of(rng: random.Random, region: str) -> tuple[int, int]:
-    row, column = _REGIONS[region]
-    return row + rng.randrange(_REGION_ROWS[row]), column + rng.randrange(2)
+    tiles = [
+        tile
+        for corner, shape, colour in zip(corners, _BLOCKS, colours, strict=True)
+        for tile in block(rng, corner, shape, colour, rng.choice(TEXTURE_NAMES))
+    ]
+    return _scene(options, right, f"largest: {options[right]}", [tiles])
 
 
 def _scene(options: Sequence[str], right: int, seen: str, pictures: list[list[Tile]], **slots: str) -> Scene:
@@ -132,15 +122,15 @@ def _scene(options: Sequence[str], right: int, seen: str, pictures: list[list[Ti
 
 SCATTERED = (
     Subject(
-        "counting",
+        "majority",
         LEADS,
         (
-            "How many tiles are {colour}?",
-            "What is the number of {colour} tiles?",
-            "Count the {colour} tiles.",
-            "How often is there a {colour} tile?",
+            "Which colour is the commonest?",
+            "What colour have most tiles?",
+            "Most tiles are of which colour?",
+            "Name the commonest colour.",
         ),
-        _counting,
+        _majority,
     ),
     Subject(
         "colour",
@@ -168,10 +158,10 @@ SCATTERED = (
         "position",
         LEADS,
         (
-            "Where is the {colour} tile?",
-            "In which place is the {colour} one?",
-            "The {colour} tile is where?",
-            "Name the place of the {colour} tile.",
+            "Where is the block?",
+            "In which corner is the block?",
+            "The block is where?",
+            "Name the corner of the block.",
         ),
         _position,
     ),
@@ -191,12 +181,12 @@ SCATTERED = (
         "size",
         LEADS,
         (
-            "What colour is the {extreme} tile?",
-            "Which colour has the {extreme} one?",
-            "The {extreme} tile has which colour?",
-            "Name the colour of the {extreme} one.",
+            "What colour is the largest block?",
+            "Which colour has the largest one?",
+            "The largest block has which colour?",
+            "Name the colour of the largest one.",
         ),
-        _either_size,
+        _size,
     ),
 )
 """The subjects."""

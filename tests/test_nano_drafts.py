@@ -1,0 +1,155 @@
+"""The recipe of Eagle3 heads: what is trained is what a head does when it drafts; what is written loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch.nn.functional import one_hot, pad
+
+from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
+from model_impl.nano import drafts, problems
+from model_impl.nano.batches import Course, encode
+from model_impl.nano.curriculum import nano_tokenizer
+from model_impl.nano.drafts import RECIPES, DraftRecipe, fresh_head, loss, publish, said, train
+from model_impl.nano.train import Training
+from model_impl.nano.unrolled import unrolled
+from model_impl.speculative.eagle3 import Eagle3, load_eagle3
+from model_impl.text import States
+from tests.model_configs import distance, random_ids
+from tests.test_eagle3 import draft
+from tests.test_nano_train import BRIEF
+from tests.text_rules import SAME
+
+torch.set_num_threads(1)
+PASSES = 3
+BRIEFLY = replace(RECIPES["nano-d"], steps=2, batch=2, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return nano_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Gemma4ForConditionalGeneration:
+    model = Training("nano-d", BRIEF, tmp_path_factory.mktemp("state")).model
+    return model.eval().requires_grad_(False)
+
+
+def drafted(head: Eagle3, tokens: torch.Tensor, features: torch.Tensor, place: int) -> list[torch.Tensor]:
+    """Logits of a draft that begins at a place, as one makes it: with a cache, pass by pass."""
+    cache = head.make_cache(len(tokens))
+    hidden, out = head(tokens[:, : place + 1], features[:, : place + 1], cache=cache)
+    found = [head.logits(hidden[:, -1])]
+    for number in range(1, PASSES):
+        token = tokens[:, place + number : place + number + 1]
+        hidden, out = head(token, out[:, -1:], cache=cache)
+        found.append(head.logits(hidden[:, -1]))
+    return found
+
+
+def test_passes_side_by_side_are_those_of_drafts_that_begin_at_each_place() -> None:
+    head = draft()
+    width = 7
+    tokens = random_ids(2, width + PASSES - 1)
+    features = torch.randn(
+        2, width, head.config.decoder.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
+    together = list(unrolled(head, tokens, features, PASSES))
+    assert len(together) == PASSES
+    for place in range(width):
+        for one, all_places in zip(drafted(head, tokens, features, place), together, strict=True):
+            assert distance(all_places[:, place], one) < SAME
+
+
+class Echo(torch.nn.Module):
+    """A target that says the lesson's own tokens, whatever it is."""
+
+    def __init__(self, target: Gemma4ForConditionalGeneration) -> None:
+        super().__init__()
+        self.config = target.config
+        self.language_model = self
+
+    def soft_tokens(self, ids: torch.Tensor, media: Media) -> None:
+        """There are none."""
+
+    def states(self, ids: torch.Tensor, *, aux_layers: Sequence[int], **_rest: object) -> States:
+        """Each place says the token behind it."""
+        size = self.config.text.vocab_size
+        says = one_hot(pad(ids[:, 1:], (0, 1)), size).float()
+        return States(says, (torch.zeros(*ids.shape, self.config.text.hidden_size),) * len(aux_layers))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """They are the states."""
+        return hidden
+
+
+def test_labels_stand_where_drafted_tokens_are_verified(
+    target: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that knows the text agrees with a target that says it, up to what lies behind its end."""
+    size = target.config.text.vocab_size
+    head = fresh_head(target, BRIEFLY, torch.arange(size))
+    lessons = Course((problems.lesson,), (1,)).lessons(2, "labels")
+    batch = [encode(lesson, tokenizer, "large") for lesson in lessons]
+
+    def knows(
+        _head: Eagle3, tokens: torch.Tensor, features: torch.Tensor, passes: int
+    ) -> Iterator[torch.Tensor]:
+        for number in range(passes):
+            following = pad(tokens, (0, 1))[:, number + 1 : number + 1 + features.shape[1]]
+            yield one_hot(following, size).float()
+
+    monkeypatch.setattr(drafts, "unrolled", knows)
+    echo: Any = Echo(target)
+    _, agreed = loss(head, echo, batch, BRIEFLY)
+    # The last token of the longest answer is not fed, so that its target says nothing right there.
+    drafted_first = sum(len(one.answer) - 1 for one in batch)
+    for share in agreed:
+        assert 1 - 3 * len(batch) / drafted_first < share <= 1
+
+
+def test_training_lowers_the_loss_and_leaves_target_and_embeddings_alone(
+    target: Gemma4ForConditionalGeneration, tokenizer: Tokenizer
+) -> None:
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    recipe = replace(BRIEFLY, steps=6, batch=4)
+    batch = [
+        encode(lesson, tokenizer, "large") for lesson in Course((problems.lesson,), (1,)).lessons(4, "s")
+    ]
+    fresh = fresh_head(target, recipe, said(drafts.COURSE, tokenizer, "nano-d"))
+    head = train(target, tokenizer, "nano-d", recipe)
+    assert loss(head, target, batch, recipe)[0] < loss(fresh, target, batch, recipe)[0]
+    assert torch.equal(head.embed_tokens.weight, target.language_model.embed_tokens.weight)
+    after = target.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_written_head_is_read_back_as_it_was(
+    target: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    head = fresh_head(target, BRIEFLY, said(drafts.COURSE, tokenizer, "nano-d"))
+    manifest = publish(head, target, tmp_path, "nano-d", BRIEFLY)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    read = load_eagle3(tmp_path, target_layers=6)
+    assert read.config == head.config
+    for (name, one), other in zip(head.state_dict().items(), read.state_dict().values(), strict=True):
+        expected = one if name in ("d2t", "t2d") else one.bfloat16().float()
+        assert torch.equal(other, expected), name
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["d2t"].dtype == torch.int64
+    assert stored["t2d"].dtype == torch.bool
+
+
+def test_every_recipe_names_layers_that_its_target_has() -> None:
+    for recipe in RECIPES.values():
+        assert isinstance(recipe, DraftRecipe)
+        assert 0 <= min(recipe.layers) < max(recipe.layers) <= 6
