@@ -21,7 +21,7 @@ from tests.model_configs import DENSE, FULL, SLIDING
 
 KINDS: tuple[AttentionKind, ...] = ("sliding_attention", "full_attention")
 BLOCK = {FULL: 2, SLIDING: 3}
-POOL = {FULL: 24, SLIDING: 20}
+POOL = {FULL: 24, SLIDING: 9}
 ALIGNED = 6
 WINDOW = 4
 CONFIG = replace(TextConfig.from_dict(DENSE), sliding_window=WINDOW)

@@ -62,6 +62,19 @@ def test_a_token_stays_and_its_place_is_filled_as_the_paper_says() -> None:
     assert torch.equal(residual(p, p), p)
 
 
+def test_what_stays_and_what_fills_its_place_add_up_to_the_target_s_distribution() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for p, q in zip(
+        *(Sampling(top_k=6).distribution(x) for x in torch.randn(2, 20, 9, generator=generator)), strict=True
+    ):
+        total = torch.zeros_like(p)
+        for token in q.nonzero()[:, 0].tolist():
+            stays = kept(float(p[token]), float(q[token]))
+            total[token] += q[token] * stays
+            total += q[token] * (1 - stays) * residual(p, q)
+        torch.testing.assert_close(total, p, rtol=0, atol=1e-12)
+
+
 class Grid(random.Random):
     """Numbers that are laid out, not drawn."""
 

@@ -95,7 +95,7 @@ def verify_sampled(p: Tensor, draft: Draft, source: random.Random) -> tuple[int,
 
 
 def kept(p: float, q: float) -> float:
-    """The probability that a token stays which the target gives `p` and the draft gave `q`: `min(1, p / q)`."""
+    """The probability that a token stays: `min(1, p / q)`; the target gives it `p`, the draft gave it `q`."""
     return min(1.0, p / q)
 
 
