@@ -461,3 +461,20 @@ def test_a_checkpoint_folder_loads_whole_and_nothing_may_be_missing(name: str, t
 def test_the_window_is_shorter_than_some_image() -> None:
     """Otherwise none of these tests would tell what happens to longer ones."""
     assert max(row.ids.count(90) for row in rows_of("large").values()) > 2 * WINDOW
+
+
+# ---------------------------------------------------------------------------------------- draft models
+
+
+def test_a_draft_model_is_given_the_same_by_the_whole_model_and_by_its_decoder(name: str) -> None:
+    model, row = MODELS[name], rows_of(name)["two images"]
+    ids, media = torch.tensor([row.ids]), Writer(name).media([row])
+    states = model.states(ids, media, aux_layers=(0, 2))
+    soft = model.soft_tokens(ids, media)
+    own = model.language_model.states(ids, aux_layers=(0, 2), soft=soft)
+    assert torch.equal(states.hidden, own.hidden)
+    assert all(torch.equal(a, b) for a, b in zip(states.aux, own.aux, strict=True))
+    assert soft is not None
+    assert torch.equal(states.aux[0][soft.where], soft.features)
+    assert torch.equal(states.aux[0][~soft.where], model.embed(ids)[~soft.where])
+    assert row.ids.count(model.image_token_id) == int(soft.where.sum())
