@@ -38,6 +38,14 @@ class Server:
             connection.execute("CREATE SCHEMA public")
         return f"postgresql+psycopg://tests@/postgres?host={self.folder}"
 
+    def cut_connections(self) -> None:
+        """Close all connections to it, as a restart does."""
+        with psycopg.connect(self._place, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+            )
+
     def answers(self) -> bool:
         """Whether it takes connections yet."""
         try:
