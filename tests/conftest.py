@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -79,6 +80,15 @@ def _permits(entry: Mapping[str, str], node_id: str, reason: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipGuard(), "skip-guard")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server that gives empty databases: `tests.postgres.Server`."""
+    from tests.postgres import server
+
+    with server() as started:
+        yield started
 
 
 # ---------------------------------------------------------------------------- front door

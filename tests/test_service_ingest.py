@@ -16,9 +16,11 @@ from conformance.service import ingest
 from conformance.service.ingest import Token
 from conformance.store.history import Store
 from tests.history_runs import footer, header, result
+from tests.postgres import Server
 from tests.services import SENDER, TOKEN, client, lines
 
 RUNS = "/api/v1/runs"
+KEY = ("suite", "case", "target")
 FILE = lines(header(), result("a"), result("b", "fail"), footer())
 
 
@@ -279,8 +281,40 @@ def test_deep_and_huge_values_come_back_or_are_refused(ask: TestClient, store: S
             run_id = f"run-{len(value)}"
             shown = ask.get(
                 f"/api/v1/runs/{run_id}/result",
-                params=dict(zip(("suite", "case", "target"), result("a").key, strict=True)),
+                params=dict(zip(KEY, result("a").key, strict=True)),
             )
             assert shown.status_code == 200
             assert ask.get(f"/runs/{run_id}/").status_code == 200
             assert json.loads(shown.text)["case"] == "a"
+
+
+# ---------------------------------------------------------------------------------------- on PostgreSQL
+
+
+def test_on_postgresql_it_is_the_same(postgres: Server) -> None:
+    with Store(postgres.fresh(), create=True) as store:
+        ask = client(store)
+        assert send(ask, FILE)[0] == 201
+        assert send(ask, FILE)[0] == 200
+        assert (
+            send(ask, FILE.replace(b'"run-1"', b'"run-2"').replace(b'"case":"a"', b'"case":"a\\u0000"'))[0]
+            == 422
+        )
+        odd = result("'; DROP TABLE conformance_runs; --", suite="é\u2028🦊", target="$1 %s {x}")
+        assert send(ask, lines(header("run-3"), odd, footer()))[0] == 201
+        shown = ask.get("/api/v1/runs/run-3/result", params=dict(zip(KEY, odd.key, strict=True)))
+        assert shown.json()["case"] == odd.case
+        for query in ("area=%00", "area=%ed%a0%80", "offset=10000000", "suite=%25", "area=" + "x" * 1000):
+            assert ask.get(f"/api/v1/runs/run-1/results?{query}").status_code in (200, 422), query
+        assert ask.get("/").status_code == 200
+        assert ask.get("/api/v1/summary").status_code == 200
+
+
+def test_a_database_that_was_restarted_is_reached_again(postgres: Server) -> None:
+    with Store(postgres.fresh(), create=True) as store:
+        ask = client(store)
+        assert send(ask, FILE)[0] == 201
+        postgres.cut_connections()
+        assert ask.get("/api/v1/health").json()["status"] == "ok"
+        postgres.cut_connections()
+        assert send(ask, FILE)[0] == 200

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import random
 import sqlite3
 import subprocess
@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, select, update
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import select, update
 
 from conformance import runfile
 from conformance.errors import RunFileError
-from conformance.results import Footer, Header, Result
-from conformance.store import StoreError
+from conformance.results import Footer, Header, Result, Run
+from conformance.store import MisfitError, StoreError, UnknownRunError, database
 from conformance.store.history import Store
 from conformance.store.tables import VERSION, Base, VersionRow
 from tests.history_runs import (
@@ -44,24 +42,14 @@ from tests.history_runs import (
 
 Line = Header | Result | Footer
 
-URL = os.environ.get("CONFORMANCE_TEST_DATABASE")
-"""A database to run these tests on instead of SQLite, which they empty."""
 
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> Callable[[], str]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     """Gives the URL of an empty database, each time it is called."""
-    number = iter(range(10**6))
-
-    def url() -> str:
-        if URL is None:
-            return f"sqlite:///{tmp_path}/history-{next(number)}.sqlite"
-        engine = create_engine(URL)
-        Base.metadata.drop_all(engine)
-        engine.dispose()
-        return URL
-
-    return url
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres").fresh
+    number = itertools.count()
+    return lambda: f"sqlite:///{tmp_path}/history-{next(number)}.sqlite"
 
 
 @pytest.fixture
@@ -377,6 +365,18 @@ def test_writers_at_one_time_lose_nothing(tmp_path: Path, fresh: Callable[[], st
     assert len(kept["conformance_items"]) == 12 * 35
 
 
+def test_a_writer_that_waits_too_long_says_so(
+    fresh: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_PATIENCE", 1)
+    url = fresh()
+    path = write(tmp_path / "run.jsonl", header(), result("a"))
+    with Store(url, create=True) as first, Store(url) as second:
+        with first._database.writing(), pytest.raises(StoreError, match=r"locked|lock timeout"):
+            second.merge_file(path)
+        assert second.merge_file(path).added == 1
+
+
 def test_a_merge_that_fails_half_way_leaves_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,9 +528,61 @@ def test_a_result_of_another_version_of_the_harness_says_so(store: Store, tmp_pa
         store.run("run-1")
 
 
-def test_the_tables_are_made_on_postgresql_too() -> None:
-    statements = [
-        str(CreateTable(table).compile(dialect=postgresql.dialect())) for table in Base.metadata.sorted_tables
-    ]
-    assert len(statements) == 5
-    assert any("SERIAL" in statement for statement in statements)
+# ----------------------------------------------------------------------- the same on every database
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [header(), result("a\0b")],
+        [header("run\0"), result("a")],
+        [header(), result("a", target="x" * 2500)],
+        [header(), result("a"), footer().model_copy(update={"exit_code": 2**40})],
+        [header(), result("a", duration=float("nan"))],
+        [header(), result("a"), footer(float("inf"))],
+    ],
+)
+def test_what_no_database_can_keep_is_refused_by_all(store: Store, run: list[Line]) -> None:
+    before = content(store)
+    lines = Run(header=run[0], results=run[1:2], footer=run[2] if len(run) > 2 else None)
+    with pytest.raises(MisfitError):
+        store.merge(lines, len(run))
+    assert content(store) == before
+
+
+def test_text_of_every_kind_comes_back(store: Store, tmp_path: Path) -> None:
+    text = "\0 \x7f \ufffe \u2028 \U0001f98a '; DROP TABLE x; --"
+    answers = sheet([item(1, prompt=text, answer=text)])
+    found = accuracy_result(
+        answers, decision(answers), reason=text, case="'; --\u2028\U0001f98a", area="é" * 400
+    )
+    store.merge_file(write(tmp_path / "run.jsonl", header(), found, footer()))
+    assert store.run("run-1").results == (found,)
+    assert store.result("run-1", found.key) == found
+    assert store.points(*found.key)[0].outcomes == {"correct": 1}
+
+
+def test_results_are_found_by_what_they_are(nights: Store) -> None:
+    wanted, total = nights.results("a1", limit=1, verdict="pass")
+    everything, _ = nights.results("a1")
+    passing = [verdict for verdict in everything if verdict.verdict == "pass"]
+    assert (wanted, total) == (passing[:1], len(passing))
+    assert nights.results("a1", offset=1)[0] == everything[1:]
+    assert nights.results("a1", target="nobody") == ([], 0)
+    assert nights.result("a1", ("no", "such", "case")) is None
+    assert nights.described("a1") == next(run for run in nights.runs() if run.run_id == "a1")
+    assert nights.runs(limit=1, offset=1) == nights.runs()[1:2]
+    assert nights.size() == len(nights.runs())
+    for ask in (nights.described, nights.results):
+        with pytest.raises(UnknownRunError):
+            ask("n9")
+
+
+def test_the_revision_counts_changes_alone(store: Store, tmp_path: Path) -> None:
+    short = write(tmp_path / "short.jsonl", header(), result("a"))
+    whole = write(tmp_path / "whole.jsonl", header(), result("a"), result("b"), footer())
+    seen = [store.revision()]
+    for path in (short, short, whole, short, whole):
+        store.merge_file(path)
+        seen.append(store.revision())
+    assert seen == [0, 1, 1, 2, 2, 2]

@@ -1,4 +1,7 @@
-"""The newest result of every case on every target, kept until the database changes."""
+"""The newest result of every case on every target, kept until the database changes.
+
+Those of cells of the matrix are left out: a case would have as many as it has cells.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class Newest:
             # Asked first: a merge in between makes the next call read again.
             revision = self._store.revision()
             if revision != self._revision:
-                self._verdicts = tuple(self._store.latest())
+                self._verdicts = tuple(v for v in self._store.latest() if v.cell is None)
                 self._revision = revision
             return self._verdicts
 

@@ -69,7 +69,7 @@ class Dashboard:
         """A page.
 
         Args:
-            run_id: The run; None for the newest.
+            run_id: The run; None for the newest of no cell of the matrix.
             path: From the root of its dashboard; empty for the overview.
 
         Returns:
@@ -94,7 +94,7 @@ class Dashboard:
             self._kept.clear()
             self._revision = revision
         if run_id is None:
-            run_id = next((run.run_id for run in self._store.runs(limit=1)), None)
+            run_id = next((run.run_id for run in self._store.runs(limit=1, cells=False)), None)
             if run_id is None:
                 return {}
         if run_id not in self._kept:
@@ -113,5 +113,13 @@ class Dashboard:
             ladders=self._ladders,
             backtests=self._backtests,
             history=self._store.accuracy(besides=scored),
+            cells=[self._store.run(cell) for cell in self._newest_of_cells()],
         )
         return dict(pages.each())
+
+    def _newest_of_cells(self) -> list[str]:
+        """Ids of the newest run of each cell of the matrix."""
+        newest: dict[str | None, str] = {}
+        for run in self._store.runs(cells=True):
+            newest.setdefault(run.cell, run.run_id)
+        return list(newest.values())

@@ -164,9 +164,19 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def runs(self, *, limit: int | None = None, offset: int = 0) -> list[StoredRun]:
-        """The runs, newest first, with the verdicts that count."""
+    def runs(
+        self, *, limit: int | None = None, offset: int = 0, cells: bool | None = None
+    ) -> list[StoredRun]:
+        """The runs, newest first, with the verdicts that count.
+
+        Args:
+            limit: So many at most.
+            offset: Behind so many.
+            cells: Only those of cells of the matrix, or only the others; None: both.
+        """
         query = select(RunRow).order_by(RunRow.started.desc(), RunRow.run_id.desc())
+        if cells is not None:
+            query = query.where(RunRow.cell.is_not(None) if cells else RunRow.cell.is_(None))
         with self._database.reading() as session:
             return self._described(session, query.limit(limit).offset(offset))
 

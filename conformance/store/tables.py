@@ -12,7 +12,10 @@ VERSION = 2
 
 
 MIGRATIONS: dict[int, tuple[str, ...]] = {
-    1: ("ALTER TABLE conformance_runs ADD COLUMN cell TEXT",),
+    1: (
+        "ALTER TABLE conformance_runs ADD COLUMN cell TEXT",
+        "ALTER TABLE conformance_version ADD COLUMN revision INTEGER NOT NULL DEFAULT 0",
+    ),
 }
 """A version to what makes the next one of it: statements that SQLite and PostgreSQL both know."""
 
