@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -131,10 +133,12 @@ def run_command(
         limit=limit,
     )
     done: dict[str, CellResult] = {}
-    for result in runner.run(chosen):
-        done[result.cell] = result
-        if not as_json:
-            _tell(result, len(done), len(chosen))
+    screen = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray says what becomes of its workers
+        for result in runner.run(chosen):
+            done[result.cell] = result
+            if not as_json:
+                click.echo(_told(result, len(done), len(chosen)), file=screen)
     results = [done[cell.id] for cell in chosen]
     codes = [result.exit_code for result in results]
     code = next((code for code in (1, 3) if code in codes), 0 if codes else 2)
@@ -283,8 +287,8 @@ def _ran_row(result: CellResult) -> RanRow:
     )
 
 
-def _tell(result: CellResult, number: int, total: int) -> None:
+def _told(result: CellResult, number: int, total: int) -> str:
     cases = ", ".join(counted(Counter(result.counts)))
     why = f": {result.reason}" if result.reason else ""
     why += f"; attempt {result.attempts}, its worker had died" if result.attempts > 1 else ""
-    click.echo(f"[{number}/{total}] {result.cell}: {result.verdict} ({cases}, {result.seconds:.0f} s){why}")
+    return f"[{number}/{total}] {result.cell}: {result.verdict} ({cases}, {result.seconds:.0f} s){why}"
