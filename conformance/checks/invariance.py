@@ -253,7 +253,7 @@ class _Pair:
                     again = f" when asked for time {turn + 1}" if turn else ""
                     yield Problem(
                         rule="rounds",
-                        message=f"of the drafts for {self.prompts.names[number]}{again}, others were accepted "
+                        message=f"of the drafts for {self.prompts.names[number]}{again}, others were kept "
                         "than before the change: the draft model has not read the same",
                         expected=list(rounds),
                         got=list(made.accepted),
