@@ -82,16 +82,21 @@ def verify_sampled(p: Tensor, draft: Draft, source: random.Random) -> tuple[int,
         draft: Tokens and their distributions.
         source: Of randomness: a number for each token that is judged, and one for the last token.
     """
+    places = list(range(len(draft.ids)))
+    chances = p[places, list(draft.ids)].tolist()
+    guesses = [1.0] * len(places)
+    if draft.probabilities is not None:
+        guesses = draft.probabilities[places, list(draft.ids)].tolist()
     for place, token in enumerate(draft.ids):
-        q = _certain(p[place], token) if draft.probabilities is None else draft.probabilities[place]
-        if source.random() >= kept(p[place], q, token):
+        if source.random() >= kept(chances[place], guesses[place]):
+            q = _certain(p[place], token) if draft.probabilities is None else draft.probabilities[place]
             return (*draft.ids[:place], _one(residual(p[place], q), source))
     return (*draft.ids, _one(p[-1], source))
 
 
-def kept(p: Tensor, q: Tensor, token: int) -> float:
-    """The probability that a token drawn from `q` stays: `min(1, p / q)`; both float64 [V]."""
-    return min(1.0, float(p[token]) / float(q[token]))
+def kept(p: float, q: float) -> float:
+    """The probability that a token stays: `min(1, p / q)`; the target gives it `p`, the draft gave it `q`."""
+    return min(1.0, p / q)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
