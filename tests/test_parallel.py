@@ -19,9 +19,12 @@ from model_impl.checkpoint import load_text_model
 from model_impl.errors import CacheError, ModelError
 from model_impl.parallel.layout import Layout
 from model_impl.parallel.model import ParallelError, ParallelModel
+from model_impl.parallel.runner import ParallelRunner
 from model_impl.random_weights import write_checkpoint
 from model_impl.runtime.generate import generate
 from model_impl.runtime.masks import NO_BLOCK
+from model_impl.runtime.paged import CacheSizes
+from model_impl.runtime.runner import Batch, LocalRunner, Piece
 from model_impl.runtime.sampling import Sampling
 from model_impl.text import SoftTokens, TextModel
 from tests.model_configs import TINY, random_ids
@@ -144,6 +147,55 @@ def test_bad_requests_are_refused_and_ranks_go_on(pair: tuple[TextModel, Paralle
     with pytest.raises(ModelError, match="do not fit a model of width 48"):
         several.logits(torch.zeros(1, 47))
     assert several.generate([[2]], max_new_tokens=1)[0].ids
+
+
+# ---------------------------------------------------------------------------- for an engine
+
+
+def pieces(rows: list[list[int]], starts: list[int], tables: list[tuple[int, ...]]) -> Batch:
+    return Batch(
+        tuple(
+            Piece(tuple(ids), start, {"sliding_attention": table, "full_attention": table})
+            for ids, start, table in zip(rows, starts, tables, strict=True)
+        )
+    )
+
+
+def test_a_runner_over_ranks_is_one_in_this_process(pair: tuple[TextModel, ParallelModel]) -> None:
+    one, several = pair
+    sizes = CacheSizes(
+        {"sliding_attention": 4, "full_attention": 4}, {"sliding_attention": 16, "full_attention": 16}
+    )
+    aux = (0, 2, len(one.config.layers))
+    local, spread = LocalRunner(one, sizes, aux), ParallelRunner(several, sizes, aux)
+    tables = [(5, 3, 11, 0), (2, 9, 7, 4)]
+    prompts = random_ids(2, 13).tolist()
+    chunks = [
+        ([row[:6] for row in prompts], [0, 0]),
+        ([prompts[0][6:9], prompts[1][6:]], [6, 6]),
+        ([[1], [2]], [9, 13]),
+    ]
+    for rows, starts in chunks:
+        batch = pieces(rows, starts, tables)
+        expected, found = local.run(batch), spread.run(batch)
+        for row, ids in enumerate(rows):
+            for own, other in zip((found.hidden, *found.aux), (expected.hidden, *expected.aux), strict=True):
+                assert torch.allclose(own[row, : len(ids)], other[row, : len(ids)], atol=1e-4)
+        places = [piece.place for piece in batch.pieces]
+        kept, wanted = spread.kept(places), local.kept(places)
+        assert kept.keys() == wanted.keys()
+        for kind, other_kept in wanted.items():
+            assert torch.equal(kept[kind].positions, other_kept.positions)
+            seen = other_kept.positions[:, None, :, None] >= 0
+            for own, other in ((kept[kind].k, other_kept.k), (kept[kind].v, other_kept.v)):
+                assert torch.allclose(own * seen, other * seen, atol=1e-4)
+    assert torch.allclose(spread.logits(found.hidden), local.logits(found.hidden), atol=1e-4)
+    assert torch.equal(spread.embed(torch.tensor([3, 95, 0])), local.embed(torch.tensor([3, 95, 0])))
+    with pytest.raises(CacheError, match="do not fit a table"):
+        spread.run(pieces([[1]], [16], tables[:1]))
+    spread.close()
+    spread.close()
+    assert several.generate([[2]], max_new_tokens=1)[0].ids, "the ranks go on"
 
 
 # ---------------------------------------------------------------------------- when a rank goes wrong

@@ -315,16 +315,16 @@ def _wrapped_too_early(self: KVCache, slots: int, window: int | None, lengths: S
 def _through_the_store(self: Step, layer: LayerConfig) -> tuple[Tensor, Tensor]:
     """Sharing layers write what they read into a buffer of their own."""
     k, v = KEYS_VALUES(self, layer)
-    if layer.shares_kv and isinstance(self._store, KVCache):
-        new = max(self._store._pending)
-        self._store.extend(layer, k[:, :, -new:], v[:, :, -new:])
+    if layer.shares_kv and isinstance(self.store, KVCache):
+        new = max(self.store._pending)
+        self.store.extend(layer, k[:, :, -new:], v[:, :, -new:])
     return k, v
 
 
 def _trimmed(self: Step, layer: LayerConfig) -> tuple[Tensor, Tensor]:
     """Sharing layers find what the ring still holds after the pass."""
     k, v = KEYS_VALUES(self, layer)
-    if layer.shares_kv and layer.kind == "sliding_attention" and self._store is not None:
+    if layer.shares_kv and layer.kind == "sliding_attention" and self.store is not None:
         hidden = torch.arange(k.shape[2])[:, None] < k.shape[2] - WINDOW
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     return k, v

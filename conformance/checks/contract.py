@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from conformance.errors import EngineError
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
 from conformance.targets.protocol import Target
-from conformance.targets.stages import Crossed, StagesRequest, StagesResult
+from conformance.targets.stages import Boundary, Crossed, StagesRequest, StagesResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +191,7 @@ def _form_problems(case: ContractCase, expected: Expected, result: StagesResult)
         yield from _payload_problems(
             f"stage {stage}", expected.payload(span.start, tokens), boundary.first_pass, case.dtype
         )
-        yield from _empty_problems(stage, expected.payload(span.start, 0), boundary.empty, case.dtype)
+        yield from _empty_problems(stage, expected.payload(span.start, 0), boundary, case.dtype)
 
 
 def _payload_problems(
@@ -215,37 +216,43 @@ def _payload_problems(
                 got=list(found),
             )
     for name, shape in shapes.items():
-        if name not in found:
-            continue
-        crossed = found[name]
-        if crossed.shape != shape:
-            yield Problem(
-                rule="shape",
-                message=f"{where}: {name} is {list(crossed.shape)} and must be {list(shape)}",
-                expected=list(shape),
-                got=list(crossed.shape),
-            )
-        if crossed.dtype != dtype:
-            yield Problem(
-                rule="dtype", message=f"{where}: {name} is {crossed.dtype}", expected=dtype, got=crossed.dtype
-            )
-        size = _BYTES.get(crossed.dtype)
-        for length in crossed.shape:
-            size = None if size is None else size * length
-        if size is not None and crossed.nbytes != size:
-            yield Problem(
-                rule="bytes",
-                message=f"{where}: {crossed.nbytes} bytes cross for {name}, which has {size}",
-                expected=size,
-                got=crossed.nbytes,
-            )
+        if name in found:
+            yield from _tensor_problems(f"{where}: {name}", shape, found[name], dtype)
+
+
+def _tensor_problems(where: str, shape: tuple[int, ...], crossed: Crossed, dtype: str) -> Iterator[Problem]:
+    if crossed.shape != shape:
+        yield Problem(
+            rule="shape",
+            message=f"{where} is {list(crossed.shape)} and must be {list(shape)}",
+            expected=list(shape),
+            got=list(crossed.shape),
+        )
+    if crossed.dtype != dtype:
+        yield Problem(rule="dtype", message=f"{where} is {crossed.dtype}", expected=dtype, got=crossed.dtype)
+    size = math.prod(crossed.shape) * _BYTES.get(crossed.dtype, 0)
+    if crossed.dtype in _BYTES and crossed.nbytes != size:
+        yield Problem(
+            rule="bytes",
+            message=f"{where} crosses in {crossed.nbytes} bytes and has {size}",
+            expected=size,
+            got=crossed.nbytes,
+        )
 
 
 def _empty_problems(
-    stage: int, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Crossed], dtype: str
+    stage: int, shapes: Mapping[str, tuple[int, ...]], boundary: Boundary, dtype: str
 ) -> Iterator[Problem]:
-    """All that is wrong with the payload of no request, as one problem."""
-    details = [problem.message for problem in _payload_problems("it", shapes, found, dtype)]
+    """All that is wrong with the payload of no request, as one problem; what a real one has wrong too is not.
+
+    `shapes` are those that it must have, without a token.
+    """
+    real, found = boundary.first_pass, boundary.empty
+    details = [f"it lacks {name}" for name in real if name not in found]
+    details += [f"it holds {name}" for name in found if name not in real]
+    for name, shape in shapes.items():
+        if name in real and name in found and real[name].dtype == dtype:
+            details += [problem.message for problem in _tensor_problems(name, shape, found[name], dtype)]
     if details:
         yield Problem(
             rule="empty",

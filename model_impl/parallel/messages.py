@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model_impl.parallel.layout import Layout
 from model_impl.parallel.loading import Weights
+from model_impl.runtime.paged import CacheSizes, Place
 from model_impl.text import SoftTokens
 
 
@@ -51,6 +52,32 @@ class Forward:
     aux_layers: tuple[int, ...]
     cache: int | None
     """Number of the cache that holds what came before, made when it is new."""
+    places: tuple[Place, ...] | None = None
+    """Of each row in the cache, where that is a paged one."""
+
+
+@dataclass(frozen=True)
+class MakePools:
+    """An empty paged cache."""
+
+    cache: int
+    sizes: CacheSizes
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Token ids whose scaled embeddings are wanted; for ranks of the first stage."""
+
+    ids: bytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a paged cache holds of some layers; each rank sends what it has of those in its own stage."""
+
+    cache: int
+    layers: tuple[int, ...]
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,7 @@ class Close:
     """The last message."""
 
 
-Request = Forward | Forget | Head | Close
+Request = Forward | Forget | Head | MakePools | Embed | Kept | Close
 
 
 @dataclass(frozen=True)

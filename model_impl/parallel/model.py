@@ -21,6 +21,7 @@ from model_impl.parallel.messages import Forget, Forward, Head, Loaded, packed, 
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.generate import Generated, generate
 from model_impl.runtime.masks import BlockMode
+from model_impl.runtime.paged import Place
 from model_impl.text import SoftTokens, States, check_aux_layers
 
 
@@ -82,9 +83,17 @@ class ParallelModel:
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache of so many rows, for this model."""
-        cache = RemoteCache(next(self._numbers), self.config, rows, self.dtype)
+        cache = RemoteCache(self.new_number(), self.config, rows, self.dtype)
         weakref.finalize(cache, self._unneeded.append, cache.number).atexit = False
         return cache
+
+    def new_number(self) -> int:
+        """For a cache that the ranks will hold."""
+        return next(self._numbers)
+
+    def forget(self, number: int) -> None:
+        """Let the ranks drop a cache before the next pass."""
+        self._unneeded.append(number)
 
     def __call__(
         self,
@@ -124,27 +133,34 @@ class ParallelModel:
             cache.check(self.config, self.dtype)
             cache.expect(width, counts)
             number = cache.number
-        answer = self._forward(input_ids, tuple(counts), soft, tuple(aux_layers), number)
+        states = self.run(input_ids, tuple(counts), soft, tuple(aux_layers), number)
         if cache is not None:
             cache.commit()
-        return States(answer["hidden"], tuple(answer[f"aux.{i}"] for i in range(len(aux_layers))))
+        return states
 
-    def _forward(
+    def run(
         self,
         ids: Tensor,
         counts: tuple[int, ...],
         soft: SoftTokens | None,
         aux_layers: tuple[int, ...],
         cache: int | None,
-    ) -> dict[str, Tensor]:
+        places: tuple[Place, ...] | None = None,
+    ) -> States:
+        """One pass through all stages; arguments must have been judged, as what a rank refuses ends it.
+
+        Raises:
+            ParallelError: a rank went wrong; the processes have ended.
+        """
         self._forget()
         rows: tuple[tuple[int, ...], ...] = tuple(map(tuple, ids.tolist()))
         requests = {}
         for rank in range(self.layout.ranks):
             first = self.layout.place(rank).stage == 0
             sent = None if soft is None else packed_soft(soft, features=first)
-            requests[rank] = Forward(rows, counts, sent, aux_layers, cache)
-        return self._one(self.group.ask(requests))
+            requests[rank] = Forward(rows, counts, sent, aux_layers, cache, places)
+        answer = self.one(self.group.ask(requests))
+        return States(answer["hidden"], tuple(answer[f"aux.{i}"] for i in range(len(aux_layers))))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., vocabulary], soft-capped.
@@ -159,7 +175,7 @@ class ParallelModel:
             )
         last = range(self.layout.ranks - self.layout.tensor, self.layout.ranks)
         request = Head(packed({"hidden": hidden}))
-        return self._one(self.group.ask(dict.fromkeys(last, request)))["logits"]
+        return self.one(self.group.ask(dict.fromkeys(last, request)))["logits"]
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
         """As `model_impl.runtime.generate.generate`, with its options."""
@@ -185,7 +201,8 @@ class ParallelModel:
             self.group.ask(dict.fromkeys(range(self.layout.ranks), Forget(caches)))
 
     @staticmethod
-    def _one(answers: dict[int, bytes]) -> dict[str, Tensor]:
+    def one(answers: dict[int, bytes]) -> dict[str, Tensor]:
+        """The tensors that one of the ranks sent."""
         (answer,) = answers.values()
         return unpacked(answer)
 

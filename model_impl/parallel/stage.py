@@ -23,7 +23,8 @@ from model_impl.parallel.payload import Payload, Slot, read_later
 from model_impl.parallel.ranks import Alone, Ranks, even_part
 from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode
-from model_impl.runtime.step import Step
+from model_impl.runtime.paged import CacheSizes, PagedCache
+from model_impl.runtime.step import Cache, Step
 from model_impl.text import DecoderLayer, SoftTokens, States, TextPart, check_aux_layers
 
 
@@ -121,6 +122,10 @@ class Stage(TextPart):
         """An empty cache of so many rows, for this stage."""
         return KVCache(self.config, rows, self.dtype, self.device)
 
+    def new_pools(self, sizes: CacheSizes) -> PagedCache:
+        """An empty paged cache, for this stage; its blocks have the same numbers on every rank."""
+        return PagedCache(self.config, sizes, layers=self.kept_layers, dtype=self.dtype, device=self.device)
+
     def spec(
         self, rows: int, tokens: int, aux_layers: Sequence[int] = (), *, stages: int = 0
     ) -> dict[str, Slot]:
@@ -139,15 +144,14 @@ class Stage(TextPart):
         """What stands in for a payload to warm this stage up; the first stage receives none."""
         return Payload.empty(self.spec(rows, tokens, aux_layers))
 
-    def run(
-        self, work: Pass, payload: Payload | None = None, cache: KVCache | None = None
-    ) -> Payload | States:
+    def run(self, work: Pass, payload: Payload | None = None, cache: Cache | None = None) -> Payload | States:
         """One pass through this stage's layers.
 
         Args:
             work: The pass; the same for all stages.
             payload: Of the stage before; None in the first.
-            cache: Made by `new_cache`: holds the tokens before these, and receives these.
+            cache: Made by `new_cache`, or a view of what `new_pools` made: holds the tokens before these, and
+                receives these.
 
         Returns:
             What the next stage receives; in the last stage, what `TextModel.states` returns.

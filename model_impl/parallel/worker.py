@@ -6,17 +6,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_impl.parallel.loading import load_stage
 from model_impl.parallel.messages import (
     Close,
     Done,
+    Embed,
     Failed,
     Forget,
     Forward,
     Head,
+    Kept,
     Loaded,
+    MakePools,
     Reply,
     Request,
     Start,
@@ -28,6 +31,8 @@ from model_impl.parallel.payload import Payload
 from model_impl.parallel.stage import Pass
 from model_impl.parallel.wire import Board, PeerError, Wire
 from model_impl.runtime.cache import KVCache
+from model_impl.runtime.paged import PagedCache
+from model_impl.runtime.step import Cache
 from model_impl.text import States
 
 
@@ -44,7 +49,7 @@ class Rank:
         self.board = Board(folder / "board", start.layout.ranks)
         self._wire = Wire(start.layout, start.rank, self.board, folder / "meeting", start.deadline)
         self._stage = load_stage(start.weights, start.layout, start.layout.place(start.rank), self._wire)
-        self._caches: dict[int, KVCache] = {}
+        self._caches: dict[int, KVCache | PagedCache] = {}
 
     def loaded(self) -> Loaded:
         """Run once on an empty payload; say what is held."""
@@ -66,17 +71,42 @@ class Rank:
         if isinstance(request, Forget):
             for number in request.caches:
                 self._caches.pop(number, None)
+        if isinstance(request, MakePools):
+            self._caches[request.cache] = self._stage.new_pools(request.sizes)
+        if isinstance(request, Embed):
+            table: nn.Module = self._stage.embed_tokens
+            return self._first({"embedded": table(unpacked(request.ids)["ids"])})
+        if isinstance(request, Kept):
+            return self._kept(request)
         return None
+
+    def _kept(self, request: Kept) -> bytes | None:
+        """Keys, values and positions of the layers that are in this stage."""
+        pools = self._caches[request.cache]
+        tensors: dict[str, Tensor] = {}
+        assert isinstance(pools, PagedCache)
+        for index in request.layers:
+            if index in self._stage.span:
+                k, v, positions = pools.kept(self._stage.config.layers[index], request.places)
+                tensors |= {f"keys.{index}": k, f"values.{index}": v, f"positions.{index}": positions}
+        return packed(tensors) if tensors else None
+
+    def _cache(self, request: Forward) -> Cache | None:
+        if request.cache is None:
+            return None
+        if request.cache not in self._caches:
+            self._caches[request.cache] = self._stage.new_cache(len(request.ids))
+        cache = self._caches[request.cache]
+        if isinstance(cache, KVCache):
+            return cache
+        assert request.places is not None
+        return cache.view(request.places)
 
     def _forward(self, request: Forward) -> bytes | None:
         stage = self._stage
         soft = None if request.soft is None else unpacked_soft(request.soft)
         work = Pass(torch.tensor(request.ids, dtype=torch.int64), request.lengths, soft, request.aux_layers)
-        cache = None
-        if request.cache is not None:
-            if request.cache not in self._caches:
-                self._caches[request.cache] = stage.new_cache(len(request.ids))
-            cache = self._caches[request.cache]
+        cache = self._cache(request)
         rows, tokens = work.ids.shape
         payload = None
         if not stage.begins:
