@@ -21,7 +21,7 @@ from model_impl.runtime.sampling import Sampling
 from model_impl.speculative import proposer, verify
 from model_impl.speculative.assistant import TargetKV
 from model_impl.speculative.proposer import Grown
-from model_impl.text import SoftTokens
+from model_impl.text import SoftTokens, States
 
 faults = Collection("invariance")
 cache = partial(faults, area="invariance-caches")
@@ -189,7 +189,7 @@ def _unnormed() -> Patch:
     original = proposer.AssistantProposer.propose
 
     def propose(
-        self: proposer.AssistantProposer, states: proposer.States, grown: Sequence[Grown]
+        self: proposer.AssistantProposer, states: States, grown: Sequence[Grown]
     ) -> list[verify.Draft]:
         model = getattr(self._runner, "model", None)
         assert model is not None

@@ -145,6 +145,7 @@ def _teach(tensors: dict[str, Tensor], config: AssistantConfig, target: Path) ->
     tensors["pre_projection.weight"][:, :hidden] += torch.eye(hidden) * hidden**-0.5
     # The state before the newest token points to that token, as it is what the target chose by it.
     tensors["pre_projection.weight"][:, hidden:] += torch.eye(hidden) * _STATE
+    tensors["post_projection.weight"] *= _QUIET
     table = embedding * norm / tensors["model.norm.weight"]
     tensors["model.embed_tokens.weight"] = table
     if config.centroids is not None:
