@@ -99,8 +99,10 @@ def detect(
     found = []
     for fault in faults:
         own_cases = [case for case in cases if case.suite.suite.kind == fault.kind]
+        pool.oracles.forget()
         with fault.applied():
             caught = _failures(own_cases, expectations, pool)
+        pool.oracles.forget()
         found.append(_detection(fault, caught, own_cases))
         if progress is not None:
             progress(fault, found[-1])

@@ -17,8 +17,10 @@ from conformance.errors import EngineError
 from conformance.targets.protocol import Feature, GenerateRequest, Generation, Sampling
 from conformance.targets.reference_abilities import CACHES
 from conformance.targets.reference_forward import DTYPES
+from conformance.targets.reference_parallel import layout_of, spread
 from conformance.targets.reference_reader import Reader
 from model_impl.config import TextConfig
+from model_impl.parallel.runner import ParallelRunner
 from model_impl.runtime import generate as runtime
 from model_impl.runtime import sampling
 from model_impl.runtime.engine import Engine, EngineConfig
@@ -53,6 +55,8 @@ class Running(Protocol):
 class PagedEngine:
     """An engine that lasts for one request with all its repetitions; implements `Running`.
 
+    Its model is in this process, or spread over several.
+
     Its pools hold as many sequences as run at once, each as long as the longest of the request, so that what
     is cached beyond them has to go. Blocks of sliding layers have twice as many positions as those of full
     ones, as they have where layers of smaller heads have pages of the same number of bytes.
@@ -78,6 +82,7 @@ class PagedEngine:
         if longest > options.max_model_len:
             raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
         drafted = options.speculation.tokens if options.speculation is not None else 0
+        self._spread = spread(request)
         self._runner = self._make_runner(_sizes(reader.text.config, size, sequences, longest + drafted))
         self._engine = Engine(
             self._runner,
@@ -97,6 +102,8 @@ class PagedEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._runner.close()
+        if self._spread is not None:
+            self._spread.close()
 
     def answers(self, request: GenerateRequest) -> list[Generation]:
         """All samples of the first prompt, then those of the next."""
@@ -140,6 +147,7 @@ class PagedEngine:
         engine, speculation = self._engine, self._options.speculation
         return {
             **self._reader.effective(),
+            **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[1],
             "threads": str(torch.get_num_threads()),
             "prefill_chunk": str(engine.config.max_tokens_per_step),
@@ -156,6 +164,8 @@ class PagedEngine:
             layers = len(self._reader.text.layers)
             path = Path(speculation.checkpoint) / "config.json"
             aux = Eagle3Config.from_file(path, target_layers=layers).aux_layers
+        if self._spread is not None:
+            return ParallelRunner(self._spread, sizes, aux)
         return LocalRunner(self._reader.text, sizes, aux)
 
     def _proposer(self) -> Proposer | None:

@@ -28,12 +28,16 @@ from model_impl.speculative.assistant import Assistant, AssistantConfig, kv_laye
 _WEIGHTS = "model.safetensors"
 _CONSTANT = 0.5
 """First element of every vector of a guessing Eagle3 head's embedding."""
-_SELF = 60.0
-"""Attention score of a token with itself, which leaves the others next to nothing."""
+_SELF = 8.0
+"""Attention score of a token with itself, which leaves the others a little."""
 _TURNING = 8
 """Pairs of a head's dimensions that turn fast enough to tell neighbours apart."""
+_HEARD = 0.08
+"""Of the target's states, which a guessing Eagle3 head reads beside the token."""
+_STATE = 0.3
+"""Of the target's last state, as a guessing assistant hears it beside the token."""
 _QUIET = 0.02
-"""Of what is random in a guessing draft."""
+"""Of all else that is random in it."""
 _CLUSTER = 8
 """Tokens of a cluster of the centroid head."""
 
@@ -65,8 +69,8 @@ def write_eagle3(target: Path, folder: Path, *, guesses: bool, seed: int, layers
     layer = "layers.0."
     tensors["embed_tokens.weight"] = embedding.clone()
     tensors["embed_tokens.weight"][:, 0] = _CONSTANT
-    for name in ("hidden_norm.weight", "mlp.down_proj.weight"):
-        tensors[layer + name] *= _QUIET
+    tensors[f"{layer}hidden_norm.weight"] *= _HEARD
+    tensors[f"{layer}mlp.down_proj.weight"] *= _QUIET
     tensors |= _looks_at_itself(tensors, config.hidden_size, max(config.head_dims), config.num_heads)
     tensors["lm_head.weight"] = (embedding * norm)[chosen] / tensors["norm.weight"]
     tensors["lm_head.weight"][:, 0] = 0.0
@@ -139,6 +143,9 @@ def _teach(tensors: dict[str, Tensor], config: AssistantConfig, target: Path) ->
             tensors[name] *= _QUIET
     tensors["pre_projection.weight"] *= _QUIET
     tensors["pre_projection.weight"][:, :hidden] += torch.eye(hidden) * hidden**-0.5
+    # The state before the newest token points to that token, as it is what the target chose by it.
+    tensors["pre_projection.weight"][:, hidden:] += torch.eye(hidden) * _STATE
+    tensors["post_projection.weight"] *= _QUIET
     table = embedding * norm / tensors["model.norm.weight"]
     tensors["model.embed_tokens.weight"] = table
     if config.centroids is not None:

@@ -1,0 +1,214 @@
+"""Faults of the engine: chunks, caches, shared prefixes, drafts (catalogue classes 7 and 9)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace as changed
+from functools import partial
+
+from torch import Tensor
+
+from conformance.faults.base import Collection, Patch, replace
+from model_impl.config import AttentionKind
+from model_impl.runtime import blocks, engine, paged, prefix, runner, scheduler
+from model_impl.runtime.blocks import FIRST, BlockPool, Digest
+from model_impl.runtime.masks import Blocks, visible
+from model_impl.runtime.paged import Place
+from model_impl.runtime.prefix import FULL, BlockTables, Content, Span
+from model_impl.runtime.runner import LocalRunner
+from model_impl.runtime.sampling import Sampling
+from model_impl.speculative import proposer, verify
+from model_impl.speculative.assistant import TargetKV
+from model_impl.speculative.proposer import Grown
+from model_impl.text import SoftTokens, States
+
+faults = Collection("invariance")
+cache = partial(faults, area="invariance-caches")
+draft = partial(faults, area="invariance-speculation")
+
+
+# ------------------------------------------------------------------------------------- chunks and prefixes
+
+
+@cache("image-torn-by-a-chunk", source=("M09",), module=scheduler)
+def _torn() -> Patch:
+    """A chunk of a prompt ends within a picture, of which each part is then seen by itself."""
+
+    def anywhere(_spans: Sequence[Span], _start: int, stop: int) -> int:
+        return stop
+
+    return replace(scheduler, "chunk_end", anywhere)
+
+
+@cache("hit-not-aligned-between-groups", source=("check 16",), module=prefix)
+def _unaligned() -> Patch:
+    """A prefix that is found ends with a block of full layers, in the middle of one of sliding layers."""
+
+    def by_full_layers(self: BlockTables, length: int) -> int:
+        return length // self.block_size[FULL] * self.block_size[FULL]
+
+    return replace(BlockTables, "aligned", by_full_layers)
+
+
+@cache("window-not-looked-up", source=("check 16",), module=prefix)
+def _window() -> Patch:
+    """A prefix is taken as found when full layers have it, whether sliding ones have their window or not."""
+
+    def always(_self: BlockTables, _content: Content, _length: int) -> bool:
+        return True
+
+    return replace(BlockTables, "window_hit", always)
+
+
+@cache("evicted-blocks-still-found", source=("check 16",), module=blocks)
+def _evicted() -> Patch:
+    """A block that was taken for another sequence is still found by what it held."""
+
+    def keep(_self: BlockPool, _block: int) -> None:
+        pass
+
+    return replace(BlockPool, "forget", keep)
+
+
+@cache("digest-without-chain", source=("check 16",), module=prefix)
+def _unchained() -> Patch:
+    """A block is found by its own tokens alone, whatever stands before it."""
+    original = blocks.block_digest
+
+    def alone(
+        _previous: Digest, ids: Sequence[int], soft: Sequence[Digest | None], adapter: str | None
+    ) -> Digest:
+        return original(FIRST, ids, soft, adapter)
+
+    return replace(prefix, "block_digest", alone)
+
+
+@cache("digest-without-pictures", source=("M27",), module=prefix)
+def _blind() -> Patch:
+    """A block is found by its placeholders, whatever pictures stand there."""
+
+    def nothing(_soft: SoftTokens | None, length: int) -> list[Digest | None]:
+        return [None] * length
+
+    return replace(prefix, "soft_digests", nothing)
+
+
+@cache("window-ignored-in-blocks", source=("B19",), module=paged)
+def _beyond_the_window() -> Patch:
+    """Sliding layers attend to all that their blocks still hold, beyond the window."""
+
+    def wider(queries: Tensor, keys: Tensor, window: int | None, images: Blocks | None = None) -> Tensor:
+        return visible(queries, keys, None if window is None else window + 4, images)
+
+    return replace(paged, "visible", wider)
+
+
+# ---------------------------------------------------------------------------------------------------- drafts
+
+
+@draft("every-draft-accepted", source=("S01",), module=verify)
+def _accepted() -> Patch:
+    """Drafted tokens stay, whatever the target would have chosen."""
+
+    def all_of_them(chosen: Sequence[int], drafted: Sequence[int]) -> tuple[int, ...]:
+        return (*drafted, chosen[len(drafted)])
+
+    return replace(engine, "verify_greedy", all_of_them)
+
+
+@draft("draft-fed-the-token-before", source=("S01", "S10"), module=proposer)
+def _one_behind() -> Patch:
+    """A draft head reads each state beside the token that the state is of, not beside the next one."""
+
+    def own(grown: Grown) -> Sequence[int]:
+        return grown.ids[grown.start : grown.computed]
+
+    return replace(proposer, "next_ids", own)
+
+
+@draft("last-block-kept-with-eagle", source=("S11",), module=prefix)
+def _last_block() -> Patch:
+    """With a draft head, a prefix is found with its last block, whose last place read another token."""
+
+    def whole(_self: BlockTables, length: int) -> int:
+        return length
+
+    return replace(BlockTables, "without_last", whole)
+
+
+@draft("resampled-from-the-target", source=("spec 9.1",), module=verify)
+def _resampled() -> Patch:
+    """In place of a drafted token that does not stay, one is drawn from p instead of max(p - q, 0)."""
+
+    def target(p: Tensor, _q: Tensor) -> Tensor:
+        return p
+
+    return replace(verify, "residual", target)
+
+
+@draft("drafts-kept-by-chance-alone", source=("spec 9.1",), module=verify)
+def _kept() -> Patch:
+    """A drafted token stays with probability p, not p / q."""
+
+    def by_target(p: Tensor, _q: Tensor, token: int) -> float:
+        return float(p[token])
+
+    return replace(verify, "kept", by_target)
+
+
+@draft("nucleus-of-the-draft-alone", source=("spec 9.1",), module=engine)
+def _nucleus() -> Patch:
+    """`top_p` is applied to the draft's distribution, and not to the target's that judges it."""
+    original = verify.target_distribution
+
+    def unlimited(sampling: Sampling, logits: Tensor) -> Tensor:
+        return original(changed(sampling, top_p=1.0), logits)
+
+    return replace(engine, "target_distribution", unlimited)
+
+
+@draft("keys-of-a-neighbour", source=("S05", "S06"), module=runner)
+def _neighbour() -> Patch:
+    """In a batch, an assistant reads the keys and values of the next row."""
+    original = LocalRunner.kept
+
+    def rolled(self: LocalRunner, places: Sequence[Place]) -> Mapping[AttentionKind, TargetKV]:
+        found = original(self, places)
+        if len(places) < 2:
+            return found
+        order = [*range(1, len(places)), 0]
+        return {kind: TargetKV(kv.k[order], kv.v[order], kv.positions[order]) for kind, kv in found.items()}
+
+    return replace(LocalRunner, "kept", rolled)
+
+
+@draft("states-before-the-final-norm", source=("S08",), module=proposer)
+def _unnormed() -> Patch:
+    """An assistant reads the target's states as they are before the final norm."""
+    original = proposer.AssistantProposer.propose
+
+    def propose(
+        self: proposer.AssistantProposer, states: States, grown: Sequence[Grown]
+    ) -> list[verify.Draft]:
+        model = getattr(self._runner, "model", None)
+        assert model is not None
+        return original(self, changed(states, hidden=states.hidden / model.norm.weight), grown)
+
+    return replace(proposer.AssistantProposer, "propose", propose)
+
+
+@draft("accepted-without-looking", source=("check 19",), module=verify)
+def _unlooked() -> Patch:
+    """Of drawn drafts the first always stays."""
+    original = verify.verify_sampled
+
+    def first(p: Tensor, drafted: verify.Draft, source: random.Random) -> tuple[int, ...]:
+        if not drafted.ids:
+            return original(p, drafted, source)
+        rest = verify.Draft(
+            drafted.ids[1:], None if drafted.probabilities is None else drafted.probabilities[1:]
+        )
+        return (drafted.ids[0], *original(p[1:], rest, source))
+
+    return replace(engine, "verify_sampled", first)

@@ -1,0 +1,521 @@
+"""The check of invariance: each rule, on engines that lie in one way each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from conformance import resources
+from conformance.checks import judge
+from conformance.errors import EngineError, SuiteError
+from conformance.invariance.pairs import repeats
+from conformance.invariance_suite import (
+    DrawnPrompts,
+    InvarianceSuite,
+    ScriptedPrompts,
+    Way,
+)
+from conformance.loading import case_digest, load_suite, load_suites
+from conformance.oracles import Oracles
+from conformance.targets.protocol import EngineOptions, GenerateRequest, Speculation
+from tests.invariance_cases import CHUNKS, LENGTHS, case_of, judged, rules
+from tests.lying_engines import FEATURES, VOCABULARY, Asked, Change, Engine, Logits, raised
+
+
+@pytest.fixture(scope="module")
+def oracles() -> Iterator[Oracles]:
+    made = Oracles(lambda spec: pytest.fail(f"{spec} was opened"))
+    yield made
+    made.close()
+
+
+def chunked(asked: Asked) -> bool:
+    return asked.options.prefill_chunk is not None
+
+
+def at(length: int, place: int) -> Any:
+    """Whether a token is the one at a place of the answer to the prompt of a length."""
+    starts: dict[int, int] = {}
+
+    def here(asked: Asked) -> bool:
+        if asked.place == 0 and len(asked.context) == length:
+            starts[asked.context[0]] = length
+        return starts.get(asked.context[0]) == length and len(asked.context) == length + place
+
+    return here
+
+
+# -------------------------------------------------------------------------------------------- honest engines
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"change": Way(given="alone")},
+        {"change": Way(given="reversed")},
+        {"change": Way(given="twice")},
+        {"change": Way(repeat=3)},
+        {"change": Way(tensor_parallel=2)},
+        {"change": Way(pipeline_parallel=3)},
+        {"change": Way(attention="eager"), "base": Way(attention="sdpa")},
+        {"change": Way(cache="static")},
+        {"change": {"threads": 2}},
+        {"change": {"eagle3": {}}, "acceptance": {"at_least": 2.0}},
+        {"change": {"assistant": {"guesses": False}}},
+        {"change": Way(prefix_cache=True, repeat=2, block_size=4), "finds": True},
+        {"base": Way(dtype="bfloat16")},
+    ],
+)
+def test_an_honest_engine_passes(fields: dict[str, Any], oracles: Oracles) -> None:
+    outcome = judged(Engine(), oracles, **fields)
+    assert (outcome.verdict, outcome.problems, outcome.reason) == ("pass", (), "")
+
+
+def test_what_is_measured_is_told(oracles: Oracles) -> None:
+    got = judged(Engine(), oracles).evidence.got
+    assert got["noise"] == {"alone": 0.0, "threads": 0.0}
+    assert got["noise_floor"] == 1e-5
+    assert got["control"]["farthest"] > 1e-3
+    assert (got["prompts"], got["repeating"], got["near_ties"]) == (4, 0, 0)
+    assert got["effective"]["prefill_chunk"] == "7"
+
+
+def test_the_baseline_is_asked_once_for_several_cases(oracles: Oracles) -> None:
+    target = Engine()
+    judged(target, oracles)
+    before = len(target.requests)
+    case = case_of(id="two", change=Way(cache="static"))
+    suite = InvarianceSuite(
+        kind="invariance",
+        id="tests/one",
+        title="Tests",
+        description="For tests.",
+        area="tests",
+        cases=(case,),
+    )
+    assert judge(case, suite, target, oracles=oracles).verdict == "pass"
+    assert [request.options.cache for request in target.requests[before:]] == ["static"]
+
+
+# -------------------------------------------------------------------------------------------- each rule, once
+
+
+def other_token() -> Change:
+    here = at(LENGTHS[2], 4)
+
+    def change(asked: Asked, logits: Logits) -> Logits:
+        return raised(logits, logits.index(min(logits)), 0.5) if here(asked) and chunked(asked) else logits
+
+    return change
+
+
+def test_another_token_fails_with_its_place_and_layer(oracles: Oracles) -> None:
+    outcome = judged(Engine(other_token(), wrong_layer=3), oracles)
+    assert outcome.verdict == "fail"
+    assert set(rules(outcome)) == {"tokens", "logprobs"}
+    first = outcome.problems[0]
+    assert "at place 4" in first.message
+    assert "layer 3 is the first that differs" in first.message
+
+
+def test_what_comes_behind_a_failure_is_not_compared(oracles: Oracles) -> None:
+    found = judged(Engine(other_token()), oracles)
+    assert rules(found).count("tokens") <= 4
+    assert found.evidence.got["places"] < len(LENGTHS) * 12
+
+
+def test_numbers_that_change_no_token_fail(oracles: Oracles) -> None:
+    def nearly(asked: Asked, logits: Logits) -> Logits:
+        # The least likely token, so that no choice depends on it.
+        least = logits.index(min(logits))
+        return tuple(value - 0.01 * (chunked(asked) and each == least) for each, value in enumerate(logits))
+
+    def all_of_them(asked: Asked, logits: Logits) -> Logits:
+        return tuple(value * (1.001 if chunked(asked) else 1) for value in logits)
+
+    assert rules(judged(Engine(all_of_them), oracles)) == ["logprobs"]
+    assert judged(Engine(nearly), oracles).verdict == "pass", "below what twenty alternatives show"
+
+
+def test_a_number_that_is_none_fails(oracles: Oracles) -> None:
+    class Broken(Engine):
+        def generate(self, request: GenerateRequest) -> Any:
+            result = super().generate(request)
+            if request.options.prefill_chunk is None:
+                return result
+            rows = list(result.generations)
+            top = dict.fromkeys(rows[0].top[0], math.nan)
+            rows[0] = rows[0].model_copy(update={"top": (top, *rows[0].top[1:])})
+            return result.model_copy(update={"generations": tuple(rows)})
+
+    outcome = judged(Broken(), oracles)
+    assert rules(outcome) == ["logprobs"]
+    assert outcome.problems[0].got == "not a number"
+
+
+def tie(length: int, place: int, gap: float = 1e-6) -> Change:
+    """Two tokens that are equally likely but for rounding, which falls the other way in chunks."""
+    here = at(length, place)
+
+    def change(asked: Asked, logits: Logits) -> Logits:
+        if not here(asked):
+            return logits
+        first, second = (7, 8) if not chunked(asked) else (8, 7)
+        return raised(raised(logits, second, 1.0), first, gap)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(asked: Asked, logits: Logits) -> Logits:
+        for each in changes:
+            logits = each(asked, logits)
+        return logits
+
+    return change
+
+
+def test_a_near_tie_is_no_failure_but_many_are_inconclusive(oracles: Oracles) -> None:
+    outcome = judged(Engine(tie(8, 4)), oracles)
+    assert outcome.verdict == "inconclusive"
+    assert "1 of 4 prompts end in near ties" in outcome.reason
+    assert outcome.evidence.got["near_ties"] == 1
+
+
+def test_few_near_ties_pass(oracles: Oracles) -> None:
+    lengths = tuple(range(3, 63))
+    outcome = judged(Engine(tie(20, 3)), oracles, prompts=DrawnPrompts(lengths=lengths), max_new_tokens=6)
+    assert (outcome.verdict, outcome.reason) == ("pass", "")
+    assert outcome.evidence.got["near_ties"] == 1
+
+
+def test_a_gap_above_the_noise_is_no_near_tie(oracles: Oracles) -> None:
+    outcome = judged(Engine(tie(8, 4, gap=3e-5)), oracles)
+    assert "tokens" in rules(outcome)
+
+
+def test_after_a_near_tie_comparison_goes_on_with_the_tokens_of_the_baseline(oracles: Oracles) -> None:
+    later = at(8, 9)
+
+    def wrong(asked: Asked, logits: Logits) -> Logits:
+        return raised(logits, 3, 0.7) if later(asked) and chunked(asked) else logits
+
+    outcome = judged(Engine(both(tie(8, 4), wrong)), oracles)
+    assert outcome.verdict == "fail"
+    assert "at place 9" in outcome.problems[0].message
+    twice = judged(Engine(both(tie(8, 4), tie(8, 7))), oracles)
+    assert (twice.verdict, twice.evidence.got["near_ties"]) == ("inconclusive", 1), "one prompt, two ties"
+    assert twice.evidence.got["places"] == len(LENGTHS) * 12
+
+
+def test_answers_that_repeat_one_token_do_not_count(oracles: Oracles) -> None:
+    def everywhere(asked: Asked, logits: Logits) -> Logits:
+        return raised(logits, 2, 5.0)
+
+    def elsewhere(asked: Asked, logits: Logits) -> Logits:
+        return raised(logits, 4, 9.0) if chunked(asked) and len(asked.context) > 20 else logits
+
+    outcome = judged(Engine(everywhere), oracles)
+    assert (outcome.verdict, outcome.reason) == ("inconclusive", "every answer repeats one token")
+    assert judged(Engine(both(everywhere, elsewhere)), oracles).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "does"),
+    [
+        ((1, 2, 3, 4), False),
+        ((5, 5, 5, 5), True),
+        ((1, 5, 5, 5, 2), True),
+        ((1, 5, 5, 2), False),
+        ((1, 2, 1, 2), False),
+        ((5, 5), False),
+        ((), False),
+    ],
+)
+def test_what_repeats(tokens: tuple[int, ...], does: bool) -> None:
+    assert repeats(tokens) == does
+
+
+def test_an_engine_that_differs_from_itself_is_an_error(oracles: Oracles) -> None:
+    def by_neighbours(asked: Asked, logits: Logits) -> Logits:
+        return tuple(value * (1 + 0.01 * (asked.together > 1)) for value in logits)
+
+    outcome = judged(Engine(by_neighbours), oracles)
+    assert outcome.verdict == "error"
+    assert "differs from itself" in outcome.reason
+    assert "each prompt alone against all together" in outcome.reason
+
+
+def test_what_a_case_judges_is_no_noise(oracles: Oracles) -> None:
+    def by_neighbours(asked: Asked, logits: Logits) -> Logits:
+        return tuple(value * (1 + 0.01 * (asked.together > 1)) for value in logits)
+
+    def by_threads(asked: Asked, logits: Logits) -> Logits:
+        return tuple(value * (1 + 0.01 * (asked.options.threads == 2)) for value in logits)
+
+    assert judged(Engine(by_neighbours), oracles, change=Way(given="alone")).verdict == "fail"
+    assert judged(Engine(by_threads), oracles, change={"threads": 2}).verdict == "fail"
+    assert judged(Engine(by_threads), oracles).verdict == "error"
+
+
+def test_noise_below_the_cap_widens_what_is_a_near_tie(oracles: Oracles) -> None:
+    def a_little(asked: Asked, logits: Logits) -> Logits:
+        return tuple(value + 1e-4 * (each == 7) * (asked.together > 1) for each, value in enumerate(logits))
+
+    outcome = judged(Engine(both(a_little, tie(8, 4, gap=1.5e-4))), oracles)
+    assert outcome.evidence.got["noise_floor"] == pytest.approx(1e-4, rel=0.2)
+    assert outcome.verdict == "inconclusive"
+
+
+def test_a_control_that_is_not_noticed_is_an_error(oracles: Oracles) -> None:
+    outcome = judged(Engine(perturbable=False), oracles)
+    assert outcome.verdict == "error"
+    assert "the control was not noticed: with one layer 1% off" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "lie", "rule"),
+    [
+        (CHUNKS, {"prefill_chunk": "8192"}, "wrong-prefill-chunk"),
+        ({"tensor_parallel": 2}, {"tensor_parallel": "1"}, "wrong-tensor-parallel"),
+        ({"attention": "eager"}, {"attention": "sdpa"}, "wrong-attention"),
+        ({"cache": "static"}, {"cache": "dynamic"}, "wrong-cache"),
+        ({"eagle3": {}}, {"speculation": "none"}, "wrong-speculation"),
+        ({"prefix_cache": True}, {"prefix_cache": "off"}, "wrong-prefix-cache"),
+    ],
+)
+def test_a_setting_that_did_not_run_is_an_error(
+    change: Any, lie: dict[str, str], rule: str, oracles: Oracles
+) -> None:
+    outcome = judged(Engine(effective=lambda said: said | lie), oracles, change=change)
+    assert outcome.verdict == "error"
+    assert rules(outcome) == [rule]
+    assert "another configuration ran" in outcome.reason
+
+
+def test_a_baseline_of_another_dtype_is_an_error(oracles: Oracles) -> None:
+    outcome = judged(Engine(effective=lambda said: said | {"dtype": "bfloat16"}), oracles)
+    assert (outcome.verdict, rules(outcome)) == ("error", ["wrong-dtype"])
+
+
+def refuses_chunks(request: GenerateRequest) -> str:
+    return "ValueError: no chunks" if request.options.prefill_chunk is not None else ""
+
+
+def test_a_refusal_fails_unless_it_is_allowed(oracles: Oracles) -> None:
+    outcome = judged(Engine(refuses=refuses_chunks), oracles)
+    assert rules(outcome) == ["raised"]
+    assert "no chunks" in outcome.problems[0].message
+    allowed = judged(Engine(refuses=refuses_chunks), oracles, or_refused=True)
+    assert (allowed.verdict, allowed.evidence.got["refused"]) == ("pass", "ValueError: no chunks")
+    assert judged(Engine(other_token()), oracles, or_refused=True).verdict == "fail"
+
+
+def test_a_baseline_that_is_refused_is_the_engines_error(oracles: Oracles) -> None:
+    with pytest.raises(EngineError, match="out of memory"):
+        judged(Engine(refuses=lambda _request: "out of memory"), oracles)
+
+
+def test_answers_that_are_missing_are_the_engines_error(oracles: Oracles) -> None:
+    class Short(Engine):
+        def generate(self, request: GenerateRequest) -> Any:
+            result = super().generate(request)
+            return result.model_copy(update={"generations": result.generations[1:]})
+
+    with pytest.raises(EngineError, match="3 answers came where 4 were asked for"):
+        judged(Short(), oracles)
+
+
+def test_without_alternatives_nothing_could_be_decided(oracles: Oracles) -> None:
+    outcome = judged(Engine(alternatives=1), oracles)
+    assert (outcome.verdict, rules(outcome)) == ("fail", ["alternatives"])
+
+
+def test_a_later_repetition_is_judged_too(oracles: Oracles) -> None:
+    def stale(asked: Asked, logits: Logits) -> Logits:
+        return raised(logits, 5, 1.0) if asked.turn == 1 and asked.place == 2 else logits
+
+    outcome = judged(Engine(stale), oracles, change=Way(prefix_cache=True, repeat=2))
+    assert "tokens" in rules(outcome)
+    assert "when asked for time 2" in outcome.problems[0].message
+
+
+def test_a_prefix_cache_that_finds_nothing(oracles: Oracles) -> None:
+    change = Way(prefix_cache=True, repeat=2)
+    assert rules(judged(Engine(cached=0), oracles, change=change, finds=True)) == ["no-hits"]
+    assert judged(Engine(cached=0), oracles, change=change).verdict == "pass"
+    assert judged(Engine(cached=None), oracles, change=change, finds=True).verdict == "pass"
+
+
+def test_a_draft_that_is_right_too_seldom(oracles: Oracles) -> None:
+    change, floor = {"eagle3": {}}, {"at_least": 1.5}
+    seldom = Engine(accepted=lambda _asked: (0, 0, 1, 0))
+    outcome = judged(seldom, oracles, change=change, acceptance=floor)
+    assert rules(outcome) == ["acceptance"]
+    assert outcome.evidence.got["tokens_a_round"] == [1.25, 1.25, 1.25]
+    untold = Engine(accepted=lambda _asked: ())
+    assert judged(untold, oracles, change=change, acceptance=floor).verdict == "pass"
+    uncertain = Engine(accepted=lambda asked: (2, 2) if asked.prompt < 2 else (0, 0))
+    assert judged(uncertain, oracles, change=change, acceptance=floor).verdict == "pass"
+
+
+def test_the_same_draft_guesses_the_same(oracles: Oracles) -> None:
+    def fewer(asked: Asked) -> tuple[int, ...]:
+        return (2, 0) if chunked(asked) and asked.prompt == 2 else (2, 1)
+
+    outcome = judged(Engine(accepted=fewer), oracles, base={"eagle3": {}})
+    assert rules(outcome) == ["rounds"]
+    assert (outcome.problems[0].expected, outcome.problems[0].got) == ([2, 1], [2, 0])
+
+
+# ------------------------------------------------------------------------------------------- what is skipped
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "reason"),
+    [
+        (Engine(capabilities=()), {}, "lying has no capability `generate`: run `install lying`"),
+        (Engine(features=()), {}, "lying cannot generate with prefill-chunk"),
+        (Engine(features=("repeat",)), {"change": Way(repeat=2, tensor_parallel=2)},
+         "lying cannot generate with tensor-parallel"),
+        (Engine(), {"change": Way(attention="flex")}, "lying has no attention 'flex'; it has eager, sdpa"),
+        (Engine(choices={}), {"change": Way(cache="static")},
+         "lying has no cache 'static'; it has no choice of it"),
+        (Engine(), {"model": "scripted", "prompts": {"pictures": [{"line": "colour"}]}},
+         "lying cannot generate with images"),
+        (Engine(features=("prefill-chunk",)), {"sampling": {"top_k": 4}},
+         "lying cannot generate with sampling"),
+    ],
+)  # fmt: skip
+def test_what_a_target_cannot_do_is_skipped(
+    target: Engine, fields: dict[str, Any], reason: str, oracles: Oracles
+) -> None:
+    outcome = judged(target, oracles, **fields)
+    assert (outcome.verdict, outcome.reason) == ("skip", reason)
+    assert target.requests == []
+
+
+# ------------------------------------------------------------------------------------------- files and models
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"change": Way()}, "changes nothing"),
+        ({"base": CHUNKS, "change": CHUNKS}, "changes nothing"),
+        ({"change": {"dtype": "bfloat16"}}, "two dtypes differ by right"),
+        ({"model": "scripted"}, "for the scripted checkpoint"),
+        ({"prompts": {"lines": ["plain"]}}, "for the scripted checkpoint"),
+        ({"sampling": {"top_p": 0.9}}, "needs a `top_k` of 2 to 8"),
+        ({"sampling": {"top_k": 20}}, "needs a `top_k` of 2 to 8"),
+        ({"acceptance": {"at_least": 1.5}}, "is of a draft"),
+        ({"finds": True}, "needs `prefix_cache: true`"),
+        ({"change": {"eagle3": {}, "assistant": {}}}, "one draft model"),
+        ({"change": {"pipeline_parallel": 2, "pipeline_split": [1, 1, 1]}}, "as many numbers"),
+    ],
+)
+def test_a_case_that_says_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        case_of(**fields)
+
+
+def test_what_is_changed_is_all_that_differs() -> None:
+    case = case_of(base={"dtype": "bfloat16", "eagle3": {}}, change={"prefill_chunk": 7, "eagle3": None})
+    assert case.changed == Way(dtype="bfloat16", prefill_chunk=7)
+
+
+def test_an_unknown_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "suites" / "invariance" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "kind: invariance\nid: invariance/mine\ntitle: Mine\ndescription: Mine.\narea: invariance-caches\n"
+        "cases:\n  - {id: one, title: A line that is not there, source: [spec 1.6], model: scripted,\n"
+        "     prompts: {lines: [plain, nothing]}, change: {prefill_chunk: 4}}\n"
+    )
+    with pytest.raises(SuiteError, match=r"mine\.yaml:8.*the script has no line 'nothing'"):
+        load_suite(file)
+
+
+def test_the_digest_holds_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conformance.invariance.models import MODELS
+
+    case = case_of()
+    suite = InvarianceSuite(
+        kind="invariance",
+        id="tests/one",
+        title="Tests",
+        description="For tests.",
+        area="tests",
+        cases=(case,),
+    )
+    before = case_digest(case, suite)
+    monkeypatch.setitem(MODELS, "dense", MODELS["dense"] | {"rms_norm_eps": 1e-5})
+    assert case_digest(case, suite) != before
+
+
+SUITES = [
+    suite.suite for suite in load_suites([resources.suites_dir()]) if isinstance(suite.suite, InvarianceSuite)
+]
+
+
+def test_the_suites_ask_for_every_option() -> None:
+    cases = [case for suite in SUITES for case in suite.cases]
+    asked = {feature for case in cases for feature in case.changed.options("draft").features}
+    assert asked == {
+        *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3", "assistant"),
+        *("prefill-chunk", "prefix-cache", "block-size", "max-sequences", "threads"),
+    }
+    assert {case.changed.given for case in cases} == {"together", "alone", "reversed", "twice"}
+    assert {case.model for case in cases} == {"e2b-like", "dense", "moe", "scripted"}
+    assert any(isinstance(case.prompts, ScriptedPrompts) and case.prompts.pictures for case in cases)
+    assert {suite.area for suite in SUITES} == {
+        *("invariance-layouts", "invariance-speculation", "invariance-caches", "invariance-backends")
+    }
+
+
+def test_every_stage_boundary_of_a_model_with_shared_keys_has_a_case() -> None:
+    splits = {
+        case.change.pipeline_split
+        for suite in SUITES
+        for case in suite.cases
+        if case.model == "e2b-like" and case.change.pipeline_parallel == 2
+    }
+    boundaries = {split[0] for split in splits if split is not None}
+    assert {1, 3, 4, 5} <= boundaries
+
+
+def test_options_say_what_must_have_run() -> None:
+    options = EngineOptions(
+        tensor_parallel=2,
+        pipeline_parallel=2,
+        pipeline_split=(2, 4),
+        expert_parallel=True,
+        prefix_cache=False,
+        block_size=8,
+        threads=1,
+        speculation=Speculation(method="assistant", checkpoint="x"),
+    )
+    assert options.asked == {
+        "dtype": "float32",
+        "tensor_parallel": "2",
+        "pipeline_parallel": "2",
+        "speculation": "assistant",
+        "expert_parallel": "on",
+        "pipeline_split": "2,4",
+        "prefix_cache": "off",
+        "block_size": "8",
+        "threads": "1",
+    }
+    assert set(options.features) <= set(FEATURES) | {"pipeline-split", "expert-parallel"}
+    with pytest.raises(ValidationError, match="pipeline_split has 2 stages"):
+        EngineOptions(pipeline_parallel=3, pipeline_split=(2, 4))
+
+
+def test_the_engine_of_these_tests_has_a_vocabulary_that_alternatives_do_not_exhaust() -> None:
+    assert VOCABULARY > 20

@@ -1,0 +1,113 @@
+"""The statistics of invariance: distributions of drawn answers, and how many tokens a round brings."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from conformance.invariance import acceptance, drawing
+from conformance.invariance_suite import DrawnPrompts
+from conformance.oracles import Oracles
+from conformance.targets.protocol import GenerateRequest, Generation, Sampling
+from tests.invariance_cases import judged, rules
+from tests.lying_engines import Engine
+
+
+@pytest.fixture(scope="module")
+def oracles() -> Iterator[Oracles]:
+    made = Oracles(lambda spec: pytest.fail(f"{spec} was opened"))
+    yield made
+    made.close()
+
+
+DRAWN: dict[str, Any] = {
+    "sampling": {"temperature": 0.8, "top_k": 4, "seed": 3},
+    "prompts": DrawnPrompts(lengths=(3,)),
+}
+
+
+def test_draws_of_the_right_distribution_pass(oracles: Oracles) -> None:
+    outcome = judged(Engine(), oracles, **DRAWN)
+    assert (outcome.verdict, outcome.problems, outcome.reason) == ("pass", (), "")
+    assert len(outcome.evidence.got["distribution"]) == 3
+
+
+def test_draws_of_another_distribution_fail(oracles: Oracles) -> None:
+    def biased(_kept: list[int], weights: list[float], request: GenerateRequest) -> list[float]:
+        share = 0.06 if request.options.prefill_chunk is not None else 0
+        total = sum(weights)
+        return [weights[0] - share * total, *weights[1:-1], weights[-1] + share * total]
+
+    outcome = judged(Engine(drawn=biased), oracles, **DRAWN)
+    assert set(rules(outcome)) == {"distribution"}
+
+
+def test_a_baseline_that_draws_wrongly_is_told_apart(oracles: Oracles) -> None:
+    def flat(_kept: list[int], weights: list[float], _request: GenerateRequest) -> list[float]:
+        return [1.0] * len(weights)
+
+    assert {"base-distribution", "distribution"} <= set(rules(judged(Engine(drawn=flat), oracles, **DRAWN)))
+
+
+def test_a_token_that_cannot_be_drawn_fails_by_itself(oracles: Oracles) -> None:
+    nucleus = DRAWN | {"sampling": DRAWN["sampling"] | {"top_p": 0.6}}
+    outcome = judged(Engine(), oracles, **nucleus)  # this engine ignores `top_p`
+    assert any("top_k and top_p leave it out" in problem.message for problem in outcome.problems)
+
+
+def test_the_rule_of_sampling() -> None:
+    logprobs = {token: math.log(part) for token, part in ((5, 0.4), (6, 0.3), (7, 0.2), (8, 0.1))}
+    found = drawing.probabilities(logprobs, Sampling(top_k=3))
+    assert found == pytest.approx({5: 4 / 9, 6: 3 / 9, 7: 2 / 9})
+    assert drawing.probabilities(logprobs, Sampling(top_k=3, top_p=0.7)) == pytest.approx(
+        {5: 4 / 7, 6: 3 / 7}
+    )
+    assert drawing.probabilities(logprobs, Sampling(top_k=4, top_p=0.01)) == {5: 1.0}
+    cold = drawing.probabilities(logprobs, Sampling(top_k=2, temperature=0.5))
+    assert cold == pytest.approx({5: 16 / 25, 6: 9 / 25})
+
+
+def test_the_alarm_is_as_rare_as_it_says() -> None:
+    """Right draws are rejected about once in a thousand: at three tests in 300 repetitions, hardly ever."""
+    law = {(): {1: 0.5, 2: 0.3, 3: 0.2}}
+    rejected = 0
+    for seed in range(300):
+        source = random.Random(seed)
+        drawn = source.choices([1, 2, 3], [0.5, 0.3, 0.2], k=400)
+        rounds = [
+            (Generation(token_ids=(token,), finish_reason="length", logprobs=(0.0,)),) for token in drawn
+        ]
+        verdict = drawing.compare_draws([law], rounds, 1)
+        assert verdict.alpha == drawing.ALPHA
+        rejected += bool(verdict.rejected)
+    assert rejected <= 2
+
+
+def test_rare_cells_are_pooled() -> None:
+    cells = [(50, 48.0), (30, 32.0), (3, 2.0), (1, 1.5), (2, 2.5)]
+    assert drawing._pooled(cells) == [(50, 48.0), (30, 32.0), (6, 6.0)]
+    assert drawing._pooled([(50, 48.0), (30, 32.0), (1, 1.0)]) == [(50, 48.0), (31, 33.0)]
+    assert drawing._pooled([(1, 1.0)]) == [(1, 1.0)]
+
+
+def test_the_interval_of_a_rounds_length_is_by_prompt() -> None:
+    def answer(accepted: tuple[int, ...]) -> Generation:
+        return Generation(
+            token_ids=(1,),
+            finish_reason="length",
+            logprobs=(0.0,),
+            accepted=accepted,
+            drafted=(3,) * len(accepted),
+        )
+
+    made = [answer((3, 0)), answer((0, 0)), answer((1, 2)), answer((2, 2))]
+    found = acceptance.length(made)
+    assert found is not None
+    assert found.mean == 1 + 10 / 8
+    assert found.low < found.mean < found.high
+    assert found.by_place == (5 / 8, 4 / 8, 1 / 8)
+    assert acceptance.length(made[:1]) is None
