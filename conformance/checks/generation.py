@@ -120,15 +120,8 @@ def _request(case: GenerationCase, asked: Sequence[_Question], oracles: Oracles)
 
 def _setting_problems(request: GenerateRequest, result: GenerateResult) -> Iterator[Problem]:
     """What was asked for and not used is a failure, even where the answers agree."""
-    options, ran = request.options, result.effective
-    asked = {
-        "dtype": options.dtype,
-        "tensor_parallel": str(options.tensor_parallel),
-        "pipeline_parallel": str(options.pipeline_parallel),
-        "speculation": options.speculation.method if options.speculation is not None else "none",
-        **({"attention": options.attention} if options.attention is not None else {}),
-    }
-    for name, value in asked.items():
+    ran = result.effective
+    for name, value in request.options.asked.items():
         if ran.get(name) != value:
             yield Problem(
                 rule=f"wrong-{name.replace('_', '-')}",

@@ -12,32 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from conformance.targets.base import Capability as Capability
+from conformance.targets.base import Choice as Choice
+from conformance.targets.base import DType as DType
+from conformance.targets.base import Feature as Feature
+from conformance.targets.base import Model as Model
+from conformance.targets.generation import EngineOptions as EngineOptions
+from conformance.targets.generation import GenerateRequest as GenerateRequest
+from conformance.targets.generation import GenerateResult as GenerateResult
+from conformance.targets.generation import Generation as Generation
+from conformance.targets.generation import Loglikelihood as Loglikelihood
+from conformance.targets.generation import LoglikelihoodRequest as LoglikelihoodRequest
+from conformance.targets.generation import LoglikelihoodResult as LoglikelihoodResult
+from conformance.targets.generation import Sampling as Sampling
+from conformance.targets.generation import Speculation as Speculation
 from conformance.worker.modules import MASK
-
-Capability = Literal[
-    "parse",
-    "parse_stream",
-    "certify",
-    "render",
-    "preprocess",
-    "forward",
-    "generate",
-    "loglikelihood",
-    "serve",
-]
-"""`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
-chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
-read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
-`loglikelihood`: how likely given ids are to follow others. `serve`: chat completions over HTTP."""
-
-Feature = Literal[
-    "tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds", "media", "long-blocks"
-]
-"""What not every target that generates or runs forward passes can do. `images`, `sounds`: generation with
-them. `media`: forward passes with images, videos and sounds. `long-blocks`: a choice of what becomes of
-images longer than the window."""
 
 MediaKind = Literal["image", "video", "audio"]
 MediaForm = Literal["tower", "unified"]
@@ -47,14 +38,7 @@ LongBlocks = Literal["drop", "clamp_past", "clamp_both"]
 the past; it hides keys too far on either side."""
 
 PieceUnit = Literal["tokens", "characters"]
-DType = Literal["float32", "bfloat16"]
 AttentionBackend = Literal["eager", "sdpa", "flex"]
-
-
-class Model(BaseModel):
-    """Base of all protocol types: immutable, and strict about unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TargetInfo(Model):
@@ -75,6 +59,8 @@ class TargetInfo(Model):
     """Package versions and platform facts that may change a verdict."""
     features: tuple[Feature, ...] = ()
     """What it can be asked for in a `GenerateRequest` or a `ForwardRequest`."""
+    choices: dict[Choice, tuple[str, ...]] = Field(default_factory=dict)
+    """Of what it has several, by its own names for them."""
     unavailable: dict[Capability, str] = Field(default_factory=dict)
     """Capabilities that this installation could have and has not, and what to do about it."""
     note: str = ""
@@ -341,131 +327,6 @@ class ForwardResult(Model):
     """`attention`, `experts` (where there are any) and `dtype`, read back from the model. With media also
     `image_calls`, `video_calls` and `audio_calls`, how many times a tower ran for pieces of that kind, and
     `rows`: `one by one` where rows do not run together."""
-
-
-class Speculation(Model):
-    """A draft model that proposes tokens."""
-
-    method: Literal["eagle3"]
-    checkpoint: str
-    """Folder of the draft model."""
-    tokens: int = Field(default=3, ge=1)
-    """Proposed at a time."""
-
-
-class EngineOptions(Model):
-    """How an engine is to be set up. What really ran is in `GenerateResult.effective`."""
-
-    dtype: DType = "float32"
-    """Of weights and activations."""
-    attention: str | None = None
-    """Attention backend by the target's own name for it; None: its choice."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    pipeline_parallel: int = Field(default=1, ge=1)
-    speculation: Speculation | None = None
-    max_model_len: int = Field(default=1024, ge=1)
-    """Tokens of the longest sequence, prompt and answer."""
-
-    @property
-    def features(self) -> tuple[Feature, ...]:
-        """What a target must be able to do to be set up like this."""
-        asked: list[Feature] = []
-        if self.tensor_parallel > 1:
-            asked.append("tensor-parallel")
-        if self.pipeline_parallel > 1:
-            asked.append("pipeline-parallel")
-        if self.speculation is not None:
-            asked.append(self.speculation.method)
-        return tuple(asked)
-
-
-class GenerateRequest(Model):
-    """Prompts, all given to the engine at once, to the tokens that greedy decoding finds."""
-
-    checkpoint: str
-    """Folder with `config.json` and `model.safetensors`, under the published names."""
-    prompts: tuple[tuple[int, ...], ...] = Field(min_length=1)
-    """Token ids; none is empty."""
-    images: tuple[tuple[str, ...], ...] = ()
-    """Image files of each prompt, in order: the prompt holds one unexpanded `<|image|>` for each. Empty: no
-    prompt has any."""
-    sounds: tuple[tuple[str, ...], ...] = ()
-    """Sound files of each prompt likewise, with one unexpanded `<|audio|>` for each."""
-    adapter: str | None = None
-    """Folder of a LoRA adapter in PEFT's form, for every prompt."""
-    max_new_tokens: int = Field(ge=1)
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end an answer; nothing else but `max_new_tokens` does."""
-    top_logprobs: int = Field(default=0, ge=0, le=20)
-    """Alternatives wanted at each position, besides the chosen token's own log-probability."""
-    options: EngineOptions = EngineOptions()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> GenerateRequest:
-        if not all(self.prompts):
-            raise ValueError("a prompt is empty")
-        for kind, files in (("images", self.images), ("sounds", self.sounds)):
-            if files and len(files) != len(self.prompts):
-                raise ValueError(f"{kind} for {len(files)} prompts, and {len(self.prompts)} prompts")
-        return self
-
-
-class Generation(Model):
-    """One answer."""
-
-    token_ids: tuple[int, ...]
-    """The stop token that ended it is the last one."""
-    finish_reason: Literal["stop", "length"]
-    logprobs: tuple[float, ...]
-    """Natural logarithm of each token's probability at temperature 1, nothing filtered."""
-    top: tuple[dict[int, float], ...] = ()
-    """The likeliest tokens at each position with their log-probabilities, as many as were asked for or one
-    more; empty where none were."""
-
-
-class GenerateResult(Model):
-    """One answer to each prompt, and what really ran."""
-
-    generations: tuple[Generation, ...]
-    effective: dict[str, str] = Field(default_factory=dict)
-    """Read back from the running engine: `attention`, `dtype`, `tensor_parallel`, `pipeline_parallel`,
-    `speculation` (its method, or `none`), `adapter` (modules it is applied to, or `none`)."""
-
-
-class LoglikelihoodRequest(Model):
-    """Pairs of token ids: how likely is the second to follow the first?"""
-
-    checkpoint: str
-    """As in `GenerateRequest`."""
-    contexts: tuple[tuple[int, ...], ...] = Field(min_length=1)
-    """None is empty: a model says nothing of its first token."""
-    continuations: tuple[tuple[int, ...], ...]
-    """One for each context; none is empty."""
-    options: EngineOptions = EngineOptions()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> LoglikelihoodRequest:
-        if len(self.contexts) != len(self.continuations):
-            raise ValueError(f"{len(self.contexts)} contexts and {len(self.continuations)} continuations")
-        if not all(self.contexts) or not all(self.continuations):
-            raise ValueError("a context or a continuation is empty")
-        return self
-
-
-class Loglikelihood(Model):
-    """Of one continuation."""
-
-    logprob: float
-    """Sum over its tokens of the natural logarithm of each one's probability at temperature 1."""
-    greedy: bool
-    """Each of its tokens is the likeliest at its place."""
-
-
-class LoglikelihoodResult(Model):
-    """One entry for each pair, and what really ran, as in `GenerateResult`."""
-
-    likelihoods: tuple[Loglikelihood, ...]
-    effective: dict[str, str] = Field(default_factory=dict)
 
 
 class ServeRequest(Model):
