@@ -198,6 +198,8 @@ def _with_files(request: GenerateRequest, files: Path | None) -> GenerateRequest
     changes: dict[str, Any] = {"checkpoint": _copied(request.checkpoint, files)}
     if request.adapter is not None:
         changes["adapter"] = _copied(request.adapter, files)
+    if request.adapters:
+        changes["adapters"] = tuple(each and _copied(each, files) for each in request.adapters)
     for name, media in (("images", request.images), ("sounds", request.sounds)):
         if media:
             changes[name] = tuple(tuple(_copied(file, files) for file in row) for row in media)

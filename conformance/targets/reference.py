@@ -56,7 +56,7 @@ class ReferenceTarget:
             capabilities=tuple(name for name in get_args(Capability) if name != "serve"),
             stream_unit="characters",
             search_feeds=700,
-            features=("images", "sounds", "media", "long-blocks"),
+            features=("images", "sounds", "lora", "mixed-adapters", "media", "long-blocks"),
             environment={"python": platform.python_version()},
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )

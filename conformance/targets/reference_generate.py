@@ -21,6 +21,7 @@ from conformance.targets.protocol import (
     LoglikelihoodRequest,
     LoglikelihoodResult,
 )
+from conformance.targets import reference_lora
 from conformance.targets.reference_forward import DTYPES, dtype_of
 from conformance.targets.reference_model import engine
 from model_impl.checkpoint import load_text_model
@@ -34,6 +35,8 @@ from model_impl.text import SoftTokens, TextModel
 
 Ids = Sequence[int]
 Files = Sequence[str]
+FEATURES = ("images", "sounds", "lora", "mixed-adapters")
+"""What it can generate with."""
 _PADDING = 0
 
 
@@ -98,11 +101,17 @@ def logprobs(
 
 def _generate(request: GenerateRequest) -> GenerateResult:
     options = request.options
-    _check_features([*options.features, *(["lora"] if request.adapter is not None else [])])
+    _check_features(request.features)
     media = any(request.images) or any(request.sounds)
-    reader = _Reader(Path(request.checkpoint), options.dtype, options.attention, media=media)
+    adapted = request.adapter_of
+    reader = _Reader(
+        Path(request.checkpoint), options.dtype, options.attention, media=media or any(adapted)
+    )
+    adapters = reference_lora.attached(reader.model, Path(request.checkpoint), adapted)
     with torch.inference_mode():
-        rows, soft = reader.read(request.prompts, request.images, request.sounds)
+        rows, soft = reader.read(
+            request.prompts, request.images, request.sounds, encode=reference_lora.encoder(adapters, adapted)
+        )
     _check_length(max(map(len, rows)) + request.max_new_tokens, options)
     made = runtime.generate(
         reader.text,
@@ -112,6 +121,7 @@ def _generate(request: GenerateRequest) -> GenerateResult:
         logprobs=True,
         top_logprobs=request.top_logprobs,
         soft=soft,
+        adapt=reference_lora.rows_of(adapters, adapted),
     )
     return GenerateResult(
         generations=tuple(
@@ -123,13 +133,15 @@ def _generate(request: GenerateRequest) -> GenerateResult:
             )
             for row in made
         ),
-        effective=reader.effective(),
+        effective={**reader.effective(), "adapter": reference_lora.summary(adapters, adapted)},
+        adapted=reference_lora.acted(adapters, adapted),
     )
 
 
 def _check_features(asked: Sequence[str]) -> None:
-    if asked:
-        raise EngineError(f"the bundled implementation cannot generate with {', '.join(asked)}")
+    absent = [feature for feature in asked if feature not in FEATURES]
+    if absent:
+        raise EngineError(f"the bundled implementation cannot generate with {', '.join(absent)}")
 
 
 def _check_length(longest: int, options: EngineOptions) -> None:
@@ -142,11 +154,16 @@ class _Reader:
 
     def __init__(self, checkpoint: Path, dtype: str, attention: str | None, *, media: bool = False) -> None:
         self._whole: Gemma4ForConditionalGeneration | None = None
-        if media:
+        if media and reference_lora.is_whole(checkpoint):
             self._whole = load_multimodal_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
             self.text: TextModel = self._whole.language_model
         else:
             self.text = load_text_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
+
+    @property
+    def model(self) -> TextModel | Gemma4ForConditionalGeneration:
+        """All that is loaded."""
+        return self._whole or self.text
 
     def effective(self) -> dict[str, str]:
         """What runs."""
@@ -171,6 +188,7 @@ class _Reader:
         images: Sequence[Files],
         sounds: Sequence[Files] = (),
         behind: Ids = (),
+        encode: reference_lora.Encode | None = None,
     ) -> tuple[list[list[int]], SoftTokens | None]:
         """Prompts with a placeholder for each soft token, and what stands there.
 
@@ -179,6 +197,7 @@ class _Reader:
             images: Files of each prompt's pictures; empty: no prompt has any.
             sounds: Files of each prompt's sounds likewise.
             behind: More tokens for which there must be room in `SoftTokens`.
+            encode: Makes soft tokens of token ids and media; the model's own way if left out.
 
         Raises:
             MediaError: placeholders and media do not match, or a file is none.
@@ -211,7 +230,7 @@ class _Reader:
                     rows[-1] += [part for part in (begin, *[token] * count, end) if part is not None]
         width = max(map(len, rows)) + len(behind)
         ids = torch.tensor([[*row, *[_PADDING] * (width - len(row))] for row in rows])
-        return rows, self._whole.soft_tokens(ids, media)
+        return rows, (encode or self._whole.soft_tokens)(ids, media)
 
 
 def _check_counts(prompts: Sequence[Ids], files: Sequence[Files], token: int | None, what: str) -> None:

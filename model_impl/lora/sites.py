@@ -93,7 +93,7 @@ class Sites:
         """By the names of their sites; of experts, by the name of their module."""
         self._sites: dict[str, Site] = {}
         self.config = model.config if isinstance(model, TextModel) else model.config.text
-        for site, module in _walk(model):
+        for site, module in _walk(model, self.mapping):
             self._sites[site.name] = site
             self.modules[site.experts_module if site.kind == "experts" else site.name] = module
 
@@ -130,10 +130,17 @@ class Sites:
         return name.startswith(TEXT) and is_dead(f"{name.removeprefix(TEXT)}.weight", self.config)
 
 
-def _walk(model: Model) -> Iterator[tuple[Site, nn.Module]]:
-    prefix = TEXT if isinstance(model, TextModel) else ""
-    for inner, module in model.named_modules():
-        name = f"{prefix}{inner}"
+def _modules(model: Model, mapping: MediaMapping) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the parts that a model has."""
+    if isinstance(model, TextModel):
+        yield from model.named_modules(prefix=TEXT.rstrip("."))
+        return
+    for part in (TEXT.rstrip("."), *mapping.connectors, *mapping.towers):
+        yield from model.get_submodule(part).named_modules(prefix=part)
+
+
+def _walk(model: Model, mapping: MediaMapping) -> Iterator[tuple[Site, nn.Module]]:
+    for name, module in _modules(model, mapping):
         if isinstance(module, Experts):
             for parameter in ("gate_up_proj", "down_proj"):
                 shape = tuple(getattr(module, parameter).shape)
