@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from conformance.gates.suite import AccuracyCase, AccuracySuite
+from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
 from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
 from conformance.targets.protocol import (
@@ -511,6 +512,7 @@ AnySuite = (
     | ProcessorSuite
     | ServerSuite
     | GenerationSuite
+    | LoraSuite
     | AccuracySuite
 )
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
@@ -522,5 +524,6 @@ Case = (
     | ProcessorCase
     | ServerCase
     | GenerationCase
+    | LoraCase
     | AccuracyCase
 )

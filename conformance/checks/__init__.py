@@ -6,6 +6,7 @@ from pathlib import Path
 
 from conformance.checks import accuracy as accuracy_check
 from conformance.checks import generation as generation_check
+from conformance.checks import lora as lora_check
 from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
@@ -14,6 +15,7 @@ from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
 from conformance.gates.suite import AccuracyCase, AccuracySuite
+from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.oracles import Oracles
 from conformance.suites import (
     AnySuite,
@@ -54,7 +56,7 @@ def judge(
         target: Who is asked.
         seed: Seeds the sampled chunkings, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
-        oracles: Needed for suites of the kinds `parity`, `mask`, `processor` and `generation`.
+        oracles: Needed for suites of the kinds `parity`, `mask`, `processor`, `generation` and `lora`.
         folder: Of the suite's file; needed for the kind `accuracy`.
 
     Raises:
@@ -78,6 +80,9 @@ def judge(
     if isinstance(suite, GenerationSuite) and isinstance(case, GenerationCase):
         assert oracles is not None
         return generation_check.judge(case, target, oracles)
+    if isinstance(suite, LoraSuite) and isinstance(case, LoraCase):
+        assert oracles is not None
+        return lora_check.judge(case, suite, target, oracles)
     if isinstance(suite, AccuracySuite) and isinstance(case, AccuracyCase):
         assert folder is not None
         return accuracy_check.judge(case, target, folder)

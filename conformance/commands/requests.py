@@ -38,7 +38,13 @@ from conformance.targets.recordings import RECORDABLE, Header, Index, Recordable
 from conformance.targets.replay import Asked, ReplayTarget, open_replay
 
 _USUAL: tuple[Recordable, ...] = ("parse", "parse_stream", "render")
-_NEEDS = {"parser": "parse", "template": "render", "server": "serve", "generation": "generate"}
+_NEEDS = {
+    "parser": "parse",
+    "template": "render",
+    "server": "serve",
+    "generation": "generate",
+    "lora": "generate",
+}
 """Kind of a suite to the capability without which it asks nothing."""
 
 
@@ -133,7 +139,7 @@ def _open(answered: Path | None, capabilities: Sequence[Recordable], stream_unit
         stream_unit=stream_unit,
         features=()
         if "generate" not in capabilities
-        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds"),
+        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "mixed-adapters", "images", "sounds"),
     )
     return ReplayTarget("replay", Path(os.devnull), Index(info), info)
 

@@ -61,7 +61,7 @@ def loglikelihood(request: LoglikelihoodRequest) -> LoglikelihoodResult:
         _check_features(options.features)
         pairs = list(zip(request.contexts, request.continuations, strict=True))
         _check_length(max(len(context) + len(continuation) for context, continuation in pairs), options)
-        reader = _Reader(Path(request.checkpoint), options.dtype, options.attention)
+        reader = Reader(Path(request.checkpoint), options.dtype, options.attention)
         found = []
         for context, continuation in pairs:
             values = reader.logprobs(context, continuation)
@@ -94,7 +94,7 @@ def logprobs(
         EngineError: as `generate`.
     """
     with engine(), torch.inference_mode():
-        reader = _Reader(checkpoint, dtype, None, media=any(images))
+        reader = Reader(checkpoint, dtype, None, media=any(images))
         rows = zip(prompts, images or [()] * len(prompts), answers, strict=True)
         return [reader.logprobs(prompt, answer, files) for prompt, files, answer in rows]
 
@@ -104,9 +104,7 @@ def _generate(request: GenerateRequest) -> GenerateResult:
     _check_features(request.features)
     media = any(request.images) or any(request.sounds)
     adapted = request.adapter_of
-    reader = _Reader(
-        Path(request.checkpoint), options.dtype, options.attention, media=media or any(adapted)
-    )
+    reader = Reader(Path(request.checkpoint), options.dtype, options.attention, media=media or any(adapted))
     adapters = reference_lora.attached(reader.model, Path(request.checkpoint), adapted)
     with torch.inference_mode():
         rows, soft = reader.read(
@@ -149,7 +147,7 @@ def _check_length(longest: int, options: EngineOptions) -> None:
         raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
 
 
-class _Reader:
+class Reader:
     """A model that reads prompts; the whole one where there are media."""
 
     def __init__(self, checkpoint: Path, dtype: str, attention: str | None, *, media: bool = False) -> None:
