@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conformance.errors import EngineError
-from conformance.lora_suite import AdapterSpec, Damage
+from conformance.lora_suite import AdapterSpec, Damage, KeyForm
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +53,7 @@ class Module:
         """`language_model`, or the name of a tower or connector."""
         return self.name.partition(".")[0]
 
-    def trained(self, keys: str) -> str:
+    def trained(self, keys: KeyForm | None) -> str:
         """Its name in the model that an adapter is trained on."""
         return f"model.{self.name.removeprefix(_TEXT) if keys == 'text' else self.name}"
 
@@ -70,6 +70,11 @@ class Checkpoint:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.weights = load_file(folder / "model.safetensors")
         self.modules = tuple(sorted(self._modules(), key=lambda module: module.name))
+
+    @property
+    def keys(self) -> KeyForm:
+        """How modules are named in the model that the checkpoint is of."""
+        return "whole" if self.config.get("vision_config") or self.config.get("audio_config") else "text"
 
     def select(self, ends: tuple[str, ...]) -> tuple[Module, ...]:
         """Modules by the ends of their names, or by the parts that they are in; experts are not among them.
@@ -183,7 +188,7 @@ def _configuration(drawn: Drawn, spec: AdapterSpec, only: Module | None) -> dict
     if spec.experts == "single":
         found = (re.search(r"experts\.\d+\.\w+", name) for name in drawn.tensors)
         targets = [*targets, *sorted({match[0] for match in found if match})]
-    elif spec.experts == "stacked" or (only is not None and only.experts):
+    elif spec.experts == "stacked" and (only is None or only.experts):
         names = ("gate_up_proj", "down_proj")
         parameters = [
             f"experts.{name}" for name in names if only is None or only.name.endswith(f".experts.{name}")
@@ -221,10 +226,6 @@ def damage(folder: Path, how: Damage) -> None:
     if how == "truncated":
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
-        return
-    if how == "lora-bias":
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        (folder / CONFIG).write_text(json.dumps({**config, "lora_bias": True}), encoding="utf-8")
         return
     if how == "half":
         del changed[other]

@@ -15,11 +15,11 @@ KeyForm = Literal["whole", "text"]
 """Names as in a whole model (`model.language_model.layers.0…`), or as in a text model (`model.layers.0…`)."""
 Judged = Literal["mapping", "numbers", "liveness", "isolation", "refusal"]
 Damage = Literal[
-    "half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "lora-bias", "empty"
+    "half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"
 ]
 """What is done to an adapter: a `lora_B` missing, the file's second half missing, a rank that is not the
 configuration's, a matrix for a wider module, a module that no Gemma 4 has, a layer beyond the last one, names
-without `base_model.model.`, a setting that changes the computation, no tensors."""
+without `base_model.model.`, no tensors."""
 
 
 class AdapterSpec(Strict):
@@ -46,7 +46,8 @@ class AdapterSpec(Strict):
     """Layers of the text model alone (`layers_to_transform`); empty: all."""
     scale: float = Field(default=0.5, gt=0)
     """Of what it adds to each weight, relative to the weight's own norm."""
-    keys: KeyForm = "whole"
+    keys: KeyForm | None = None
+    """Form of its names; absent: that of the checkpoint's own model."""
 
     @model_validator(mode="after")
     def _for_something(self) -> AdapterSpec:
@@ -79,8 +80,8 @@ class LoraCase(CaseBase):
     that have a place in the rows."""
     experts: ExpertForm = "stacked"
     """Form of the probes for experts."""
-    keys: KeyForm = "whole"
-    """Form of the probes' names."""
+    keys: KeyForm | None = None
+    """Form of the probes' names; absent: that of the checkpoint's own model."""
     damage: Damage | None = None
     max_new_tokens: int = Field(default=3, ge=1)
     tolerance: float = Field(default=2e-4, gt=0)

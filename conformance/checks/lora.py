@@ -46,8 +46,9 @@ _FIRST_TEXT = 3
 """Tokens below are for padding and the beginnings and ends of texts."""
 _VISIBLE = 20
 """What an adapter changes is at least so many times the tolerance, or the case says nothing."""
-_EXACT = 1e-6
-"""How far two log-probabilities may be from each other whose computations are the same."""
+_EXACT = 1e-5
+"""How far two log-probabilities may be from each other whose computations are the same, but for the size of the
+batch."""
 _SHOWN = 12
 _MEDIA = {"vision_tower": "image", "embed_vision": "image", "vision_embedder": "image",
           "audio_tower": "audio", "embed_audio": "audio"}  # fmt: skip
@@ -175,6 +176,7 @@ class _Inquiry:
         """An adapter of the case, written once."""
         from conformance import lora_adapters
 
+        spec = self.named(spec)
         drawn = lora_adapters.draw(self.checkpoint, spec, only=only)
         folder = self.oracles.made(
             lambda folder: lora_adapters.write(drawn, spec, folder, only=only),
@@ -186,12 +188,17 @@ class _Inquiry:
         """The same with zeros."""
         from conformance import lora_adapters
 
+        spec = self.named(spec)
         drawn = lora_adapters.zeroed(adapter.drawn)
         folder = self.oracles.made(
             lambda folder: lora_adapters.write(drawn, spec, folder, only=only),
             *("zeroed", str(self.checkpoint.folder), spec.model_dump(), only.name),
         )
         return _Adapter(f"{adapter.title}, zeroed", folder, drawn)
+
+    def named(self, spec: AdapterSpec) -> AdapterSpec:
+        """With the form of names that the checkpoint's own model has, where the case names none."""
+        return spec.model_copy(update={"keys": spec.keys or self.checkpoint.keys})
 
     def truth(
         self, prompts: Sequence[_Prompt], made: Sequence[Generation], adapters: Sequence[_Adapter | None]
@@ -235,7 +242,7 @@ class _Inquiry:
                 for prompt in self.prompts
                 if kind is None or (prompt.images if kind == "image" else prompt.sounds)
             ]
-            if prompts and (case.keys == "whole" or part == "language_model"):
+            if prompts and (case.keys != "text" or part == "language_model"):
                 found.append((self.adapter(spec, name, module), spec, module, prompts[0]))
         if not found:
             raise EngineError(f"there is no module to probe among {', '.join(case.probes) or 'all'}")

@@ -5,10 +5,14 @@
 * Log-probabilities are taken from the scores that greedy search chooses by, before they are thrown away. No
   processor of the checkpoint's `generation_config.json` changes them, because it is not used.
 * Likelihoods are read from one pass without a cache.
+* Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run one
+  group after the other: its batches of several adapters are for some kinds of modules only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +33,48 @@ class RequestError(Exception):
 
 def generate(request: Json) -> Json:
     """Answer a `GenerateRequest`."""
-    model = _prepare(request, request["adapter"])
-    media = [request[kind] or [[]] * len(request["prompts"]) for kind in ("images", "sounds")]
+    model = _prepare(request)
+    wanted = request["adapters"] or [request["adapter"]] * len(request["prompts"])
+    generations: dict[int, Json] = {}
+    modules: dict[str, list[str]] = {}
+    for folder in dict.fromkeys(wanted):
+        places = [place for place, own in enumerate(wanted) if own == folder]
+        with ExitStack() as stack:
+            if folder is not None:
+                from conformance.worker.adapters.transformers_lora import adapted
+
+                modules[folder] = stack.enter_context(adapted(model, folder))
+            generations |= dict(zip(places, _answers(model, request, places), strict=True))
+    names = sorted({name for own in modules.values() for name in own})
+    return {
+        "generations": [generations[place] for place in range(len(wanted))],
+        "effective": {**_effective(model), "adapter": ", ".join(names) or "none"},
+        "adapted": modules,
+    }
+
+
+def _answers(model: Any, request: Json, places: Sequence[int]) -> list[Json]:
+    """The answers to some of the prompts: as one batch, or one by one where there are media."""
+    prompts = [request["prompts"][place] for place in places]
+    media = [
+        [request[kind][place] if request[kind] else [] for place in places] for kind in ("images", "sounds")
+    ]
     if any(map(any, media)):
         rows = [
-            _with_media(model, request, ids, *files)
-            for ids, *files in zip(request["prompts"], *media, strict=True)
+            _with_media(model, request, ids, *files) for ids, *files in zip(prompts, *media, strict=True)
         ]
         _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
-        generations = [
+        return [
             _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
             for ids, arguments in rows
         ]
-    else:
-        _check_length(max(map(len, request["prompts"])) + request["max_new_tokens"], request["options"])
-        generations = _batch(model, request, *_padded(request["prompts"]), {})
-    return {"generations": generations, "effective": _effective(model)}
+    _check_length(max(map(len, prompts)) + request["max_new_tokens"], request["options"])
+    return _batch(model, request, *_padded(prompts), {})
 
 
 def loglikelihood(request: Json) -> Json:
     """Answer a `LoglikelihoodRequest`."""
-    model = _prepare(request, None)
+    model = _prepare(request)
     pairs = list(zip(request["contexts"], request["continuations"], strict=True))
     _check_length(max(len(context) + len(rest) for context, rest in pairs), request["options"])
     found = []
@@ -64,7 +89,7 @@ def loglikelihood(request: Json) -> Json:
     return {"likelihoods": found, "effective": _effective(model)}
 
 
-def _prepare(request: Json, adapter: str | None) -> Any:
+def _prepare(request: Json) -> Any:
     """The model, set up as asked.
 
     Raises:
@@ -75,7 +100,6 @@ def _prepare(request: Json, adapter: str | None) -> Any:
         "tensor parallelism": options["tensor_parallel"] > 1,
         "pipeline parallelism": options["pipeline_parallel"] > 1,
         "speculative decoding": options["speculation"] is not None,
-        "a LoRA adapter": adapter is not None,
     }
     if any(asked.values()):
         wanted = ", ".join(name for name, is_asked in asked.items() if is_asked)
