@@ -11,7 +11,7 @@ from conformance.faults.base import Fault
 def registry() -> dict[str, Fault]:
     """All faults by id, in the order of the fault catalogue's classes."""
     # Patches of the model need torch, which no other command should wait for.
-    from conformance.faults import architecture, masks, media, parser, processing, template
+    from conformance.faults import architecture, lora, masks, media, parser, processing, template
 
     classes = (
         parser.faults,
@@ -20,6 +20,7 @@ def registry() -> dict[str, Fault]:
         media.faults,
         masks.faults,
         processing.faults,
+        lora.faults,
     )
     return {fault.id: fault for collection in classes for fault in collection.faults}
 
