@@ -1,6 +1,7 @@
 """Where an adapter for a published module has to stand in each engine: the mapping tables.
 
-An engine may fuse modules: what is one matrix there has parts, and a part has its number behind it in brackets.
+An engine may fuse modules: what is one matrix there has parts, and a part has its number behind it in
+brackets.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def _vllm(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the text model, attention's inputs are one matrix, and so are the two inputs of the MLP.
 
     In layers whose keys are values the projection of keys fills the part of the values too. Layers that share
-    another's keys and values have their queries apart. Experts are one module; its parts are gate and up, and
-    down.
+    another's keys and values have their queries apart. Experts are one module.
     """
     if not name.startswith(_TEXT):
         return (name,)
@@ -46,8 +46,7 @@ def _vllm(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     layer = int(inner.split(".")[1]) if inner.startswith("layers.") else -1
     text = config.get("text_config", config)
     if last in ("gate_up_proj", "down_proj") and module.endswith(".experts"):
-        parts = (0, 2) if last == "gate_up_proj" else (1,)
-        return tuple(f"{place}{module}[{part}]" for part in parts)
+        return (f"{place}{module}",)
     if last not in _FUSED or (last == "q_proj" and _shares(text, layer)):
         return (f"{place}{inner}",)
     fused, part = _FUSED[last]

@@ -67,9 +67,9 @@ class LoraCase(CaseBase):
     """Seed of the checkpoint's weights."""
     judge: Judged
     """`mapping`: each module's own adapter stands in the right places of the engine. `numbers`: adapters give
-    what the merged weights give. `liveness`: each module's own adapter changes the answers as the merged weight
-    does, and one of zeros changes nothing. `isolation`: rows with different adapters, and with none, in one
-    batch answer as they do alone. `refusal`: a damaged adapter is refused."""
+    what the merged weights give. `liveness`: each module's own adapter changes the answers as the merged
+    weight does, and one of zeros changes nothing. `isolation`: rows with different adapters, and with none,
+    in one batch answer as they do alone. `refusal`: a damaged adapter is refused."""
     rows: tuple[tuple[Piece, ...], ...] = ((TextPiece(text=24),),)
     """Prompts. `numbers` and `isolation` give the adapters to them in turn."""
     seed: int = 0
@@ -97,7 +97,7 @@ class LoraCase(CaseBase):
         probing = self.judge in ("mapping", "liveness")
         if probing == bool(self.adapters):
             raise ValueError(
-                "`mapping` and `liveness` make their own adapters; `numbers`, `isolation` and `refusal` need some"
+                "`mapping` and `liveness` make their own adapters; the others need `adapters`"
             )
         if (self.damage is not None) != (self.judge == "refusal"):
             raise ValueError("`damage` is for `refusal`, which needs it")

@@ -9,7 +9,7 @@ Rules:
   zeroed         an adapter of zeros changes the numbers
   mapping        an adapter stands in other places of the engine than the table says
   not-applied    the engine says that an adapter stands nowhere
-  isolation      a row in a batch of several adapters differs from the same row where all rows have its adapter
+  isolation      a row in a batch of several adapters differs from the same row where all have its adapter
   foreign        it is the row with another row's adapter, or with none
   left-over      after adapters were used, a batch without any differs from one before
   accepted       a damaged adapter is taken without a word
@@ -47,8 +47,8 @@ _FIRST_TEXT = 3
 _VISIBLE = 20
 """What an adapter changes is at least so many times the tolerance, or the case says nothing."""
 _EXACT = 1e-5
-"""How far two log-probabilities may be from each other whose computations are the same, but for the size of the
-batch."""
+"""How far two log-probabilities may be from each other whose computations are the same, but for the size of
+the batch."""
 _SHOWN = 12
 _MEDIA = {"vision_tower": "image", "embed_vision": "image", "vision_embedder": "image",
           "audio_tower": "audio", "embed_audio": "audio"}  # fmt: skip
@@ -166,8 +166,8 @@ class _Inquiry:
         ]
         if len(result.generations) != len(prompts) or broken:
             raise _RefusedError(
-                f"nothing: {len(result.generations)} answers came to {len(prompts)} prompts, and {len(broken)} "
-                "are empty or have no log-probabilities"
+                f"nothing: {len(result.generations)} answers came to {len(prompts)} prompts, and "
+                f"{len(broken)} are empty or have no log-probabilities"
             )
         self.effective = result.effective
         return result
@@ -382,7 +382,7 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
     if left > _EXACT:
         yield Problem(
             rule="left-over",
-            message=f"a batch without adapters differs by {left:.3g} from the same one before adapters were used",
+            message=f"a batch without adapters differs by {left:.3g} from the same one before any was used",
         )
 
 
@@ -408,7 +408,7 @@ def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
     if result is not None:
         yield Problem(
             rule="accepted",
-            message=f"an adapter that is damaged ({how}) was taken and answered with; the engine says that it "
+            message=f"a damaged adapter ({how}) was taken and answered with; the engine says that it "
             f"stands in {_listed(list(result.adapted.get(str(folder), ()))) or 'no module'}",
         )
     inquiry.ask(prompts, [None])

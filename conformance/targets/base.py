@@ -46,8 +46,8 @@ Feature = Literal[
 ]
 """What not every target that generates or runs forward passes can do. The first eleven are `EngineOptions`
 (`eagle3` and `assistant`: drafts of that kind). `sampling` to `sounds`: generation with them
-(`mixed-adapters`: with several adapters in one batch, not one after the other). `media`: forward passes with images, videos and sounds. `long-blocks`: a choice of what becomes of images longer than the
-window."""
+(`mixed-adapters`: with several adapters in one batch, not one after the other). `media`: forward passes with
+images, videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
 
 Choice = Literal["attention", "cache", "dtype"]
 """Options of which a target can have several kinds."""

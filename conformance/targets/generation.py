@@ -212,8 +212,8 @@ class GenerateResult(Model):
     has such options also `cache`, `pipeline_split` (`3,3`), `expert_parallel` and `prefix_cache` (`on`,
     `off`), `prefill_chunk`, `block_size`, `max_sequences`, `threads`."""
     adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """By folder of each adapter that was asked for: the modules that it changes, by the target's own names for
-    them, read back from the running engine. A part of a fused module has its number behind: `qkv_proj[1]`."""
+    """By folder of each adapter that was asked for: the modules that it changes, by the target's own names
+    for them, read back from the running engine. A part of a fused module has its number behind: `qkv_proj[1]`."""
 
 
 class LoglikelihoodRequest(Model):

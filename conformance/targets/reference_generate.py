@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conformance.errors import EngineError
+from conformance.targets import reference_lora
 from conformance.targets.protocol import (
     EngineOptions,
     GenerateRequest,
@@ -21,7 +22,6 @@ from conformance.targets.protocol import (
     LoglikelihoodRequest,
     LoglikelihoodResult,
 )
-from conformance.targets import reference_lora
 from conformance.targets.reference_forward import DTYPES, dtype_of
 from conformance.targets.reference_model import engine
 from model_impl.checkpoint import load_text_model
