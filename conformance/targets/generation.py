@@ -213,7 +213,7 @@ class GenerateResult(Model):
     `off`), `prefill_chunk`, `block_size`, `max_sequences`, `threads`."""
     adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """By folder of each adapter that was asked for: the modules that it changes, by the target's own names
-    for them, read back from the running engine. A part of a fused module has its number behind: `qkv_proj[1]`."""
+    for them, read back from the running engine. Parts of a fused module are numbered: `qkv_proj[1]`."""
 
 
 class LoglikelihoodRequest(Model):

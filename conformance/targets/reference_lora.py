@@ -112,8 +112,8 @@ def logprobs(
         changes: For each question the weights that are others, by their names in the checkpoint's file.
 
     Returns:
-        For each question, float32 [tokens of the answer's beginning + 1, vocabulary]: those of each of its tokens
-        and of the one that comes next.
+        For each question, float32 [tokens of the answer's beginning + 1, vocabulary]: those of each of its
+        tokens and of the one that comes next.
 
     Raises:
         EngineError: the model refuses something.

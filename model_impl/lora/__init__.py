@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's form: W + (alpha / r) B A in the place of W (Hu et al. 2021, equation 3).
 
 `sites` says where a model can be adapted; `config` and `adapter` read an adapter and give every tensor its
-place; `apply` lets rows of a batch use adapters, and `media` encodes the pictures of such rows; `files` merges
+place; `apply` lets rows of a batch use adapters; `media` encodes the pictures of such rows; `files` merges
 one into a checkpoint.
 """
 

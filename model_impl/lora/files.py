@@ -84,7 +84,7 @@ def merge_adapter(checkpoint: Path, adapter: Path, folder: Path) -> None:
         folder: Must exist.
 
     Raises:
-        ConfigError: the adapter's configuration cannot be read or asks for more than LoRA, or as `check_head`.
+        ConfigError: as `AdapterConfig.from_folder` and `check_head`.
         CheckpointError: as `Adapter.load`, or the checkpoint has no such tensor.
     """
     sites = Sites.of_checkpoint(checkpoint)

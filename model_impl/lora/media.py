@@ -21,6 +21,7 @@ from model_impl.preprocess.images import ImageBatch
 from model_impl.runtime.masks import NO_BLOCK
 from model_impl.text import SoftTokens
 
+
 def soft_tokens(
     adapters: Adapters, input_ids: Tensor, media: Media, wanted: Sequence[str | None]
 ) -> SoftTokens | None:

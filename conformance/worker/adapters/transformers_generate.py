@@ -5,8 +5,8 @@
 * Log-probabilities are taken from the scores that greedy search chooses by, before they are thrown away. No
   processor of the checkpoint's `generation_config.json` changes them, because it is not used.
 * Likelihoods are read from one pass without a cache.
-* Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run one
-  group after the other: its batches of several adapters are for some kinds of modules only.
+* Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run
+  one group after the other: its batches of several adapters are for some kinds of modules only.
 """
 
 from __future__ import annotations

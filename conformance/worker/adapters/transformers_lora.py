@@ -1,7 +1,7 @@
 """LoRA adapters on a transformers model, by PEFT, as its users load them: `PeftModel.from_pretrained`.
 
-PEFT matches names of modules and of tensors; what matches nothing it warns of and leaves out. Which modules an
-adapter really changes is read back from the model. One adapter is loaded at a time, and unloaded again: of
+PEFT matches names of modules and of tensors; what matches nothing it warns of and leaves out. Which modules
+an adapter really changes is read back from the model. One adapter is loaded at a time, and unloaded again: of
 adapters for experts PEFT takes several only if they are for the same parameters.
 """
 

@@ -426,7 +426,7 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
 
 
 def _adapted(runner: Any, adapter: int) -> list[str]:
-    """Modules in whose buffers an adapter stands and is not zero; of a fused module its parts, `qkv_proj[0]`."""
+    """Modules in whose buffers an adapter stands and is not zero; of a fused one its parts, `qkv_proj[0]`."""
     manager = runner.lora_manager._adapter_manager
     if adapter not in manager.lora_index_to_id:
         return []
