@@ -102,11 +102,11 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_a_hostile_pattern_is_given_up(key: str) -> None:
-    values: dict[str, Any] = {"target_modules": ["q_proj"], key: r"(?:.|.)+(?:.|.)+!"}
+    values: dict[str, Any] = {"target_modules": ["q_proj"], key: r"(?:a|a)+(?:a|a)+b"}
     made = settings(**values)
     started = time.monotonic()
     with pytest.raises(ConfigError, match=rf"{key}.*takes too long"):
-        made.targets(Q * 3)
+        made.targets("a" * 60)
     assert time.monotonic() - started < 20
 
 
