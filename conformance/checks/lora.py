@@ -49,6 +49,10 @@ _VISIBLE = 20
 _EXACT = 1e-5
 """How far two log-probabilities may be from each other whose computations are the same, but for the size of
 the batch."""
+_EARLIER = 4
+"""Times as many adapters as a batch has are used before it."""
+_OTHERS = 1000
+"""What is added to their seeds."""
 _SHOWN = 12
 _MEDIA = {"vision_tower": "image", "embed_vision": "image", "vision_embedder": "image",
           "audio_tower": "audio", "embed_audio": "audio"}  # fmt: skip
@@ -357,6 +361,13 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
     every: list[_Adapter | None] = [*adapters, None]
     chosen = [every[row % len(every)] for row in range(len(prompts))]
     before = inquiry.ask(prompts, [None] * len(prompts))
+    # An engine has room for a few adapters at a time: what was there before must not be in the way.
+    others = [
+        inquiry.adapter(spec.model_copy(update={"seed": spec.seed + _OTHERS * number}), f"earlier {number}")
+        for number in range(1, _EARLIER + 1)
+        for spec in inquiry.case.adapters
+    ]
+    inquiry.ask([prompts[0]] * len(others), others, tokens=1)
     mixed = inquiry.ask(prompts, chosen)
     yield from _compared(inquiry, prompts, chosen, mixed)
     alone = [inquiry.ask(prompts, [each] * len(prompts)) for each in adapters]
