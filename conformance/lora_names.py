@@ -59,7 +59,8 @@ def _is_whole(config: Mapping[str, Any]) -> bool:
 
 
 def _shares(text: Mapping[str, Any], layer: int) -> bool:
-    return layer >= text["num_hidden_layers"] - (text.get("num_kv_shared_layers") or 0)
+    first: int = text["num_hidden_layers"] - (text.get("num_kv_shared_layers") or 0)
+    return layer >= first
 
 
 def _keys_are_values(text: Mapping[str, Any], layer: int) -> bool:

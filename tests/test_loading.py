@@ -243,7 +243,7 @@ def test_what_looks_like_a_suite(tmp_path: Path) -> None:
 
 def test_bundled_suites_load_and_no_case_is_there_twice() -> None:
     suites = load_suites()
-    kinds = {"parser", "template", "parity", "mask", "processor", "server", "generation", "accuracy"}
+    kinds = {"parser", "template", "parity", "mask", "processor", "server", "generation", "lora", "accuracy"}
     assert {s.suite.kind for s in suites} == kinds
     assert len({c.digest for c in suites.cases}) == len(suites.cases)
     for suite in suites:

@@ -155,7 +155,7 @@ class _Inquiry:
             prompts=tuple(prompt.ids for prompt in prompts),
             images=tuple(prompt.images for prompt in prompts) if any(p.images for p in prompts) else (),
             sounds=tuple(prompt.sounds for prompt in prompts) if any(p.sounds for p in prompts) else (),
-            adapters=tuple(adapter and str(adapter.folder) for adapter in adapters),
+            adapters=tuple(str(adapter.folder) if adapter else None for adapter in adapters),
             max_new_tokens=tokens or self.case.max_new_tokens,
             top_logprobs=20,
         )

@@ -92,9 +92,7 @@ def _images(batch: ImageBatch | None, owners: list[int], rows: Sequence[int]) ->
     if batch is None or not chosen:
         return None
     counts = tuple(batch.soft_tokens[piece] for piece in chosen)
-    return replace(
-        batch, pixels=batch.pixels[chosen], positions=batch.positions[chosen], soft_tokens=counts
-    )
+    return replace(batch, pixels=batch.pixels[chosen], positions=batch.positions[chosen], soft_tokens=counts)
 
 
 def _sounds(batch: AudioBatch | None, owners: list[int], rows: Sequence[int]) -> AudioBatch | None:

@@ -151,8 +151,10 @@ def _walk(model: Model, mapping: MediaMapping) -> Iterator[tuple[Site, nn.Module
             yield Site(name, "linear", tuple(module.weight.shape)), module
         elif isinstance(module, nn.Embedding):
             yield Site(name, "embedding", tuple(module.weight.shape)), module
-        elif not list(module.children()) and isinstance(getattr(module, "weight", None), torch.Tensor):
-            yield Site(name, "copy", tuple(module.weight.shape)), module
+        elif not list(module.children()):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor):
+                yield Site(name, "copy", tuple(weight.shape)), module
 
 
 def _head_shape(model: Model) -> tuple[int, ...]:
