@@ -208,10 +208,10 @@ class _Inquiry:
         self, prompts: Sequence[_Prompt], made: Sequence[Generation], adapters: Sequence[_Adapter | None]
     ) -> list[Tensor]:
         """Log-probabilities at the tokens of answers, by weights into which adapters are merged."""
-        from conformance.targets import reference_lora
+        from conformance.targets import reference_merged
 
         questions = [
-            reference_lora.Question(prompt.ids, answer.token_ids[:-1], prompt.images, prompt.sounds)
+            reference_merged.Question(prompt.ids, answer.token_ids[:-1], prompt.images, prompt.sounds)
             for prompt, answer in zip(prompts, made, strict=True)
         ]
         keys = [
@@ -221,7 +221,7 @@ class _Inquiry:
         changes = {
             key: adapter.drawn.weights if adapter else {} for key, adapter in zip(keys, adapters, strict=True)
         }
-        found = reference_lora.logprobs(
+        found = reference_merged.logprobs(
             self.checkpoint.folder, [question for question, _ in changes], list(changes.values())
         )
         by_key = dict(zip(changes, found, strict=True))

@@ -1,21 +1,17 @@
-"""Adapters of the bundled model, and what a model gives whose weights are changed by hand.
+"""Adapters of the bundled model.
 
 Kept from `reference`, because importing it loads torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from conformance.targets.reference_model import engine
-from model_impl.checkpoint import PREFIX
 from model_impl.config import read_config
 from model_impl.lora import Adapter, Adapters, Sites
 from model_impl.lora import media as lora_media
@@ -24,17 +20,6 @@ from model_impl.text import SoftTokens, TextModel
 
 Wanted = Sequence[str | None]
 Encode = Callable[[Tensor, Media], SoftTokens | None]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with its media, and the beginning of an answer."""
-
-    prompt: tuple[int, ...]
-    """With one placeholder for each image and sound."""
-    answer: tuple[int, ...]
-    images: tuple[str, ...] = ()
-    sounds: tuple[str, ...] = ()
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -97,40 +82,3 @@ def summary(adapters: Adapters | None, wanted: Wanted) -> str:
     """All these modules, for `GenerateResult.effective`."""
     modules = sorted({module for own in acted(adapters, wanted).values() for module in own})
     return ", ".join(modules) or "none"
-
-
-def logprobs(
-    checkpoint: Path,
-    questions: Sequence[Question],
-    changes: Sequence[Mapping[str, Tensor]],
-) -> list[Tensor]:
-    """Log-probabilities of a model whose weights are others; no adapter is read.
-
-    Args:
-        checkpoint: Folder of the model.
-        questions: Each is read by itself, in one pass without a cache.
-        changes: For each question the weights that are others, by their names in the checkpoint's file.
-
-    Returns:
-        For each question, float32 [tokens of the answer's beginning + 1, vocabulary]: those of each of its
-        tokens and of the one that comes next.
-
-    Raises:
-        EngineError: the model refuses something.
-    """
-    from conformance.targets.reference_generate import Reader  # which imports this module
-
-    with engine(), torch.inference_mode():
-        reader = Reader(checkpoint, "float32", None, media=is_whole(checkpoint))
-        own = reader.model.state_dict()
-        prefix = "model." if is_whole(checkpoint) else PREFIX
-        found: list[Tensor] = []
-        for question, change in zip(questions, changes, strict=True):
-            kept = {name: own[name.removeprefix(prefix)].clone() for name in change}
-            for name, weight in change.items():
-                own[name.removeprefix(prefix)].copy_(weight)
-            answer = (*question.answer, 0)  # the last token is not read
-            found.append(reader.logprobs(question.prompt, answer, question.images, question.sounds))
-            for name, weight in kept.items():
-                own[name.removeprefix(prefix)].copy_(weight)
-        return found
