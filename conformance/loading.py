@@ -26,7 +26,8 @@ from conformance.errors import SuiteError, UsageError
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance.models import MODELS
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite, ScriptedPrompts
-from conformance.media import MARKERS, TextPiece, kind_of, marker_ids
+from conformance.lora_suite import LoraCase, LoraSuite
+from conformance.media import MARKERS, Piece, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
 from conformance.suites import (
     PROMPTS,
@@ -63,6 +64,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "server": ServerSuite,
     "generation": GenerationSuite,
     "invariance": InvarianceSuite,
+    "lora": LoraSuite,
     "accuracy": AccuracySuite,
 }
 
@@ -219,7 +221,14 @@ def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
     """The tools that a case declares, whether by the name of a toolset or in place."""
     if isinstance(
         case,
-        ParityCase | MaskCase | ContractCase | ProcessorCase | GenerationCase | InvarianceCase | AccuracyCase,
+        ParityCase
+        | MaskCase
+        | ContractCase
+        | ProcessorCase
+        | GenerationCase
+        | InvarianceCase
+        | LoraCase
+        | AccuracyCase,
     ):
         return ()
     if isinstance(case.tools, str):
@@ -273,6 +282,8 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
     if isinstance(case, ParityCase | MaskCase) and isinstance(suite, ParitySuite | MaskSuite):
         content["config"] = suite.configs[case.config]
     if isinstance(case, ContractCase) and isinstance(suite, ContractSuite):
+        content["config"] = suite.configs[case.config]
+    if isinstance(case, LoraCase) and isinstance(suite, LoraSuite):
         content["config"] = suite.configs[case.config]
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
@@ -342,6 +353,10 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         elif isinstance(case, InvarianceCase):
             if isinstance(case.prompts, ScriptedPrompts):
                 _check_lines(document, (*loc, "prompts", "lines"), case.prompts.lines)
+        elif isinstance(case, LoraCase):
+            assert isinstance(suite, LoraSuite)
+            _check_config(document, loc, case.config, suite.configs)
+            _check_media(document, loc, ("rows",), case.rows, suite.configs[case.config])
         elif isinstance(case, AccuracyCase):
             _check_gate(document, loc, case)
         else:
@@ -422,18 +437,10 @@ def _check_rows(
     case: ParityCase | MaskCase,
     suite: ParitySuite | MaskSuite,
 ) -> None:
-    config = suite.configs.get(case.config)
-    if config is None:
-        known = ", ".join(sorted(suite.configs))
-        raise document.error(
-            (*loc, "config"), f"no configuration {case.config!r} in this suite; there are: {known}"
-        )
+    config = _check_config(document, loc, case.config, suite.configs)
     text = config.get("text_config", config)
-    for key in ("vocab_size", "num_hidden_layers"):
-        if not isinstance(text, dict) or type(text.get(key)) is not int or text[key] < 1:
-            raise document.error(("configs", case.config), f"the configuration needs a positive `{key}`")
     if isinstance(case.rows, MixedRows):
-        _check_media(document, loc, case.rows, config)
+        _check_media(document, loc, ("rows", "pieces"), case.rows.pieces, config)
         return
     rows = case.rows if isinstance(case.rows, tuple) else ()
     largest = max((max(row) for row in rows), default=0)
@@ -443,10 +450,29 @@ def _check_rows(
         )
 
 
+def _check_config(
+    document: yamlfile.Document, loc: tuple[str | int, ...], name: str, configs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The configuration of a case, if it is there and of a model with layers and tokens."""
+    config = configs.get(name)
+    if config is None:
+        known = ", ".join(sorted(configs))
+        raise document.error((*loc, "config"), f"no configuration {name!r} in this suite; there are: {known}")
+    text = config.get("text_config", config)
+    for key in ("vocab_size", "num_hidden_layers"):
+        if not isinstance(text, dict) or type(text.get(key)) is not int or text[key] < 1:
+            raise document.error(("configs", name), f"the configuration needs a positive `{key}`")
+    return config
+
+
 def _check_media(
-    document: yamlfile.Document, loc: tuple[str | int, ...], rows: MixedRows, config: dict[str, Any]
+    document: yamlfile.Document,
+    loc: tuple[str | int, ...],
+    field: tuple[str, ...],
+    rows: tuple[tuple[Piece, ...], ...],
+    config: dict[str, Any],
 ) -> None:
-    for number, row in enumerate(rows.pieces):
+    for number, row in enumerate(rows):
         for place, piece in enumerate(row):
             if isinstance(piece, TextPiece):
                 continue
@@ -460,6 +486,6 @@ def _check_media(
             missing += [section] if config.get(section) is None else []
             if missing:
                 raise document.error(
-                    (*loc, "rows", "pieces", number, place),
+                    (*loc, *field, number, place),
                     f"for {kind} the configuration needs {', '.join(missing)}",
                 )

@@ -21,7 +21,7 @@ from conformance.loading import resolve_rows
 from conformance.media import MediaPiece, Prompts, kind_of
 from conformance.scratch import Scratch
 from conformance.suites import MixedRows, RandomAdapter, RandomDraft, Rows
-from conformance.targets import environments, registry
+from conformance.targets import bundled, environments, registry
 from conformance.targets.protocol import (
     ForwardRequest,
     ForwardResult,
@@ -185,6 +185,23 @@ class Oracles:
             except EngineError as error:
                 raise EngineError(f"the oracle {spec}: {error}", traceback=error.traceback) from error
         return self._answers[key]
+
+    def whole_checkpoint(self, config: dict[str, Any], seed: int) -> Path:
+        """The folder of a random checkpoint with the scripted checkpoint's tokenizer and processor beside it.
+
+        Raises:
+            EngineError: the configuration is none of a Gemma 4.
+        """
+
+        def make(folder: Path) -> None:
+            self._write(config, folder, seed)
+            bundled.add_processors(folder)
+
+        return self._folder_of(make, "whole", config, seed)
+
+    def made(self, make: Callable[[Path], None], *key: Any) -> Path:
+        """The folder that `make` fills, which it does once for each key, whose first part names it."""
+        return self._folder_of(make, *key)
 
     def adapter(self, checkpoint: Path, spec: RandomAdapter) -> Path:
         """The folder of a LoRA adapter for a checkpoint.

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite
+from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
 from conformance.media import PicturePrompt as PicturePrompt
 from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
@@ -500,6 +501,7 @@ AnySuite = (
     | ServerSuite
     | GenerationSuite
     | InvarianceSuite
+    | LoraSuite
     | AccuracySuite
 )
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
@@ -513,5 +515,6 @@ Case = (
     | ServerCase
     | GenerationCase
     | InvarianceCase
+    | LoraCase
     | AccuracyCase
 )

@@ -43,6 +43,14 @@ class ScaledEmbedding(nn.Embedding):
         return F.embedding(ids, self.weight) * scale
 
 
+class TiedHead(nn.Module):
+    """The embedding's weight as the head; a module, so that what acts on modules can act on it."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., H] to [..., vocabulary]."""
+        return F.linear(hidden, weight)
+
+
 def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
     """Refuse a choice of states that a model of so many layers cannot give, or would give twice.
 
@@ -154,7 +162,7 @@ class TextPart(nn.Module):
 
     embed_tokens: ScaledEmbedding
     norm: RMSNorm
-    lm_head: nn.Linear
+    lm_head: nn.Module
     embed_tokens_per_layer: ScaledEmbedding
     per_layer_model_projection: nn.Linear
     per_layer_projection_norm: RMSNorm
@@ -214,8 +222,8 @@ class TextPart(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., vocabulary], soft-capped: `cap · tanh(logits / cap)`."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(hidden, head.weight)
+        tied = (self.embed_tokens.weight,) if self.config.tie_word_embeddings else ()
+        logits: Tensor = self.lm_head(hidden, *tied)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -289,6 +297,7 @@ class TextModel(TextPart):
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, self.backend) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = TiedHead()
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if (ple := config.per_layer_inputs) is not None:

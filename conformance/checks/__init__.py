@@ -8,6 +8,7 @@ from conformance.checks import accuracy as accuracy_check
 from conformance.checks import contract as contract_check
 from conformance.checks import generation as generation_check
 from conformance.checks import invariance as invariance_check
+from conformance.checks import lora as lora_check
 from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
@@ -18,6 +19,7 @@ from conformance.checks.base import CheckOutcome, Search
 from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite
+from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.oracles import Oracles
 from conformance.suites import (
     AnySuite,
@@ -88,6 +90,9 @@ def judge(
     if isinstance(suite, InvarianceSuite) and isinstance(case, InvarianceCase):
         assert oracles is not None
         return invariance_check.judge(case, target, oracles)
+    if isinstance(suite, LoraSuite) and isinstance(case, LoraCase):
+        assert oracles is not None
+        return lora_check.judge(case, suite, target, oracles)
     if isinstance(suite, AccuracySuite) and isinstance(case, AccuracyCase):
         assert folder is not None
         return accuracy_check.judge(case, target, folder)

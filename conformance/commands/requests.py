@@ -44,6 +44,7 @@ _NEEDS = {
     "server": "serve",
     "generation": "generate",
     "invariance": "generate",
+    "lora": "generate",
 }
 """Kind of a suite to the capability without which it asks nothing."""
 
@@ -139,7 +140,7 @@ def _open(answered: Path | None, capabilities: Sequence[Recordable], stream_unit
         stream_unit=stream_unit,
         features=()
         if "generate" not in capabilities
-        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images", "sounds"),
+        else ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "mixed-adapters", "images", "sounds"),
     )
     return ReplayTarget("replay", Path(os.devnull), Index(info), info)
 
@@ -204,6 +205,8 @@ def _with_files(request: GenerateRequest, files: Path | None) -> GenerateRequest
     changes: dict[str, Any] = {"checkpoint": _copied(request.checkpoint, files)}
     if request.adapter is not None:
         changes["adapter"] = _copied(request.adapter, files)
+    if request.adapters:
+        changes["adapters"] = tuple(each and _copied(each, files) for each in request.adapters)
     for name, media in (("images", request.images), ("sounds", request.sounds)):
         if media:
             changes[name] = tuple(tuple(_copied(file, files) for file in row) for row in media)

@@ -11,7 +11,17 @@ from conformance.faults.base import Fault
 def registry() -> dict[str, Fault]:
     """All faults by id, in the order of the fault catalogue's classes."""
     # Patches of the model need torch, which no other command should wait for.
-    from conformance.faults import architecture, layouts, masks, media, parser, processing, runtime, template
+    from conformance.faults import (
+        architecture,
+        layouts,
+        lora,
+        masks,
+        media,
+        parser,
+        processing,
+        runtime,
+        template,
+    )
 
     classes = (
         parser.faults,
@@ -22,6 +32,7 @@ def registry() -> dict[str, Fault]:
         processing.faults,
         layouts.faults,
         runtime.faults,
+        lora.faults,
     )
     return {fault.id: fault for collection in classes for fault in collection.faults}
 

@@ -370,8 +370,9 @@ def _no_soft_cap() -> Patch:
     """Logits are not soft-capped."""
 
     def logits(self: TextModel, hidden: Tensor) -> Tensor:
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        tied = (self.embed_tokens.weight,) if self.config.tie_word_embeddings else ()
+        raw: Tensor = self.lm_head(hidden, *tied)
+        return raw
 
     return replace(TextModel, "logits", logits)
 

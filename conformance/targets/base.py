@@ -40,15 +40,16 @@ Feature = Literal[
     "repeat",
     "states",
     "lora",
+    "mixed-adapters",
     "images",
     "sounds",
     "media",
     "long-blocks",
 ]
 """What not every target that generates or runs forward passes can do. The first eleven are `EngineOptions`
-(`eagle3` and `assistant`: drafts of that kind). `sampling` to `sounds`: generation with them. `media`:
-forward passes with images, videos and sounds. `long-blocks`: a choice of what becomes of images that are
-longer than the window."""
+(`eagle3` and `assistant`: drafts of that kind). `sampling` to `sounds`: generation with them
+(`mixed-adapters`: with several adapters in one batch, not one after the other). `media`: forward passes with
+images, videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
 
 Choice = Literal["attention", "cache", "dtype"]
 """Options of which a target can have several kinds."""

@@ -27,6 +27,10 @@ from model_impl.nano.script import checkpoint_folder, load_script
 
 STOP_IDS = (1, 106, 50)
 """`<eos>`, `<turn|>` and `<|tool_response>`, as the checkpoint's `generation_config.json` has them."""
+_PROCESSORS = (
+    "chat_template.jinja", "generation_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ def checkpoint(*, causal_images: bool = False) -> Path:
             only those before them.
     """
     return _causal_copy().path if causal_images else checkpoint_folder()
+
+
+def add_processors(folder: Path) -> None:
+    """Copy what the scripted checkpoint has besides configuration and weights to another checkpoint."""
+    for name in _PROCESSORS:
+        shutil.copy(checkpoint_folder() / name, folder)
 
 
 @cache

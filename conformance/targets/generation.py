@@ -126,6 +126,10 @@ class GenerateRequest(Model):
     """Sound files of each prompt likewise, with one unexpanded `<|audio|>` for each."""
     adapter: str | None = None
     """Folder of a LoRA adapter in PEFT's form, for every prompt."""
+    adapters: tuple[str | None, ...] = ()
+    """The same for each prompt, None for a prompt without; empty: `adapter` says it. A target without the
+    feature `mixed-adapters` answers prompts with different adapters one after the other. If all are None,
+    the engine is set up for adapters all the same."""
     max_new_tokens: int = Field(ge=1)
     stop_ids: tuple[int, ...] = ()
     """Tokens that end an answer; nothing else but `max_new_tokens` does."""
@@ -149,16 +153,25 @@ class GenerateRequest(Model):
             raise ValueError("a prompt is empty")
         if self.samples > 1 and self.sampling is None:
             raise ValueError("several `samples` of a greedy answer are one")
+        if self.adapters and self.adapter is not None:
+            raise ValueError("`adapter` is for every prompt; name the same one in `adapters`")
+        if self.adapters and len(self.adapters) != len(self.prompts):
+            raise ValueError(f"adapters for {len(self.adapters)} prompts, and {len(self.prompts)} prompts")
         for kind, files in (("images", self.images), ("sounds", self.sounds)):
             if files and len(files) != len(self.prompts):
                 raise ValueError(f"{kind} for {len(files)} prompts, and {len(self.prompts)} prompts")
         return self
 
     @property
+    def adapter_of(self) -> tuple[str | None, ...]:
+        """The adapter of each prompt."""
+        return self.adapters or (self.adapter,) * len(self.prompts)
+
+    @property
     def features(self) -> tuple[Feature, ...]:
         """What a target must be able to do to answer."""
         asked: dict[Feature, bool] = {
-            "lora": self.adapter is not None,
+            "lora": self.adapter is not None or bool(self.adapters),
             "images": any(self.images),
             "sounds": any(self.sounds),
             "sampling": self.sampling is not None,
@@ -198,6 +211,9 @@ class GenerateResult(Model):
     `speculation` (its method, or `none`), `adapter` (modules it is applied to, or `none`). Where the target
     has such options also `cache`, `pipeline_split` (`3,3`), `expert_parallel` and `prefix_cache` (`on`,
     `off`), `prefill_chunk`, `block_size`, `max_sequences`, `threads`."""
+    adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By folder of each adapter that was asked for: the modules that it changes, by the target's own names
+    for them, read back from the running engine. Parts of a fused module are numbered: `qkv_proj[1]`."""
 
 
 class LoglikelihoodRequest(Model):

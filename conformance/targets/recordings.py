@@ -172,6 +172,8 @@ def _contents(request: GenerateRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"checkpoint": content_digest(request.checkpoint)}
     if request.adapter is not None:
         found["adapter"] = content_digest(request.adapter)
+    if request.adapters:
+        found["adapters"] = [each and content_digest(each) for each in request.adapters]
     for name, media in (("images", request.images), ("sounds", request.sounds)):
         if media:
             found[name] = [[content_digest(file) for file in files] for files in media]

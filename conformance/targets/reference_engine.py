@@ -51,6 +51,10 @@ class Running(Protocol):
         """What runs."""
         ...
 
+    def adapted(self) -> dict[str, tuple[str, ...]]:
+        """By adapter, the modules whose output it has changed."""
+        ...
+
 
 class PagedEngine:
     """An engine that lasts for one request with all its repetitions; implements `Running`.
@@ -156,6 +160,10 @@ class PagedEngine:
             "max_sequences": str(engine.config.max_sequences),
             "speculation": speculation.method if speculation is not None else "none",
         }
+
+    def adapted(self) -> dict[str, tuple[str, ...]]:
+        """Nothing: adapters do not run here."""
+        return {}
 
     def _make_runner(self, sizes: CacheSizes) -> Runner:
         speculation = self._options.speculation

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conformance.errors import EngineError
+from conformance.targets import reference_lora
 from conformance.targets.protocol import (
     EngineOptions,
     GenerateRequest,
@@ -99,12 +100,14 @@ def _generate(request: GenerateRequest) -> GenerateResult:
     options = request.options
     _check_features(request.features)
     media = any(request.images) or any(request.sounds)
-    reader = Reader(Path(request.checkpoint), options.dtype, options.attention, media=media)
+    reader = Reader(
+        Path(request.checkpoint), options.dtype, options.attention, media=media or any(request.adapter_of)
+    )
     with running(request, reader) as engine:
         if request.states:
             _write_states(request, reader, engine)
         made = [row for _ in range(request.repeat) for row in engine.answers(request)]
-        return GenerateResult(generations=tuple(made), effective=engine.effective())
+        return GenerateResult(generations=tuple(made), effective=engine.effective(), adapted=engine.adapted())
 
 
 def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[Running]:
@@ -118,6 +121,12 @@ def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[
     cache = options.cache or (CACHES[1] if paged else CACHES[0])
     if cache not in CACHES:
         raise EngineError(f"cache {cache!r} is none of {', '.join(CACHES)}")
+    ranks = options.tensor_parallel * options.pipeline_parallel
+    if any(request.adapter_of) and (cache != CACHES[0] or ranks > 1):
+        raise EngineError(
+            f"the bundled implementation runs adapters with a {CACHES[0]} cache in one process; leave "
+            "layouts, drafts and blocks out"
+        )
     if cache == CACHES[0]:
         if paged:
             raise EngineError(f"a {cache} cache has no {', '.join(sorted(paged))}; ask for {CACHES[1]!r}")
@@ -135,6 +144,8 @@ class _Contiguous:
         self._reader = reader
         self._options = request.options
         self._spread = spread(request)
+        self._wanted = request.adapter_of
+        self._adapters = reference_lora.attached(reader.model, Path(request.checkpoint), self._wanted)
 
     def __enter__(self) -> Self:
         return self
@@ -152,11 +163,13 @@ class _Contiguous:
         found: list[Generation] = []
         for start in range(0, len(prompts), _MOST_ROWS):
             batch = prompts[start : start + _MOST_ROWS]
+            wanted = [request.adapter_of[number] for number in batch]
             with torch.inference_mode():
                 rows, soft = self._reader.read(
                     [request.prompts[number] for number in batch],
                     [request.images[number] for number in batch] if request.images else (),
                     [request.sounds[number] for number in batch] if request.sounds else (),
+                    encode=reference_lora.encoder(self._adapters, wanted),
                 )
             _check_length(max(map(len, rows)) + request.max_new_tokens, request.options)
             made = runtime.generate(
@@ -170,6 +183,7 @@ class _Contiguous:
                 top_logprobs=request.top_logprobs,
                 prefill_chunk=request.options.prefill_chunk,
                 soft=soft,
+                adapt=reference_lora.rows_of(self._adapters, wanted),
             )
             found += [
                 Generation(
@@ -191,7 +205,12 @@ class _Contiguous:
             "cache": CACHES[0],
             "threads": str(torch.get_num_threads()),
             **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
+            "adapter": reference_lora.summary(self._adapters, self._wanted),
         }
+
+    def adapted(self) -> dict[str, tuple[str, ...]]:
+        """By adapter, the modules whose output it has changed."""
+        return reference_lora.acted(self._adapters, self._wanted)
 
 
 def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> None:
@@ -207,6 +226,7 @@ def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> 
                 "prompts": request.prompts[number : number + 1],
                 "images": request.images[number : number + 1],
                 "sounds": request.sounds[number : number + 1],
+                "adapters": request.adapters[number : number + 1],
                 "max_new_tokens": 1,
                 "samples": 1,
             }

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conformance.targets import reference_lora
 from conformance.targets.reference_forward import DTYPES, dtype_of
 from model_impl.checkpoint import load_text_model
 from model_impl.errors import MediaError
@@ -30,11 +31,16 @@ class Reader:
 
     def __init__(self, checkpoint: Path, dtype: str, attention: str | None, *, media: bool = False) -> None:
         self._whole: Gemma4ForConditionalGeneration | None = None
-        if media:
+        if media and reference_lora.is_whole(checkpoint):
             self._whole = load_multimodal_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
             self.text: TextModel = self._whole.language_model
         else:
             self.text = load_text_model(checkpoint, dtype=DTYPES[dtype], attention=attention)
+
+    @property
+    def model(self) -> TextModel | Gemma4ForConditionalGeneration:
+        """All that is loaded."""
+        return self._whole or self.text
 
     def effective(self) -> dict[str, str]:
         """What runs."""
@@ -59,6 +65,7 @@ class Reader:
         images: Sequence[Files],
         sounds: Sequence[Files] = (),
         behind: Ids = (),
+        encode: reference_lora.Encode | None = None,
     ) -> tuple[list[list[int]], SoftTokens | None]:
         """Prompts with a placeholder for each soft token, and what stands there.
 
@@ -67,6 +74,7 @@ class Reader:
             images: Files of each prompt's pictures; empty: no prompt has any.
             sounds: Files of each prompt's sounds likewise.
             behind: More tokens for which there must be room in `SoftTokens`.
+            encode: Makes soft tokens of token ids and media; the model's own way if left out.
 
         Raises:
             MediaError: placeholders and media do not match, or a file is none.
@@ -99,7 +107,7 @@ class Reader:
                     rows[-1] += [part for part in (begin, *[token] * count, end) if part is not None]
         width = max(map(len, rows)) + len(behind)
         ids = torch.tensor([[*row, *[_PADDING] * (width - len(row))] for row in rows])
-        return rows, self._whole.soft_tokens(ids, media)
+        return rows, (encode or self._whole.soft_tokens)(ids, media)
 
 
 def _check_counts(prompts: Sequence[Ids], files: Sequence[Files], token: int | None, what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,8 +37,16 @@ class Router(nn.Module):
         return p, w * self.per_expert_scale[experts], experts
 
 
+Change = Callable[[str, Tensor, Tensor, Tensor, list[int], list[int]], Tensor]
+"""What an adapter makes of a projection: parameter, inputs [M, in], outputs [M, out], the token of each [M],
+experts and counts as in `grouped_linear`, to outputs [M, out]."""
+
+
 class Experts(nn.Module):
     """All experts; the gate half comes first in `gate_up_proj`."""
+
+    change: Change | None = None
+    """Set by an adapter, as parameters have no hooks."""
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -59,10 +69,14 @@ class Experts(nn.Module):
         tokens = order // experts.shape[1]
         found, numbers = torch.unique_consecutive(sorted_experts, return_counts=True)
         hit, counts = found.tolist(), numbers.tolist()
-        gate, up = grouped_linear(z[tokens], self.gate_up_proj, hit, counts).chunk(2, dim=-1)
-        outputs = grouped_linear(gelu_tanh(gate) * up, self.down_proj, hit, counts)
+        gate, up = self._project("gate_up_proj", z[tokens], tokens, hit, counts).chunk(2, dim=-1)
+        outputs = self._project("down_proj", gelu_tanh(gate) * up, tokens, hit, counts)
         weighted = outputs * weights.flatten()[order, None]
         return torch.zeros_like(z).index_add_(0, tokens, weighted.to(z.dtype))
+
+    def _project(self, name: str, x: Tensor, tokens: Tensor, hit: list[int], counts: list[int]) -> Tensor:
+        y = grouped_linear(x, getattr(self, name), hit, counts)
+        return y if self.change is None else self.change(name, x, y, tokens, hit, counts)
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, hit: list[int], counts: list[int]) -> Tensor:

@@ -25,7 +25,7 @@ from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import BlockMode
 from model_impl.runtime.paged import CacheSizes, PagedCache
 from model_impl.runtime.step import Cache, Step
-from model_impl.text import DecoderLayer, SoftTokens, States, TextPart, check_aux_layers
+from model_impl.text import DecoderLayer, SoftTokens, States, TextPart, TiedHead, check_aux_layers
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Stage(TextPart):
         self.layers = nn.ModuleDict({str(index): self._layer(index) for index in self.span})
         if self.ends:
             self.norm = RMSNorm(hidden, config.rms_norm_eps)
+            self.lm_head = TiedHead()
         if self.ends and not config.tie_word_embeddings:
             start, stop = even_part(config.vocab_size, self._ranks.size, place.shard)
             self.lm_head = nn.Linear(hidden, stop - start, bias=False)

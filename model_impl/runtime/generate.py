@@ -10,7 +10,8 @@ import itertools
 import json
 import operator
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +26,7 @@ from model_impl.runtime.sampling import GenerationError, Sampling
 from model_impl.text import SoftTokens
 
 FinishReason = Literal["stop", "length"]
+Adapt = Callable[[Sequence[int]], AbstractContextManager[object]]
 
 _GREEDY = Sampling.greedy()
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -162,6 +164,7 @@ def generate(
     top_logprobs: int = 0,
     prefill_chunk: int | None = None,
     soft: SoftTokens | None = None,
+    adapt: Adapt | None = None,
 ) -> list[Generated]:
     """Generate for all rows, until each has met a stop token or the limit.
 
@@ -177,6 +180,7 @@ def generate(
         prefill_chunk: Most prompt tokens in one pass, to bound memory; the result is the same up to
             rounding. All at once unless given. A pass ends later where it would tear an image.
         soft: What stands in the place of tokens of the prompts, padded on the right to the longest.
+        adapt: Called with the rows of a pass; the pass is computed inside the context that it gives.
 
     Returns:
         One entry for each prompt, in their order.
@@ -199,6 +203,7 @@ def generate(
         top_logprobs=top_logprobs,
         prefill_chunk=prefill_chunk,
         soft=soft,
+        adapt=adapt,
     ):
         ids[token.row].append(token.id)
         if token.logprob is not None:
@@ -224,6 +229,7 @@ def stream(
     top_logprobs: int = 0,
     prefill_chunk: int | None = None,
     soft: SoftTokens | None = None,
+    adapt: Adapt | None = None,
 ) -> Iterator[Token]:
     """As `generate`, token by token: in each step one for every unfinished row, by row.
 
@@ -248,7 +254,7 @@ def stream(
             f"soft tokens for {list(soft.where.shape)} rows and columns do not fit {len(rows)} prompts of up "
             f"to {longest} tokens"
         )
-    batch = _Batch(model, rows, sampling, seeds, logprobs, top_logprobs, soft)
+    batch = _Batch(model, rows, sampling, seeds, logprobs, top_logprobs, soft, adapt)
     return _tokens(batch, max_new_tokens, frozenset(stop_ids), prefill_chunk)
 
 
@@ -295,6 +301,7 @@ class _Batch:
         logprobs: bool,
         top_logprobs: int,
         soft: SoftTokens | None,
+        adapt: Adapt | None,
     ) -> None:
         self.prompts = prompts
         self._model = model
@@ -303,6 +310,7 @@ class _Batch:
         self._logprobs = logprobs
         self._top_logprobs = top_logprobs
         self._soft = soft
+        self._adapt = adapt or (lambda _rows: nullcontext())
         self._device = model.device
         self._cache = model.new_cache(len(prompts))
 
@@ -344,9 +352,10 @@ class _Batch:
         padding = self._model.config.pad_token_id
         ids = [[*piece, *[padding] * (width - len(piece))] for piece in pieces]
         counts = [len(piece) for piece in pieces]
-        hidden = self._model(
-            torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts, soft=soft
-        )
+        with self._adapt(range(len(pieces))):
+            hidden = self._model(
+                torch.tensor(ids, device=self._device), cache=self._cache, lengths=counts, soft=soft
+            )
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self._device)
         return hidden[torch.arange(len(pieces), device=self._device), last]
 
@@ -356,7 +365,8 @@ class _Batch:
 
         The head, a model's largest matrix, sees only these rows and only their last tokens.
         """
-        logits = self._model.logits(hidden[torch.tensor(rows, device=self._device)]).float()
+        with self._adapt(rows):
+            logits = self._model.logits(hidden[torch.tensor(rows, device=self._device)]).float()
         finite = logits.isfinite().all(dim=-1).tolist()
         if not all(finite):
             row = rows[finite.index(False)]

@@ -65,6 +65,9 @@ class TransformersAdapter:
         capabilities = ["parse", "parse_stream", "certify", "render", "forward", "generate", "loglikelihood"]
         features = ["media", *_GENERATION]
         unavailable = {}
+        if importlib.util.find_spec("peft") is not None:
+            features.append("lora")
+            packages.append("peft")
         if reason := _without_images(version):
             unavailable["preprocess"] = reason
         else:

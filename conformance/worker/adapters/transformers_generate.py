@@ -6,10 +6,14 @@
   away. No processor of the checkpoint's `generation_config.json` changes them, because it is not used.
 * Each repetition has a cache of its own: nothing is shared between requests, so that they must agree.
 * Likelihoods are read from one pass without a cache.
+* Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run
+  one group after the other: its batches of several adapters are for some kinds of modules only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,46 +41,68 @@ class RequestError(Exception):
 
 def generate(request: Json) -> Json:
     """Answer a `GenerateRequest`."""
-    model = _prepare(request, request["adapter"])
+    model = _prepare(request)
+    wanted = request["adapters"] or [request["adapter"]] * len(request["prompts"])
     threads = torch.get_num_threads()
+    made: list[Json] = []
+    modules: dict[str, list[str]] = {}
     try:
         torch.set_num_threads(request["options"]["threads"] or threads)
         if request["states"]:
             _write_states(model, request)
-        made = [row for _ in range(request["repeat"]) for row in _answers(model, request)]
-        return {"generations": made, "effective": _effective(model, request["options"])}
+        for _ in range(request["repeat"]):
+            generations: dict[int, list[Json]] = {}
+            for folder in dict.fromkeys(wanted):
+                places = [place for place, own in enumerate(wanted) if own == folder]
+                with ExitStack() as stack:
+                    if folder is not None:
+                        from conformance.worker.adapters.transformers_lora import adapted
+
+                        modules[folder] = stack.enter_context(adapted(model, folder))
+                    generations |= dict(zip(places, _answers(model, request, places), strict=True))
+            made += [row for place in range(len(wanted)) for row in generations[place]]
+        names = sorted({name for own in modules.values() for name in own})
+        return {
+            "generations": made,
+            "effective": {**_effective(model, request["options"]), "adapter": ", ".join(names) or "none"},
+            "adapted": modules,
+        }
     finally:
         torch.set_num_threads(threads)
 
 
-def _answers(model: Any, request: Json) -> list[Json]:
-    """All samples of the first prompt, then those of the next."""
+def _answers(model: Any, request: Json, places: Sequence[int]) -> list[list[Json]]:
+    """All samples of some of the prompts: as one batch, or one by one where there are media."""
     if request["sampling"] is not None:
         torch.manual_seed(request["sampling"]["seed"])
-    media = [request[kind] or [[]] * len(request["prompts"]) for kind in ("images", "sounds")]
+    prompts = [request["prompts"][place] for place in places]
+    media = [
+        [request[kind][place] if request[kind] else [] for place in places] for kind in ("images", "sounds")
+    ]
     if any(map(any, media)):
-        rows = [
-            _with_media(model, request, ids, *files)
-            for ids, *files in zip(request["prompts"], *media, strict=True)
-        ]
+        rows = [_with_media(model, request, ids, *files) for ids, *files in zip(prompts, *media, strict=True)]
         _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
         return [
-            _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
+            [
+                _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
+                for _ in range(request["samples"])
+            ]
             for ids, arguments in rows
-            for _ in range(request["samples"])
         ]
-    _check_length(max(map(len, request["prompts"])) + request["max_new_tokens"], request["options"])
-    prompts = [prompt for prompt in request["prompts"] for _ in range(request["samples"])]
-    return [
+    _check_length(max(map(len, prompts)) + request["max_new_tokens"], request["options"])
+    samples = request["samples"]
+    copies = [prompt for prompt in prompts for _ in range(samples)]
+    made = [
         row
-        for start in range(0, len(prompts), _MOST_ROWS)
-        for row in _batch(model, request, *_padded(prompts[start : start + _MOST_ROWS]), {})
+        for start in range(0, len(copies), _MOST_ROWS)
+        for row in _batch(model, request, *_padded(copies[start : start + _MOST_ROWS]), {})
     ]
+    return [made[start : start + samples] for start in range(0, len(made), samples)]
 
 
 def loglikelihood(request: Json) -> Json:
     """Answer a `LoglikelihoodRequest`."""
-    model = _prepare(request, None)
+    model = _prepare(request)
     pairs = list(zip(request["contexts"], request["continuations"], strict=True))
     _check_length(max(len(context) + len(rest) for context, rest in pairs), request["options"])
     found = []
@@ -91,7 +117,7 @@ def loglikelihood(request: Json) -> Json:
     return {"likelihoods": found, "effective": _effective(model, request["options"])}
 
 
-def _prepare(request: Json, adapter: str | None) -> Any:
+def _prepare(request: Json) -> Any:
     """The model, set up as asked.
 
     Raises:
@@ -106,7 +132,6 @@ def _prepare(request: Json, adapter: str | None) -> Any:
         "a prefix cache": options["prefix_cache"] is not None,
         "blocks in its cache": options["block_size"] is not None,
         "a limit of sequences": options["max_sequences"] is not None,
-        "a LoRA adapter": adapter is not None,
     }
     if any(asked.values()):
         wanted = ", ".join(name for name, is_asked in asked.items() if is_asked)
@@ -257,9 +282,8 @@ def _write_states(model: Any, request: Json) -> None:
     for number in range(len(request["prompts"])):
         seen: dict[int, torch.Tensor] = {}
         hooks = [layer.register_forward_hook(_keep(seen, k)) for k, layer in enumerate(text.layers)]
-        one = {key: request[key][number : number + 1] for key in ("prompts", "images", "sounds")}
         try:
-            _answers(model, {**request, **one, "max_new_tokens": 1, "samples": 1})
+            _answers(model, {**request, "max_new_tokens": 1, "samples": 1}, [number])
         finally:
             for hook in hooks:
                 hook.remove()

@@ -42,11 +42,17 @@ _PRELOADED = (
 """What every engine imports."""
 _ROOMS = (4, 16)
 FEATURES = (
-    *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3", "lora"),
-    *("prefill-chunk", "prefix-cache", "block-size", "max-sequences", "sampling", "repeat"),
-    *("images", "sounds"),
+    *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3"),
+    *("lora", "mixed-adapters", "prefill-chunk", "prefix-cache", "block-size", "max-sequences"),
+    *("sampling", "repeat", "images", "sounds"),
 )
 _SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
+_ADAPTERS = 4
+"""Different adapters in one batch."""
+_USUAL_RANK = 8
+_OUTSIDE_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+_LONGEST_HEADER = 1 << 24
+"""Bytes of an adapter's header that are read."""
 _RATE = 16_000
 """Samples a second of every sound; the adapter converts none."""
 
@@ -103,11 +109,41 @@ def engine_setup(request: Json) -> Json:
     return {
         "checkpoint": request["checkpoint"],
         "options": options,
-        "rank": _rank(Path(request["adapter"])) if request["adapter"] is not None else 0,
+        **_room_for_adapters(request),
         "images": _room(max(map(len, request["images"]), default=0)),
         "sounds": _room(max(map(len, request["sounds"]), default=0)),
         "files": [_signature(Path(folder)) for folder in folders],
     }
+
+
+def _room_for_adapters(request: Json) -> Json:
+    """For which adapters an engine is set up: as many as prompts name, within limits that many share."""
+    single = request["adapter"]
+    if not request.get("adapters"):
+        return {
+            "rank": 0 if single is None else _rank(Path(single)),
+            "adapters": 1,
+            "towers": False,
+            "stacked": False,
+        }
+    folders = [Path(folder) for folder in set(request["adapters"]) if folder is not None]
+    keys = [key for folder in folders for key in _keys(folder)]
+    return {
+        "rank": max([_USUAL_RANK, *map(_rank, folders)]),
+        "adapters": _ADAPTERS,
+        "towers": any(part in key for key in keys for part in _OUTSIDE_TEXT),
+        "stacked": any(".experts.lora_" in key or ".experts.base_layer." in key for key in keys),
+    }
+
+
+def _keys(adapter: Path) -> list[str]:
+    """Names of an adapter's tensors; none where the file cannot be read, as the engine will say so."""
+    try:
+        with (adapter / "adapter_model.safetensors").open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return list(json.loads(file.read(min(size, _LONGEST_HEADER))))
+    except (OSError, ValueError):
+        return []
 
 
 def _room(pieces: int) -> int:
@@ -125,12 +161,15 @@ def _signature(folder: Path) -> list[tuple[str, int, int]]:
 
 def _rank(adapter: Path) -> int:
     try:
-        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = config["r"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{adapter}: adapter_config.json cannot be read or has no `r`: {error}") from error
     if not isinstance(rank, int) or rank < 1:
         raise RequestError(f"{adapter}: adapter_config.json has `r` {rank!r}; expected a positive number")
-    return rank
+    pattern = config.get("rank_pattern")
+    own = pattern.values() if isinstance(pattern, dict) else ()
+    return max([rank, *(each for each in own if isinstance(each, int))])
 
 
 def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
@@ -172,6 +211,11 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
         fitting = [rank for rank in ranks if rank >= setup["rank"]]
         arguments["enable_lora"] = True
         arguments["max_lora_rank"] = min(fitting, default=setup["rank"])
+        arguments["max_loras"] = setup["adapters"]
+        if setup["towers"]:
+            arguments["enable_tower_connector_lora"] = True
+        if setup["stacked"]:
+            arguments["enable_mixed_moe_lora_format"] = True
     return arguments
 
 
@@ -237,6 +281,15 @@ def scoring_arguments() -> Json:
         "prompt_logprobs": 1,
         "detokenize": False,
     }
+
+
+def rounds(wanted: Sequence[str | None], most: int) -> list[list[int]]:
+    """Places of prompts that are answered together, with so many different adapters at most."""
+    folders = list(dict.fromkeys(wanted))
+    return [
+        [place for place, folder in enumerate(wanted) if folder in folders[start : start + most]]
+        for start in range(0, len(folders), most)
+    ]
 
 
 def likelihood(prompt_logprobs: Sequence[Any], continuation: Sequence[int]) -> Json:
@@ -328,32 +381,56 @@ class _LlmEngine:
 
     def _generate(self, request: Json) -> Json:
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-        lora, number = None, 0
-        if request["adapter"] is not None:
-            name = json.dumps([request["adapter"], _signature(Path(request["adapter"]))])
-            number = self._adapters.setdefault(name, len(self._adapters) + 1)
-            lora = LoRARequest(f"adapter-{number}", number, request["adapter"])
-        outputs = [
-            output
-            for _ in range(request["repeat"])
-            for output in self._llm.generate(
-                _prompts(request),
+        prompts = _prompts(request)
+        wanted = request.get("adapters") or [request["adapter"]] * len(prompts)
+        top = request["top_logprobs"] > 0
+        made: list[Json] = []
+        generations: dict[int, list[Json]] = {}
+        adapted: dict[str, list[str]] = {}
+        effective: Json = {}
+        for places in rounds(wanted, _ADAPTERS) * request["repeat"]:
+            outputs = self._llm.generate(
+                [prompts[place] for place in places],
                 SamplingParams(**sampling_arguments(request)),
                 use_tqdm=False,
-                lora_request=lora,
+                lora_request=[self._lora(wanted[place]) for place in places],
             )
-        ]
-        top = request["top_logprobs"] > 0
+            for place, output in zip(places, outputs, strict=True):
+                cached = output.num_cached_tokens
+                generations[place] = [generation(one, top=top, cached=cached) for one in output.outputs]
+            # Only the adapters that were used last still have a place in the engine.
+            for folder in dict.fromkeys(wanted[place] for place in places):
+                number = 0 if folder is None else self._number(folder)
+                effective = agreed(self._llm.collective_rpc(read_back, args=(number,)))
+                if folder is not None:
+                    found = effective["adapter"]
+                    adapted[folder] = [] if found == "none" else found.split(", ")
+            if len(generations) == len(prompts):
+                made += [one for place in range(len(prompts)) for one in generations[place]]
+                generations = {}
+        modules = sorted({module for own in adapted.values() for module in own})
         return {
-            "generations": [
-                generation(made, top=top, cached=output.num_cached_tokens)
-                for output in outputs
-                for made in output.outputs
-            ],
-            "effective": agreed(self._llm.collective_rpc(read_back, args=(number,))),
+            "generations": made,
+            "effective": {**effective, "adapter": ", ".join(modules) or "none"},
+            "adapted": adapted,
         }
+
+    def _number(self, folder: str) -> int:
+        """An adapter's; one that was written anew is another one."""
+        name = json.dumps([folder, _signature(Path(folder))])
+        return self._adapters.setdefault(name, len(self._adapters) + 1)
+
+    def _lora(self, folder: str | None) -> Any:
+        """A prompt's `LoRARequest`."""
+        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+        if folder is None:
+            return None
+        number = self._number(folder)
+        stacked = any(".experts.lora_" in key or ".experts.base_layer." in key for key in _keys(Path(folder)))
+        more = {"is_3d_lora_weight": True} if stacked else {}
+        return LoRARequest(f"adapter-{number}", number, folder, **more)
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -431,16 +508,17 @@ def _schedule(runner: Any) -> dict[str, list[Any]]:
 
 
 def _adapted(runner: Any, adapter: int) -> list[str]:
-    """Modules in whose buffers an adapter stands and is not zero."""
+    """Modules in whose buffers an adapter stands and is not zero; of a fused one its parts, `qkv_proj[0]`."""
     manager = runner.lora_manager._adapter_manager
     if adapter not in manager.lora_index_to_id:
         return []
     slot = manager.lora_index_to_id.index(adapter)
-    return [
-        name
-        for name, module in manager.modules.items()
-        if all(
-            any(bool(part[slot].any()) for part in parts)
-            for parts in (module.lora_a_stacked, module.lora_b_stacked)
-        )
-    ]
+    found = []
+    for name, module in manager.modules.items():
+        parts = list(zip(module.lora_a_stacked, module.lora_b_stacked, strict=True))
+        live = [number for number, (a, b) in enumerate(parts) if a[slot].any() and b[slot].any()]
+        if name.endswith(".experts") or len(parts) == 1:
+            found += [name] if live else []
+        else:
+            found += [f"{name}[{number}]" for number in live]
+    return found

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's form: W + (alpha / r) B A in the place of W (Hu et al. 2021, equation 3)."""
+"""Adapters beside checkpoints: writing a random one, and merging one into a copy of the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_impl.checkpoint import weight_files
+from model_impl.checkpoint import PREFIX, weight_files
 from model_impl.errors import CheckpointError, ConfigError
+from model_impl.lora import adapter as reading
+from model_impl.lora import config as configuring
+from model_impl.lora.adapter import Adapter
+from model_impl.lora.apply import check_head, merged_weights
+from model_impl.lora.sites import HEAD, TEXT, Sites
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_WRAPPED = "base_model.model."
-"""What PEFT puts before the name that a module has in the model it was trained on."""
 _ALPHA = 2
 """alpha / r of random adapters: not one, so that leaving it out shows."""
 
@@ -34,26 +34,28 @@ def write_random_adapter(
         seed: Decides the weights.
         rank: r.
         scale: ||(alpha / r) B A|| relative to ||W||, in every module.
-        modules: Ends of the names of the modules that are adapted, such as `q_proj`.
+        modules: Ends of the names of the linear modules that are adapted, such as `q_proj`.
 
     Raises:
         ConfigError: one of `modules` is no module of the checkpoint.
         CheckpointError: the checkpoint has no weights.
     """
+    sites = Sites.of_checkpoint(checkpoint)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     found = set()
     for name, weight in sorted(_weights(checkpoint)):
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] not in modules:
+        site = sites.get(_site_name(module))
+        if site is None or site.kind != "linear" or module.rpartition(".")[2] not in modules:
             continue
         found.add(module.rpartition(".")[2])
         rows, columns = weight.shape
         a = torch.randn(rank, columns, generator=generator) * columns**-0.5
         b = torch.randn(rows, rank, generator=generator)
         b *= scale * weight.float().norm() / (_ALPHA * (b @ a).norm())
-        tensors[f"{_WRAPPED}{module}.lora_A.weight"] = a
-        tensors[f"{_WRAPPED}{module}.lora_B.weight"] = b
+        tensors[f"{reading.WRAPPED}{module}.lora_A.weight"] = a
+        tensors[f"{reading.WRAPPED}{module}.lora_B.weight"] = b
     if found != set(modules):
         absent = ", ".join(sorted(set(modules) - found))
         raise ConfigError(f"{checkpoint}: there is no module {absent} that an adapter could be for")
@@ -69,8 +71,8 @@ def write_random_adapter(
         "target_modules": sorted(modules),
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / configuring.FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / reading.FILE, metadata={"format": "pt"})
 
 
 def merge_adapter(checkpoint: Path, adapter: Path, folder: Path) -> None:
@@ -82,38 +84,35 @@ def merge_adapter(checkpoint: Path, adapter: Path, folder: Path) -> None:
         folder: Must exist.
 
     Raises:
-        ConfigError: the adapter's configuration cannot be read, or asks for more than LoRA.
-        CheckpointError: tensors of the adapter are missing, or are for no module of the checkpoint.
+        ConfigError: as `AdapterConfig.from_folder` and `check_head`.
+        CheckpointError: as `Adapter.load`, or the checkpoint has no such tensor.
     """
-    factor = _factor(adapter)
-    parts = load_file(adapter / WEIGHTS)
+    sites = Sites.of_checkpoint(checkpoint)
+    loaded = Adapter.load(adapter, sites)
+    check_head(loaded, tied=sites.config.tie_word_embeddings)
     merged = {name: weight.float() for name, weight in _weights(checkpoint)}
-    for module in sorted({key.removeprefix(_WRAPPED).rpartition(".lora_")[0] for key in parts}):
-        pair = [parts.get(f"{_WRAPPED}{module}.lora_{part}.weight") for part in "AB"]
-        name = f"{module}.weight"
-        if name not in merged or pair[0] is None or pair[1] is None:
-            raise CheckpointError(
-                f"{adapter}: expected lora_A and lora_B for modules of {checkpoint}, and {module!r} has "
-                "only one of them, or is none of its modules"
-            )
-        merged[name] = merged[name] + factor * (pair[1].float() @ pair[0].float())
+    stored = {_site_name(name): name for name in merged}
+    absent = [key for key in merged_weights(loaded, lambda key: torch.zeros(())) if key not in stored]
+    if absent:
+        raise CheckpointError(f"{checkpoint}: there is no tensor {absent[0]}, which {adapter} changes")
+    changed = merged_weights(loaded, lambda key: merged[stored[key]])
+    merged |= {stored[key]: weight.contiguous() for key, weight in changed.items()}
     for file in checkpoint.iterdir():
         if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copy(file, folder)
     save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _factor(adapter: Path) -> float:
-    path = adapter / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected JSON with `r` and `lora_alpha`: {error}") from error
-    for key in ("use_dora", "use_rslora"):
-        if config.get(key):
-            raise ConfigError(f"{path}: {key} is set; only plain LoRA can be merged here")
-    return alpha / rank
+def _site_name(stored: str) -> str:
+    """The name of a site, or of a parameter, of a stored tensor's name."""
+    if stored.startswith((PREFIX, HEAD)):
+        return stored.removeprefix("model.")
+    inner = stored.removeprefix("model.")
+    return f"{TEXT}{inner}" if inner.startswith(_TEXT_PARTS) else inner
+
+
+_TEXT_PARTS = ("layers.", "norm.", "embed_tokens", "per_layer_")
+"""What tensors of a text model's own checkpoint begin with, behind `model.`."""
 
 
 def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,112 @@
+"""Cases and suites of kind `lora`: does an adapter act, where it should, with the right numbers?"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from conformance.media import Piece, TextPiece, VideoPiece, what
+from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase
+
+ExpertForm = Literal["stacked", "single"]
+"""Matrices for all experts at once, or a pair for each expert."""
+KeyForm = Literal["whole", "text"]
+"""Names as in a whole model (`model.language_model.layers.0…`), or as in a text model (`model.layers.0…`)."""
+Judged = Literal["mapping", "numbers", "liveness", "isolation", "refusal"]
+Damage = Literal["half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"]
+"""What is done to an adapter: a `lora_B` missing, the file's second half missing, a rank that is not the
+configuration's, a matrix for a wider module, a module that no Gemma 4 has, a layer beyond the last one, names
+without `base_model.model.`, no tensors."""
+
+
+class AdapterSpec(Strict):
+    """A LoRA adapter with seeded random weights, none of them zero."""
+
+    seed: int = 0
+    modules: tuple[str, ...] = ()
+    """Ends of the published names of modules, such as `self_attn.q_proj`, or `vision_tower` for all in it."""
+    pattern: str = ""
+    """Written as `target_modules` in place of a list; it has to match the same modules."""
+    experts: ExpertForm | None = None
+    """Also for the experts, in this form."""
+    expert: int | None = Field(default=None, ge=0)
+    """In the form `single`: for this expert alone."""
+    save: tuple[str, ...] = ()
+    """Ends of names of modules of which it holds whole copies (`modules_to_save`)."""
+    rank: int = Field(default=4, ge=1)
+    alpha: float = Field(default=12.0, gt=0)
+    rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """By ends of names."""
+    layers: tuple[int, ...] = ()
+    """Layers of the text model alone (`layers_to_transform`); empty: all."""
+    scale: float = Field(default=0.5, gt=0)
+    """Of what it adds to each weight, relative to the weight's own norm."""
+    keys: KeyForm | None = None
+    """Form of its names; absent: that of the checkpoint's own model."""
+
+    @model_validator(mode="after")
+    def _for_something(self) -> AdapterSpec:
+        if not (self.modules or self.experts or self.save):
+            raise ValueError("an adapter needs `modules`, `experts` or `save`")
+        if self.expert is not None and self.experts != "single":
+            raise ValueError("`expert` needs `experts: single`")
+        return self
+
+
+class LoraCase(CaseBase):
+    """Judge a target with adapters."""
+
+    config: CaseId
+    """A key of the suite's `configs`."""
+    weights: int = 0
+    """Seed of the checkpoint's weights."""
+    judge: Judged
+    """`mapping`: each module's own adapter stands in the right places of the engine. `numbers`: adapters give
+    what the merged weights give. `liveness`: each module's own adapter changes the answers as the merged
+    weight does, and one of zeros changes nothing. `isolation`: rows with different adapters, and with none,
+    in one batch answer as they do alone. `refusal`: a damaged adapter is refused."""
+    rows: tuple[tuple[Piece, ...], ...] = ((TextPiece(text=24),),)
+    """Prompts. `numbers` and `isolation` give the adapters to them in turn."""
+    seed: int = 0
+    """Of the rows."""
+    adapters: tuple[AdapterSpec, ...] = ()
+    probes: tuple[str, ...] = ()
+    """For `mapping` and `liveness`: ends of names, or first parts, of the modules that are probed; empty: all
+    that have a place in the rows."""
+    experts: ExpertForm = "stacked"
+    """Form of the probes for experts."""
+    keys: KeyForm | None = None
+    """Form of the probes' names; absent: that of the checkpoint's own model."""
+    damage: Damage | None = None
+    max_new_tokens: int = Field(default=3, ge=1)
+    tolerance: float = Field(default=2e-4, gt=0)
+    """How far a log-probability may be from the merged weights'."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LoraCase:
+        if not self.rows or not all(self.rows):
+            raise ValueError("`rows` needs at least one row, and every row a piece")
+        for piece in (piece for row in self.rows for piece in row):
+            if isinstance(piece, VideoPiece) or (not isinstance(piece, TextPiece) and not what(piece).whole):
+                raise ValueError("rows hold text, whole images and whole sounds")
+        probing = self.judge in ("mapping", "liveness")
+        if probing == bool(self.adapters):
+            raise ValueError("`mapping` and `liveness` make their own adapters; the others need `adapters`")
+        if (self.damage is not None) != (self.judge == "refusal"):
+            raise ValueError("`damage` is for `refusal`, which needs it")
+        if self.judge == "isolation" and (len(self.adapters) < 2 or len(self.rows) < 3):
+            raise ValueError("`isolation` needs two adapters and three rows")
+        return self
+
+
+class LoraSuite(SuiteBase):
+    """Suite of kind `lora`."""
+
+    kind: Literal["lora"]
+    configs: dict[CaseId, dict[str, Any]] = Field(min_length=1)
+    """With the keys of a published `text_config`; for rows with media, of a published `config.json`, with the
+    token ids of the scripted checkpoint's tokenizer, which the checkpoints come with."""
+    cases: tuple[LoraCase, ...] = Field(min_length=1)

@@ -1,0 +1,94 @@
+"""The check of adapters: each known fault is noticed by a case and a rule, and the reference breaks none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conformance.expectations import Expectations
+from conformance.faults import registry
+from conformance.loading import LoadedSuites, load_suites
+from conformance.results import Result
+from conformance.runner import TargetPool, run_case
+
+torch.set_num_threads(1)
+
+CAUGHT = {
+    "alpha-ignored": ("e2b::attention", "numbers"),
+    "alpha-not-by-rank": ("e2b::attention", "numbers"),
+    "rank-stabilised-ignored": ("e2b::rank-stabilised", "numbers"),
+    "alpha-pattern-ignored": ("e2b::patterns", "numbers"),
+    "rank-pattern-not-in-scale": ("e2b::patterns", "numbers"),
+    "other-form-of-names-dropped": ("e2b::whole-names", "no-effect"),
+    "feed-forward-not-adapted": ("e2b::mapping", "mapping"),
+    "per-layer-projections-not-adapted": ("e2b::per-layer-inputs", "no-effect"),
+    "keys-alone-where-keys-are-values": ("keys-are-values::keys", "numbers"),
+    "copied-modules-ignored": ("e2b::copied-modules", "numbers"),
+    "wrong-tensors-dropped": ("e2b::unknown-module", "accepted"),
+    "loaded-and-never-active": ("e2b::attention", "not-applied"),
+    "adapter-of-another-request": ("e2b::side-by-side", "foreign"),
+    "rows-without-adapters-get-one": ("e2b::side-by-side", "foreign"),
+    "inactive-when-decoding": ("e2b::attention", "numbers"),
+    "stacked-experts-dropped": ("experts::at-once", "no-effect"),
+    "single-experts-dropped": ("experts::one-by-one", "no-effect"),
+    "one-expert-dropped": ("experts::each-expert", "no-effect"),
+    "expert-columns-by-expert": ("experts::at-once", "numbers"),
+    "gate-and-up-exchanged": ("experts::one-by-one", "numbers"),
+    "router-not-adapted": ("experts::with-attention", "numbers"),
+    "towers-not-adapted": ("media::all-parts", "numbers"),
+    "connectors-not-adapted": ("media::all-parts", "numbers"),
+    "layers-of-towers-dropped": ("media::all-parts", "numbers"),
+    "media-of-another-request": ("media::different-media", "numbers"),
+}
+"""Fault to the case that must notice it, and a rule that it must break."""
+CRASHES = {"audio-tower-hard-coded": "media::mapping-text-names"}
+"""Faults after which there is no answer to judge."""
+
+
+@pytest.fixture(scope="module")
+def suites() -> LoadedSuites:
+    return load_suites([Path(__file__).parents[1] / "suites" / "lora"])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[TargetPool]:
+    made = TargetPool(timeout=120)
+    yield made
+    made.close()
+
+
+def run(name: str, suites: LoadedSuites, pool: TargetPool) -> Result:
+    (case,) = suites.match(f"lora/{name}")
+    return run_case(case, "reference", pool, Expectations(()))
+
+
+def test_every_fault_is_looked_for() -> None:
+    faults = {fault.id for fault in registry().values() if fault.kind == "lora"}
+    assert faults == {*CAUGHT, *CRASHES}
+
+
+@pytest.mark.parametrize("name", sorted({case for case, _ in CAUGHT.values()} | set(CRASHES.values())))
+def test_the_reference_breaks_no_rule(name: str, suites: LoadedSuites, pool: TargetPool) -> None:
+    result = run(name, suites, pool)
+    assert result.verdict == "pass", result
+
+
+@pytest.mark.parametrize("fault", CAUGHT)
+def test_a_fault_is_noticed_by_name(fault: str, suites: LoadedSuites, pool: TargetPool) -> None:
+    name, rule = CAUGHT[fault]
+    known = registry()[fault]
+    with known.applied():
+        result = run(name, suites, pool)
+    assert result.verdict == "fail"
+    assert rule in {problem.rule for problem in result.problems}, result.problems
+    assert result.area == known.area
+    assert run(name, suites, pool).verdict == "pass", "a fault leaves nothing behind"
+
+
+@pytest.mark.parametrize("fault", CRASHES)
+def test_a_fault_after_which_nothing_answers(fault: str, suites: LoadedSuites, pool: TargetPool) -> None:
+    with registry()[fault].applied():
+        assert run(CRASHES[fault], suites, pool).verdict == registry()[fault].alarm
