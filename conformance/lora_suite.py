@@ -14,9 +14,7 @@ ExpertForm = Literal["stacked", "single"]
 KeyForm = Literal["whole", "text"]
 """Names as in a whole model (`model.language_model.layers.0…`), or as in a text model (`model.layers.0…`)."""
 Judged = Literal["mapping", "numbers", "liveness", "isolation", "refusal"]
-Damage = Literal[
-    "half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"
-]
+Damage = Literal["half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"]
 """What is done to an adapter: a `lora_B` missing, the file's second half missing, a rank that is not the
 configuration's, a matrix for a wider module, a module that no Gemma 4 has, a layer beyond the last one, names
 without `base_model.model.`, no tensors."""
@@ -96,9 +94,7 @@ class LoraCase(CaseBase):
                 raise ValueError("rows hold text, whole images and whole sounds")
         probing = self.judge in ("mapping", "liveness")
         if probing == bool(self.adapters):
-            raise ValueError(
-                "`mapping` and `liveness` make their own adapters; the others need `adapters`"
-            )
+            raise ValueError("`mapping` and `liveness` make their own adapters; the others need `adapters`")
         if (self.damage is not None) != (self.judge == "refusal"):
             raise ValueError("`damage` is for `refusal`, which needs it")
         if self.judge == "isolation" and (len(self.adapters) < 2 or len(self.rows) < 3):

@@ -60,9 +60,7 @@ def _answers(model: Any, request: Json, places: Sequence[int]) -> list[Json]:
         [request[kind][place] if request[kind] else [] for place in places] for kind in ("images", "sounds")
     ]
     if any(map(any, media)):
-        rows = [
-            _with_media(model, request, ids, *files) for ids, *files in zip(prompts, *media, strict=True)
-        ]
+        rows = [_with_media(model, request, ids, *files) for ids, *files in zip(prompts, *media, strict=True)]
         _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
         return [
             _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
