@@ -42,9 +42,21 @@ _PRELOADED = (
 """What every engine imports."""
 _ROOMS = (4, 16)
 FEATURES = (
-    *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3"),
-    *("lora", "mixed-adapters", "prefill-chunk", "prefix-cache", "block-size", "max-sequences"),
-    *("sampling", "repeat", "images", "sounds"),
+    "tensor-parallel",
+    "pipeline-parallel",
+    "pipeline-split",
+    "expert-parallel",
+    "eagle3",
+    "lora",
+    "mixed-adapters",
+    "prefill-chunk",
+    "prefix-cache",
+    "block-size",
+    "max-sequences",
+    "sampling",
+    "repeat",
+    "images",
+    "sounds",
 )
 _SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
 _ADAPTERS = 4
