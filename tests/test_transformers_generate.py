@@ -47,7 +47,9 @@ def test_it_says_so(target: Target) -> None:
     assert "generate" in info.capabilities
     assert info.features[0] == "media"  # of forward passes
     images = "preprocess" in info.capabilities
-    assert set(info.features[1:]) - {"lora"} == ({"images", "sounds"} if images else set())
+    always = {"prefill-chunk", "threads", "sampling", "repeat", "states"}
+    media = {"images", "sounds"} if images else set()
+    assert set(info.features[1:]) - {"lora"} == always | media
 
 
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
@@ -72,6 +74,8 @@ def test_tokens_and_numbers_are_the_bundled_model_s(target: Target, attention: s
         "pipeline_parallel": "1",
         "speculation": "none",
         "adapter": "none",
+        "cache": "dynamic",
+        "threads": result.effective["threads"],
     }
 
 
