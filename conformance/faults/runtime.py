@@ -155,8 +155,8 @@ def _resampled() -> Patch:
 def _kept() -> Patch:
     """A drafted token stays with probability p, not p / q."""
 
-    def by_target(p: Tensor, _q: Tensor, token: int) -> float:
-        return float(p[token])
+    def by_target(p: float, _q: float) -> float:
+        return p
 
     return replace(verify, "kept", by_target)
 
