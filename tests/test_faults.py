@@ -22,7 +22,7 @@ from conformance.runner import TargetPool
 from conformance.targets import registry as targets
 
 FAULTS = list(registry().values())
-FEW = {"parity": 3, "mask": 4, "processor": 4}
+FEW = {"parity": 3, "mask": 4, "processor": 4, "invariance": 4}
 """Most cases of a suite that are run for a fault, by kind, where it is not all."""
 
 
@@ -71,6 +71,7 @@ def test_there_are_enough_of_both_kinds() -> None:
     assert kinds.count("parity") >= 60
     assert kinds.count("mask") >= 10
     assert kinds.count("processor") >= 20
+    assert kinds.count("invariance") >= 15
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)

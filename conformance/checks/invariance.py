@@ -271,7 +271,7 @@ class _Pair:
         laws = drawing.law_of(self.asker, once, self.prompts, case.sampling, places)
         problems: list[Problem] = []
         self.found.facts |= {"draws": case.draws, "alpha": drawing.ALPHA}
-        limit = places + 2  # so that what is tested comes in rounds of several drafts
+        limit = places + 1  # so that what is tested comes in a round of several drafts
         for rule, way in (("base-distribution", case.base), ("distribution", case.changed)):
             try:
                 answers = self.asker.drawn(way, self.prompts, case.sampling, limit, case.draws)

@@ -52,13 +52,17 @@ def _unaligned() -> Patch:
 
 
 @cache("window-not-looked-up", source=("check 16",), module=prefix)
-def _window() -> Patch:
+def _window() -> tuple[Patch, ...]:
     """A prefix is taken as found when full layers have it, whether sliding ones have their window or not."""
+    original = BlockTables._found
 
     def always(_self: BlockTables, _content: Content, _length: int) -> bool:
         return True
 
-    return replace(BlockTables, "window_hit", always)
+    def some_block(self: BlockTables, kind: AttentionKind, content: Content, hit: int) -> list[int]:
+        return [max(block, 0) for block in original(self, kind, content, hit)]
+
+    return replace(BlockTables, "window_hit", always), replace(BlockTables, "_found", some_block)
 
 
 @cache("evicted-blocks-still-found", source=("check 16",), module=blocks)
@@ -151,8 +155,8 @@ def _resampled() -> Patch:
 def _kept() -> Patch:
     """A drafted token stays with probability p, not p / q."""
 
-    def by_target(p: Tensor, _q: Tensor, token: int) -> float:
-        return float(p[token])
+    def by_target(p: float, _q: float) -> float:
+        return p
 
     return replace(verify, "kept", by_target)
 
@@ -198,7 +202,7 @@ def _unnormed() -> Patch:
     return replace(proposer.AssistantProposer, "propose", propose)
 
 
-@draft("accepted-without-looking", source=("check 19",), module=verify)
+@draft("accepted-without-looking", source=("spec 9.1",), module=verify)
 def _unlooked() -> Patch:
     """Of drawn drafts the first always stays."""
     original = verify.verify_sampled

@@ -61,9 +61,10 @@ class PagedEngine:
 
     Its model is in this process, or spread over several.
 
-    Its pools hold as many sequences as run at once, each as long as the longest of the request, so that what
-    is cached beyond them has to go. Blocks of sliding layers have twice as many positions as those of full
-    ones, as they have where layers of smaller heads have pages of the same number of bytes.
+    Its pools hold as many sequences as run at once, each as long as the longest of the request, in sliding
+    layers as far as a chunk and the window reach; what is cached beyond them has to go. Blocks of sliding
+    layers have twice as many positions as those of full ones, as they have where layers of smaller heads have
+    pages of the same number of bytes.
 
     Args:
         reader: The model.
@@ -81,13 +82,16 @@ class PagedEngine:
         size = options.block_size or _BLOCK_SIZE
         sequences = options.max_sequences or _MAX_SEQUENCES
         with torch.inference_mode():
-            rows, _ = reader.read(request.prompts, request.images, request.sounds)
+            rows, soft = reader.read(request.prompts, request.images, request.sounds)
         longest = max(map(len, rows)) + request.max_new_tokens
         if longest > options.max_model_len:
             raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
         drafted = options.speculation.tokens if options.speculation is not None else 0
         self._spread = spread(request)
-        self._runner = self._make_runner(_sizes(reader.text.config, size, sequences, longest + drafted))
+        step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
+        self._runner = self._make_runner(
+            _sizes(reader.text.config, size, sequences, longest + drafted, max(step, 1 + drafted) + drafted)
+        )
         self._engine = Engine(
             self._runner,
             EngineConfig(
@@ -187,10 +191,15 @@ class PagedEngine:
         return Eagle3Proposer(load_eagle3(folder, target_layers=layers, dtype=dtype), self._runner)
 
 
-def _sizes(config: TextConfig, size: int, sequences: int, longest: int) -> CacheSizes:
+def _sizes(config: TextConfig, size: int, sequences: int, longest: int, step: int) -> CacheSizes:
+    """Pools for sequences of up to so many tokens, of which a step adds up to so many."""
     sizes = {kind: size if kind == "full_attention" else 2 * size for kind in config.kinds}
+    reach = {
+        kind: longest if kind == "full_attention" else min(longest, config.sliding_window + step)
+        for kind in config.kinds
+    }
     # One block more for a sequence whose window begins inside of one.
-    blocks = {kind: sequences * (math.ceil(longest / each) + 1) for kind, each in sizes.items()}
+    blocks = {kind: sequences * (math.ceil(reach[kind] / each) + 1) for kind, each in sizes.items()}
     return CacheSizes(sizes, blocks)
 
 

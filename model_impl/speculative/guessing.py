@@ -36,6 +36,8 @@ _HEARD = 0.08
 """Of the target's states, which a guessing Eagle3 head reads beside the token."""
 _STATE = 0.3
 """Of the target's last state, as a guessing assistant hears it beside the token."""
+_ATTENDED = 0.25
+"""Of what a guessing assistant's attention adds, so that it matters whose keys it reads."""
 _QUIET = 0.02
 """Of all else that is random in it."""
 _CLUSTER = 8
@@ -140,7 +142,7 @@ def _teach(tensors: dict[str, Tensor], config: AssistantConfig, target: Path) ->
     hidden = embedding.shape[-1]
     for name in tensors:
         if ".post_" in name and name.endswith("norm.weight"):
-            tensors[name] *= _QUIET
+            tensors[name] *= _ATTENDED if "attention" in name else _QUIET
     tensors["pre_projection.weight"] *= _QUIET
     tensors["pre_projection.weight"][:, :hidden] += torch.eye(hidden) * hidden**-0.5
     # The state before the newest token points to that token, as it is what the target chose by it.
