@@ -162,8 +162,12 @@ class WorkerTarget:
 
         def validate(answer: Any) -> GenerateResult:
             result = GenerateResult.model_validate(answer)
-            if len(result.generations) != len(request.prompts):
-                raise ValueError(f"{len(result.generations)} answers to {len(request.prompts)} prompts")
+            wanted = len(request.prompts) * request.samples * request.repeat
+            if len(result.generations) != wanted:
+                raise ValueError(
+                    f"{len(result.generations)} answers, and {wanted} to {len(request.prompts)} prompts were "
+                    "asked for"
+                )
             return result
 
         return self._ask("generate", request.model_dump(), validate, extra=ENGINE_TIMEOUT)
