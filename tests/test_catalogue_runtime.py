@@ -1,4 +1,4 @@
-"""Every catalogue entry on layouts, speculation, caches and backends has a case, or a reason why it has none."""
+"""Every catalogue entry on layouts, speculation, caches and backends has a case, or a reason."""
 
 from __future__ import annotations
 

@@ -252,6 +252,7 @@ def test_bundled_suites_load_and_no_case_is_there_twice() -> None:
         "processor",
         "server",
         "generation",
+        "invariance",
         "accuracy",
     }
     assert {s.suite.kind for s in suites} == kinds
