@@ -34,7 +34,8 @@ from model_impl.speculative.proposer import AssistantProposer, Eagle3Proposer, P
 
 PAGED: frozenset[Feature] = frozenset(("eagle3", "assistant", "prefix-cache", "block-size", "max-sequences"))
 """What takes a paged cache."""
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = 4
+"""Small, so that short prompts have several."""
 _MAX_SEQUENCES = 64
 _MOST_WAITING = 1000
 """Requests given to the engine at a time: it looks through those that wait in every step."""
