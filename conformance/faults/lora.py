@@ -258,7 +258,7 @@ def _columns_by_expert() -> Patch:
     return _expert_matrices(by_expert, of="stacked")
 
 
-@experts("gate-and-up-exchanged", source=("spec 5.2",), module=expert_keys)
+@experts("gate-and-up-exchanged", source=("spec 7.2",), module=expert_keys)
 def _exchanged() -> Patch:
     """What an adapter adds to gate and up of single experts is exchanged."""
     original: Callable[..., dict[str, tuple[Tensor, Tensor]]] = expert_keys.read
