@@ -60,6 +60,7 @@ def make_old(url: str) -> None:
     with Store(url) as opened, opened._database.writing() as session:
         session.execute(text("ALTER TABLE conformance_runs DROP COLUMN cell"))
         session.execute(update(VersionRow).values(version=1))
+        session.execute(text("ALTER TABLE conformance_version DROP COLUMN revision"))
 
 
 def test_an_older_database_is_brought_up_to_date_by_merging(fresh, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
