@@ -174,8 +174,9 @@ def test_an_answer_of_the_engine_becomes_a_generation() -> None:
     output = SimpleNamespace(token_ids=[5, 7], finish_reason="length", logprobs=at)
     top = [{5: -0.5, 7: -1.5}] * 2
     expected = {"token_ids": [5, 7], "finish_reason": "length", "logprobs": [-0.5, -1.5]}
-    assert vllm_engine.generation(output, top=True) == expected | {"top": top}
-    assert vllm_engine.generation(output, top=False) == expected | {"top": []}
+    assert vllm_engine.generation(output, top=True) == expected | {"top": top, "cached_tokens": None}
+    made = vllm_engine.generation(output, top=False, cached=16)
+    assert made == expected | {"top": [], "cached_tokens": 16}
 
 
 def test_likelihoods_are_of_the_end_of_a_prompt() -> None:
@@ -280,7 +281,7 @@ def test_the_engine_says_every_line_verbatim(engine: WorkerTarget) -> None:
     assert "generate" in info.capabilities
     assert set(info.features) >= {"tensor-parallel", "eagle3", "lora", "images"}
     result = engine.generate(request())
-    assert result.effective == PLAIN
+    assert result.effective.items() >= PLAIN.items()  # how it schedules is its own choice
     assert answered(result) == lines()
     for dialogue, answer in list(zip(dialogues(), result.generations, strict=True))[::9]:
         assert_logprobs(dialogue, answer)
@@ -318,7 +319,7 @@ def test_likelihoods_are_those_of_its_answers(engine: WorkerTarget) -> None:
         continuations=(*(dialogue.answer for dialogue in asked), *((9, 10, 11),) * len(asked)),
     )
     result = engine.loglikelihood(request)
-    assert result.effective == PLAIN
+    assert result.effective.items() >= PLAIN.items()  # how it schedules is its own choice
     expected = ReferenceTarget().loglikelihood(request)
     for mine, theirs in zip(result.likelihoods, expected.likelihoods, strict=True):
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-2)
@@ -328,7 +329,7 @@ def test_likelihoods_are_those_of_its_answers(engine: WorkerTarget) -> None:
 
 def test_another_dtype_is_another_engine(engine: WorkerTarget) -> None:
     result = engine.generate(request(options={"dtype": "bfloat16"}))
-    assert result.effective == PLAIN | {"dtype": "bfloat16"}
+    assert result.effective.items() >= (PLAIN | {"dtype": "bfloat16"}).items()
     assert answered(result) == lines()
 
 
@@ -350,7 +351,7 @@ def test_a_lora_adapter_equals_merged_weights(engine: WorkerTarget, tmp_path: Pa
     adapted = first.effective["adapter"].split(", ")
     assert len(adapted) == 4 * 4, "four layers, each with a fused and a single projection twice"
     assert adapted[0] == "language_model.model.layers.0.mlp.down_proj"
-    assert first.effective == PLAIN | {"adapter": first.effective["adapter"]}
+    assert first.effective.items() >= (PLAIN | {"adapter": first.effective["adapter"]}).items()
     for result in (first, again):
         assert [a.token_ids for a in result.generations] == [a.token_ids for a in expected.generations]
         for mine, theirs in zip(result.generations, expected.generations, strict=True):
@@ -364,7 +365,7 @@ def test_a_draft_head_changes_nothing(engine: WorkerTarget, tmp_path: Path) -> N
     reference_model.write_draft(bundled.checkpoint(), tmp_path, seed=1, layers=(0, 1, 2))
     draft = {"method": "eagle3", "checkpoint": str(tmp_path), "tokens": 3}
     result = engine.generate(request(options={"speculation": draft}))
-    assert result.effective == PLAIN | {"speculation": "eagle3"}
+    assert result.effective.items() >= (PLAIN | {"speculation": "eagle3"}).items()
     assert answered(result) == lines()
 
 
@@ -396,7 +397,7 @@ def test_images_are_seen_as_transformers_sees_them(engine: WorkerTarget, seeing:
     }
     images = [answer["images"] for answer in expected]
     result = engine.generate(request(**asked, images=images))
-    assert result.effective == PLAIN
+    assert result.effective.items() >= PLAIN.items()  # how it schedules is its own choice
     for mine, theirs in zip(result.generations, expected, strict=True):
         assert list(mine.token_ids) == theirs["tokens"]
         assert mine.logprobs == pytest.approx(theirs["logprobs"], abs=1e-3)
@@ -434,7 +435,7 @@ def left(processes: dict[int, str]) -> dict[int, str]:
 def test_two_ranks_say_the_same_and_leave_nothing(engine: WorkerTarget) -> None:
     shared = set(Path("/dev/shm").iterdir())
     result = engine.generate(request(options={"tensor_parallel": 2}))
-    assert result.effective == PLAIN | {"tensor_parallel": "2"}
+    assert result.effective.items() >= (PLAIN | {"tensor_parallel": "2"}).items()
     assert answered(result) == lines()
     assert engine.pid is not None
     running = descendants(engine.pid)
