@@ -349,7 +349,7 @@ def test_a_lora_adapter_equals_merged_weights(engine: WorkerTarget, tmp_path: Pa
     expected = oracle.generate(request(checkpoint=str(merged), max_new_tokens=24))
     first, other, again = (engine.generate(asked[number]) for number in (0, 1, 0))
     adapted = first.effective["adapter"].split(", ")
-    assert len(adapted) == 4 * 4, "four layers, each with a fused and a single projection twice"
+    assert len(adapted) == 4 * 7, "four layers, each with the seven parts of its fused and single projections"
     assert adapted[0] == "language_model.model.layers.0.mlp.down_proj"
     assert first.effective.items() >= (PLAIN | {"adapter": first.effective["adapter"]}).items()
     for result in (first, again):
