@@ -13,7 +13,7 @@ def survivors(mark: str) -> set[int]:
         found = set()
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if f"TEST_MARK={mark}".encode() in environ.read_bytes():
+                if f"TEST_MARK={mark}\0".encode() in environ.read_bytes():
                     found.add(int(environ.parent.name))
             except OSError:
                 continue

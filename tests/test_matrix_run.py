@@ -49,9 +49,18 @@ def arguments(*more: object) -> list[str]:
     return [sys.executable, "-m", "conformance", "matrix", "run", *map(str, more)]
 
 
+def unique(mark: str) -> str:
+    """Another test process may run the same fixture at the same time."""
+    return f"{mark}-{os.getpid()}"
+
+
 def variables(mark: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "CONFORMANCE_"))}
-    return kept | {"PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}", "TEST_MARK": mark, "OMP_NUM_THREADS": "1"}
+    return kept | {
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
+        "TEST_MARK": unique(mark),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +138,7 @@ def test_every_case_of_a_cell_that_died_is_an_error(ran: Ran) -> None:
 
 
 def test_nothing_stays_running(ran: Ran) -> None:
-    assert survivors("ran") == set()
+    assert survivors(unique("ran")) == set()
 
 
 def test_complete_cells_are_kept_and_others_gone_on_with(ran: Ran) -> None:
@@ -171,7 +180,7 @@ def test_a_cell_over_its_limit_is_a_timeout_and_leaves_nothing(tmp_path: Path) -
     (row,) = json.loads(done.stdout)["cells"]
     assert (row["verdict"], row["counts"]) == ("timeout", {"timeout": 2})
     assert row["reason"] == "the cell was not done within 20 s"
-    assert survivors("hangs") == set()
+    assert survivors(unique("hangs")) == set()
 
 
 def test_nothing_stays_when_the_command_is_killed(tmp_path: Path) -> None:
@@ -195,7 +204,7 @@ def test_nothing_stays_when_the_command_is_killed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
-    assert survivors("killed") == set()
+    assert survivors(unique("killed")) == set()
 
 
 @pytest.mark.parametrize(

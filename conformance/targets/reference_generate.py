@@ -53,9 +53,13 @@ def loglikelihood(request: LoglikelihoodRequest) -> LoglikelihoodResult:
     Raises:
         EngineError: as `generate`.
     """
-    with engine(), torch.inference_mode():
-        options = request.options
-        _check_features(options.features)
+    options = request.options
+    if asked := [feature for feature in options.features if feature != "threads"]:
+        raise EngineError(
+            f"the bundled implementation gives likelihoods without {', '.join(asked)}: by one pass of the "
+            "whole model in one process; leave that out"
+        )
+    with engine(options.threads), torch.inference_mode():
         pairs = list(zip(request.contexts, request.continuations, strict=True))
         _check_length(max(len(context) + len(continuation) for context, continuation in pairs), options)
         reader = Reader(Path(request.checkpoint), options.dtype, options.attention)

@@ -21,6 +21,9 @@ from model_impl.lora.sites import HEAD, TEXT, Sites
 
 _ALPHA = 2
 """alpha / r of random adapters: not one, so that leaving it out shows."""
+_TOWERS = r".*(vision_tower|audio_tower)\..*"
+"""Modules of these have the same names as those of the text model, in which alone random adapters act: PEFT
+would wrap them too, and knows no linears that clip."""
 
 
 def write_random_adapter(
@@ -69,6 +72,7 @@ def write_random_adapter(
         "use_dora": False,
         "use_rslora": False,
         "target_modules": sorted(modules),
+        "exclude_modules": _TOWERS,
         "inference_mode": True,
     }
     (folder / configuring.FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
