@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from conformance.errors import EngineError
 from conformance.expectations import Expectations
 from conformance.faults import registry
 from conformance.loading import LoadedSuites, load_suites
 from conformance.results import Result
 from conformance.runner import TargetPool, run_case
+from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation
+from conformance.targets.reference import ReferenceTarget
 
 torch.set_num_threads(1)
 
@@ -28,6 +31,8 @@ CAUGHT = {
     "keys-alone-where-keys-are-values": ("keys-are-values::keys", "numbers"),
     "copied-modules-ignored": ("e2b::copied-modules", "numbers"),
     "wrong-tensors-dropped": ("e2b::unknown-module", "accepted"),
+    "every-adapter-refused": ("e2b::half-a-pair", "raised"),
+    "no-logprobs-with-adapters": ("e2b::half-a-pair", "incomplete"),
     "loaded-and-never-active": ("e2b::attention", "not-applied"),
     "adapter-of-another-request": ("e2b::side-by-side", "foreign"),
     "rows-without-adapters-get-one": ("e2b::side-by-side", "foreign"),
@@ -92,3 +97,21 @@ def test_a_fault_is_noticed_by_name(fault: str, suites: LoadedSuites, pool: Targ
 def test_a_fault_after_which_nothing_answers(fault: str, suites: LoadedSuites, pool: TargetPool) -> None:
     with registry()[fault].applied():
         assert run(CRASHES[fault], suites, pool).verdict == registry()[fault].alarm
+
+
+def test_an_answer_without_numbers_is_no_refusal(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged adapter is taken, and the answer holds nothing."""
+    original = ReferenceTarget.generate
+
+    def generate(self: ReferenceTarget, request: GenerateRequest) -> GenerateResult:
+        try:
+            return original(self, request)
+        except EngineError:
+            made = Generation(token_ids=(5, 6), finish_reason="length", logprobs=())
+            return GenerateResult(generations=(made,) * len(request.prompts))
+
+    monkeypatch.setattr(ReferenceTarget, "generate", generate)
+    result = run("e2b::half-a-pair", suites, pool)
+    assert [problem.rule for problem in result.problems] == ["incomplete"], result.reason

@@ -13,6 +13,8 @@ Rules:
   foreign        it is the row with another row's adapter, or with none
   left-over      after adapters were used, a batch without any differs from one before
   accepted       a damaged adapter is taken without a word
+  raised         the target raised: with an adapter that is whole, or without any
+  incomplete     an answer is missing, is empty, or lacks its log-probabilities
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ def judge(case: LoraCase, suite: LoraSuite, target: Target, oracles: Oracles) ->
         problems = list(_JUDGES[case.judge](inquiry))
     except _RefusedError as error:
         problems = [Problem(rule="raised", message=f"generation raised {error}", got=str(error))]
+    except _IncompleteError as error:
+        problems = [Problem(rule="incomplete", message=str(error), got=str(error))]
     return CheckOutcome.from_problems(problems, inquiry.evidence())
 
 
@@ -101,6 +105,10 @@ def _cannot(case: LoraCase, target: Target) -> str:
 
 class _RefusedError(Exception):
     """The target refused what it was asked."""
+
+
+class _IncompleteError(Exception):
+    """The target answered, and left something out; that is no refusal."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,8 @@ class _Inquiry:
         """Generate, each prompt with its adapter; so many tokens, if not as many as the case says.
 
         Raises:
-            _RefusedError: the target raised, or answered to another number of prompts.
+            _RefusedError: the target raised.
+            _IncompleteError: it answered to another number of prompts, or without log-probabilities.
         """
         self.asked += [adapter.title for adapter in adapters if adapter and adapter.title not in self.asked]
         request = GenerateRequest(
@@ -169,8 +178,8 @@ class _Inquiry:
             if not made.token_ids or len(made.logprobs) != len(made.token_ids)
         ]
         if len(result.generations) != len(prompts) or broken:
-            raise _RefusedError(
-                f"nothing: {len(result.generations)} answers came to {len(prompts)} prompts, and "
+            raise _IncompleteError(
+                f"{len(result.generations)} answers came to {len(prompts)} prompts, and "
                 f"{len(broken)} are empty or have no log-probabilities"
             )
         self.effective = result.effective
@@ -398,7 +407,7 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
 
 
 def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
-    """A damaged adapter."""
+    """A damaged adapter, after a whole one: a target that refuses every adapter refuses no damage."""
     from conformance import lora_adapters
 
     case = inquiry.case
@@ -412,6 +421,7 @@ def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
 
     folder = inquiry.oracles.made(make, "damaged", str(whole.folder), how)
     prompts = inquiry.prompts[:1]
+    inquiry.ask(prompts, [whole])
     try:
         result = inquiry.ask(prompts, [_Adapter(f"{whole.title}, {how}", folder, whole.drawn)])
     except _RefusedError:
