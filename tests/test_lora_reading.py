@@ -200,6 +200,35 @@ def test_a_copy_of_the_models_own_table_is_named(tmp_path: Path) -> None:
         Adapter.load(folder, sites(E2B))
 
 
+@pytest.mark.parametrize("form", ["copy", "embedding", "head"])
+def test_the_embedding_and_the_head_are_not_changed_as_one(tmp_path: Path, form: str) -> None:
+    """Where they are one weight; in a model in which they are two, PEFT ties nothing either."""
+    embedding = f"{WRAPPED}model.embed_tokens"
+    rows = E2B["vocab_size"]
+    tensors: dict[str, torch.Tensor] = {
+        "copy": {f"{embedding}.weight": torch.ones(rows, 48)},
+        "embedding": {
+            f"{embedding}.lora_embedding_A": torch.ones(2, rows),
+            f"{embedding}.lora_embedding_B": torch.ones(48, 2),
+        },
+        "head": pair("lm_head", rows, 48),
+    }[form]
+    name = "lm_head" if form == "head" else "embed_tokens"
+    named = {"modules_to_save" if form == "copy" else "target_modules": [name]}
+    for number, (ties, config, message) in enumerate(
+        [(True, E2B, "ensure_weight_tying"), (False, E2B, ""), (True, E2B | {"tie_word_embeddings": False}, "")]
+    ):
+        folder = write(tmp_path / str(number), tensors, ensure_weight_tying=ties, **named)
+        if message:
+            with pytest.raises(CheckpointError, match=message):
+                Adapter.load(folder, sites(config))
+        else:
+            made = Adapter.load(folder, sites(config))
+            assert len(made.changes) + len(made.copies) == 1
+    other = write(tmp_path / "other", pair(Q, 64, 48), target_modules=[Q], ensure_weight_tying=True)
+    assert len(Adapter.load(other, sites(E2B)).changes) == 1
+
+
 # ------------------------------------------------------------------------------------------ experts
 
 EXPERTS = "model.layers.0.experts"

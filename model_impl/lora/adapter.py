@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from model_impl.errors import CheckpointError
 from model_impl.lora import expert_keys
 from model_impl.lora.config import AdapterConfig
-from model_impl.lora.sites import HEAD, TEXT, Site, Sites
+from model_impl.lora.sites import EMBEDDING, HEAD, TEXT, Site, Sites
 
 FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."
@@ -109,6 +109,7 @@ class _Reader:
         names = self._unwrapped(tensors)
         self._form = self._form_of(names)
         pairs, others = self._pairs(names)
+        self._check_tied({*(pair.module for pair in pairs), *(name.rpartition(".")[0] for name in others)})
         expert_pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for pair in pairs:
             at = expert_keys.split(self._site_name(pair.module))
@@ -240,6 +241,16 @@ class _Reader:
                 f"are {list(pair.a.shape)} and {list(pair.b.shape)}; with the rank {rank} of the "
                 f"configuration and the shape of the module they must be {list(a)} and {list(b)}",
                 [pair.module],
+            )
+
+    def _check_tied(self, modules: Collection[str]) -> None:
+        """Refuse what changes the embedding and the head as the one weight that they are."""
+        tied = [module for module in modules if self._site_name(module) in (EMBEDDING, HEAD)]
+        if tied and self._config.ties and self._sites.config.tie_word_embeddings:
+            self._refuse(
+                "are adapted with ensure_weight_tying: embedding and head change together, which is not "
+                "supported here; train with it off, or leave them alone",
+                tied,
             )
 
     def _check_complete(self) -> None:

@@ -24,7 +24,7 @@ from model_impl.errors import ConfigError, ModelError
 from model_impl.layers.moe import Experts, grouped_linear
 from model_impl.layout import along_longer_side
 from model_impl.lora.adapter import Adapter, LowRank, names
-from model_impl.lora.sites import HEAD, Model, Sites
+from model_impl.lora.sites import EMBEDDING, HEAD, Model, Sites
 from model_impl.multimodal import Gemma4ForConditionalGeneration
 from model_impl.text import ScaledEmbedding
 
@@ -326,7 +326,7 @@ def check_head(adapter: Adapter, *, tied: bool) -> None:
     Raises:
         ConfigError: the two are one weight, and the adapter changes one of them.
     """
-    apart = {HEAD, "language_model.embed_tokens"} & set(names(adapter))
+    apart = {EMBEDDING, HEAD} & set(names(adapter))
     if tied and apart:
         raise ConfigError(
             f"{adapter.where}: {min(apart)} cannot be merged: the head and the embedding are one weight, and "

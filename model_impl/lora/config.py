@@ -22,7 +22,7 @@ Number = TypeVar("Number", int, float)
 _LayerIndex = Annotated[int, Field(ge=0)]
 
 _OF_NO_CONCERN = frozenset({
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "lora_dropout",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
     "loftq_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 })  # fmt: skip
@@ -58,6 +58,7 @@ class _Published(Published):
     layers_to_transform: list[_LayerIndex] | _LayerIndex | None = None
     layers_pattern: list[str] | str | None = None
     init_lora_weights: bool | str | None = True
+    ensure_weight_tying: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    ties: bool
+    """Whether what is said of the embedding is meant of the head too, where the two are one weight."""
     patterns: Patterns = field(compare=False)
 
     @classmethod
@@ -129,6 +132,7 @@ class AdapterConfig:
             if layers in (None, [])
             else frozenset([layers] if isinstance(layers, int) else layers or ()),
             layers_pattern=tuple(_several(form.layers_pattern)),
+            ties=form.ensure_weight_tying,
             patterns=Patterns(where),
         )
 

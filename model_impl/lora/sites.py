@@ -24,6 +24,7 @@ example, an adapter can hold a whole copy and nothing else."""
 
 TEXT = "language_model."
 HEAD = "lm_head"
+EMBEDDING = f"{TEXT}embed_tokens"
 _TOWERS = ("vision_tower", "audio_tower", "vision_embedder")
 _CONNECTORS = ("embed_vision", "embed_audio")
 
@@ -163,6 +164,7 @@ def _head_shape(model: Model) -> tuple[int, ...]:
 
 
 __all__ = [
+    "EMBEDDING",
     "HEAD",
     "TEXT",
     "MediaMapping",
