@@ -100,6 +100,23 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
         settings(**{"target_modules": ["q_proj"], **values})
 
 
+def test_how_first_weights_were_drawn_does_not_matter() -> None:
+    """As PEFT writes it after EVA, which gives modules ranks of their own, and keeps the scale by alphas."""
+    made = settings(
+        target_modules=["q_proj", "o_proj"],
+        init_lora_weights="eva",
+        eva_config={
+            "adjust_scaling_factors": True, "label_mask_value": -100, "rho": 2.0, "tau": 0.99,
+            "use_label_mask": True, "whiten": False,
+        },
+        rank_pattern={Q: 7},
+        alpha_pattern={Q: 14.0},
+        corda_config=None, loftq_config={}, lora_ga_config=None, qalora_group_size=16, velora_config=None,
+    )  # fmt: skip
+    assert (made.rank_of(Q), made.scale_of(Q)) == (7, 2.0)
+    assert made.rank_of(Q.replace(".0.", ".1.")) == 4
+
+
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_a_hostile_pattern_is_given_up(key: str) -> None:
     values: dict[str, Any] = {"target_modules": ["q_proj"], key: r"(?:a|a)+(?:a|a)+b"}
@@ -215,8 +232,9 @@ def test_the_embedding_and_the_head_are_not_changed_as_one(tmp_path: Path, form:
     }[form]
     name = "lm_head" if form == "head" else "embed_tokens"
     named = {"modules_to_save" if form == "copy" else "target_modules": [name]}
+    apart = E2B | {"tie_word_embeddings": False}
     for number, (ties, config, message) in enumerate(
-        [(True, E2B, "ensure_weight_tying"), (False, E2B, ""), (True, E2B | {"tie_word_embeddings": False}, "")]
+        [(True, E2B, "ensure_weight_tying"), (False, E2B, ""), (True, apart, "")]
     ):
         folder = write(tmp_path / str(number), tensors, ensure_weight_tying=ties, **named)
         if message:

@@ -22,7 +22,7 @@ Number = TypeVar("Number", int, float)
 _LayerIndex = Annotated[int, Field(ge=0)]
 
 _OF_NO_CONCERN = frozenset({
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout",
     "loftq_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 })  # fmt: skip
