@@ -21,6 +21,8 @@ from tests.model_configs import DENSE, E2B, MOE
 from tests.test_multimodal import CONFIGS
 
 Q = "model.layers.0.self_attn.q_proj"
+DEAD = "model.layers.7.self_attn.k_proj"
+"""Of a layer of E2B that shares another's keys."""
 
 
 def sites(config: dict[str, Any]) -> Sites:
@@ -177,6 +179,15 @@ def test_what_shared_layers_do_not_read_is_told_and_nothing_else_is_an_adapter(t
         ({f"{WRAPPED}{Q}.lora_A.weight": torch.zeros(2, 48, dtype=torch.int8)}, {}, "quantised"),
         ({f"{WRAPPED}{Q}.lora_A.weight": torch.full((2, 48), torch.inf)}, {}, "is not finite"),
         ({}, {}, "there are no tensors"),
+        (pair(Q, 64, 48) | pair(Q.removeprefix("model."), 64, 48), {"target_modules": ["q_proj"]},
+         "two names of one module"),
+        ({f"{WRAPPED}{name}.weight": torch.ones(48) for name in ("norm", "model.norm")},
+         {"modules_to_save": ["norm"]}, "two names of one module"),
+        (pair(DEAD, 17, 48), {"target_modules": [DEAD]}, "must be .2, 48. and .16, 2."),
+        (pair(DEAD, 16, 48, rank=3), {"target_modules": [DEAD]}, "with the rank 2"),
+        (pair(DEAD, 16, 48), {}, "target_modules does not name"),
+        (pair(DEAD.replace("7", "07"), 16, 48), {"target_modules": ["k_proj"]}, "no module of this model"),
+        (pair(DEAD.replace("proj", "norm"), 16, 16), {"target_modules": ["k_norm"]}, "no module of this"),
     ],
 )  # fmt: skip
 def test_tensors_without_a_place(
@@ -301,11 +312,23 @@ def test_expert_matrices_without_a_place(
         Adapter.load(folder, sites(MOE))
 
 
-def test_an_expert_too_many(tmp_path: Path) -> None:
-    folder = write(
-        tmp_path / "a", pair(f"{EXPERTS}.8.down_proj", 48, 20), target_modules=["experts.8.down_proj"]
-    )
-    with pytest.raises(CheckpointError, match="there are 8 experts"):
+@pytest.mark.parametrize(
+    ("names", "form", "message"),
+    [
+        (["8.down_proj"], "", "there are 8 experts"),
+        (["7.down_proj", "07.down_proj"], "", "no module of this model"),
+        (["7.down_proj"], "embedding_", "does not suit experts"),
+        (["7.down_proj", "layers.0.experts.7.down_proj"], "", "two names of one module"),
+    ],
+)
+def test_pairs_for_no_expert(tmp_path: Path, names: list[str], form: str, message: str) -> None:
+    tensors = {}
+    for name in names:
+        made = pair(name if name.startswith("layers") else f"{EXPERTS}.{name}", 48, 20)
+        tensors |= {key.replace(".lora_", f".lora_{form}"): value for key, value in made.items()}
+    tensors = {key.removesuffix(".weight") if form else key: value for key, value in tensors.items()}
+    folder = write(tmp_path / "a", tensors, target_modules=r".*experts\.\d+\.down_proj")
+    with pytest.raises(CheckpointError, match=message):
         Adapter.load(folder, sites(MOE))
 
 
