@@ -82,6 +82,8 @@ class AdapterConfig:
     ties: bool
     """Whether what is said of the embedding is meant of the head too, where the two are one weight."""
     patterns: Patterns = field(compare=False)
+    _ranks: dict[str, int] = field(init=False, default_factory=dict, compare=False, repr=False)
+    """By module: found once, and asked for with shapes and with scales."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> AdapterConfig:
@@ -170,7 +172,9 @@ class AdapterConfig:
         Raises:
             ConfigError: as `targets`.
         """
-        return self._by_pattern(self.rank_pattern, "rank_pattern", module, self.rank)
+        if module not in self._ranks:
+            self._ranks[module] = self._by_pattern(self.rank_pattern, "rank_pattern", module, self.rank)
+        return self._ranks[module]
 
     def scale_of(self, module: str) -> float:
         """What B A is multiplied with: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA.
@@ -185,7 +189,7 @@ class AdapterConfig:
     def _by_pattern(self, table: Mapping[str, Number], key: str, module: str, default: Number) -> Number:
         """The first pattern's that matches the end of a name."""
         for pattern, value in table.items():
-            if self.patterns.matches(rf"(?:.*\.)?(?:{pattern})", module, key):
+            if self.patterns.ends(pattern, module, key):
                 return value
         return default
 
