@@ -56,6 +56,8 @@ _EARLIER = 4
 _OTHERS = 1000
 """What is added to their seeds."""
 _SHOWN = 12
+_READABLE = ("no-prefix",)
+"""Damages that leave an adapter whole under other names: it may be taken, if it acts."""
 _MEDIA = {"vision_tower": "image", "embed_vision": "image", "vision_embedder": "image",
           "audio_tower": "audio", "embed_audio": "audio"}  # fmt: skip
 """Which pieces a part of a model needs to do anything."""
@@ -413,20 +415,23 @@ def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
     case = inquiry.case
     assert case.damage is not None
     how = case.damage
-    (whole, *_) = _adapters(inquiry)
+    (whole,) = _adapters(inquiry)
 
     def make(folder: Path) -> None:
         shutil.copytree(whole.folder, folder, dirs_exist_ok=True)
         lora_adapters.damage(folder, how)
 
     folder = inquiry.oracles.made(make, "damaged", str(whole.folder), how)
-    prompts = inquiry.prompts[:1]
+    damaged = _Adapter(f"{whole.title}, {how}", folder, whole.drawn)
+    prompts = inquiry.prompts
     inquiry.ask(prompts, [whole])
     try:
-        result = inquiry.ask(prompts, [_Adapter(f"{whole.title}, {how}", folder, whole.drawn)])
+        result = inquiry.ask(prompts, [damaged])
     except _RefusedError:
         result = None
-    if result is not None:
+    if result is not None and how in _READABLE:
+        yield from _compared(inquiry, prompts, [damaged], result)
+    elif result is not None:
         yield Problem(
             rule="accepted",
             message=f"a damaged adapter ({how}) was taken and answered with; the engine says that it "

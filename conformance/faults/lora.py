@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
@@ -158,6 +159,32 @@ def _wrong_tensors_dropped() -> Patch:
             original(self, pair)
 
     return replace(adapter._Reader, "_add", add)
+
+
+def _taken_for_nothing(is_so: Callable[[list[str]], bool]) -> Patch:
+    """A patch that takes some adapters, by the names of their tensors, and lets them do nothing."""
+    original = Adapter.load.__func__  # type: ignore[attr-defined]
+
+    def load(cls: type[Adapter], folder: Path, known: Sites) -> Adapter:
+        if is_so(list(load_file(folder / adapter.FILE))):
+            read = AdapterConfig.from_folder(folder)
+            return Adapter(where=str(folder), config=read, changes={}, copies={})
+        made: Adapter = original(cls, folder, known)
+        return made
+
+    return replace(Adapter, "load", classmethod(load))
+
+
+@text("unwrapped-names-dropped", source=("L04",), module=adapter)
+def _unwrapped_dropped() -> Patch:
+    """Tensors whose names lack the prefix that PEFT gives them load nothing, without a word."""
+    return _taken_for_nothing(lambda found: not any(name.startswith(adapter.WRAPPED) for name in found))
+
+
+@text("no-tensors-taken", source=("spec 7.1",), module=adapter)
+def _empty_taken() -> Patch:
+    """An adapter without any tensors is taken without a word."""
+    return _taken_for_nothing(lambda found: not found)
 
 
 @text("every-adapter-refused", source=("L04",), module=adapter)
