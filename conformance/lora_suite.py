@@ -17,7 +17,7 @@ Judged = Literal["mapping", "numbers", "liveness", "isolation", "refusal"]
 Damage = Literal["half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"]
 """What is done to an adapter: a `lora_B` missing, the file's second half missing, a rank that is not the
 configuration's, a matrix for a wider module, a module that no Gemma 4 has, a layer beyond the last one, names
-without `base_model.model.`, no tensors."""
+without `base_model.model.` (which may also be taken, if the adapter then acts), no tensors."""
 
 
 class AdapterSpec(Strict):
@@ -67,7 +67,7 @@ class LoraCase(CaseBase):
     """`mapping`: each module's own adapter stands in the right places of the engine. `numbers`: adapters give
     what the merged weights give. `liveness`: each module's own adapter changes the answers as the merged
     weight does, and one of zeros changes nothing. `isolation`: rows with different adapters, and with none,
-    in one batch answer as they do alone. `refusal`: a damaged adapter is refused."""
+    in one batch answer as they do alone. `refusal`: an adapter works, and the same one damaged is refused."""
     rows: tuple[tuple[Piece, ...], ...] = ((TextPiece(text=24),),)
     """Prompts. `numbers` and `isolation` give the adapters to them in turn."""
     seed: int = 0
@@ -77,11 +77,12 @@ class LoraCase(CaseBase):
     """For `mapping` and `liveness`: ends of names, or first parts, of the modules that are probed; empty: all
     that have a place in the rows."""
     experts: ExpertForm = "stacked"
-    """Form of the probes for experts."""
+    """Form of the probes for experts; as `probes`, for `mapping` and `liveness`."""
     keys: KeyForm | None = None
-    """Form of the probes' names; absent: that of the checkpoint's own model."""
+    """Form of the probes' names; absent: that of the checkpoint's own model. As `probes`."""
     damage: Damage | None = None
     max_new_tokens: int = Field(default=3, ge=1)
+    """Of each answer; `mapping` and `liveness` ask for one token."""
     tolerance: float = Field(default=2e-4, gt=0)
     """How far a log-probability may be from the merged weights'."""
 
@@ -95,8 +96,15 @@ class LoraCase(CaseBase):
         probing = self.judge in ("mapping", "liveness")
         if probing == bool(self.adapters):
             raise ValueError("`mapping` and `liveness` make their own adapters; the others need `adapters`")
+        idle = {"max_new_tokens"} if probing else {"probes", "experts", "keys"}
+        fields = type(self).model_fields
+        in_vain = sorted(name for name in idle if getattr(self, name) != fields[name].default)
+        if in_vain:
+            raise ValueError(f"`{in_vain[0]}` does nothing for `{self.judge}`; leave it out")
         if (self.damage is not None) != (self.judge == "refusal"):
             raise ValueError("`damage` is for `refusal`, which needs it")
+        if self.judge == "refusal" and (len(self.adapters) != 1 or len(self.rows) != 1):
+            raise ValueError("`refusal` damages one adapter and asks one row")
         if self.judge == "isolation" and (len(self.adapters) < 2 or len(self.rows) < 3):
             raise ValueError("`isolation` needs two adapters and three rows")
         return self

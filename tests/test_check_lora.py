@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from conformance.errors import EngineError
 from conformance.expectations import Expectations
 from conformance.faults import registry
 from conformance.loading import LoadedSuites, load_suites
+from conformance.lora_suite import LoraCase
 from conformance.results import Result
 from conformance.runner import TargetPool, run_case
+from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation
+from conformance.targets.reference import ReferenceTarget
 
 torch.set_num_threads(1)
 
@@ -28,6 +34,10 @@ CAUGHT = {
     "keys-alone-where-keys-are-values": ("keys-are-values::keys", "numbers"),
     "copied-modules-ignored": ("e2b::copied-modules", "numbers"),
     "wrong-tensors-dropped": ("e2b::unknown-module", "accepted"),
+    "unwrapped-names-dropped": ("e2b::unwrapped-names", "no-effect"),
+    "no-tensors-taken": ("e2b::no-tensors", "accepted"),
+    "every-adapter-refused": ("e2b::half-a-pair", "raised"),
+    "no-logprobs-with-adapters": ("e2b::half-a-pair", "incomplete"),
     "loaded-and-never-active": ("e2b::attention", "not-applied"),
     "adapter-of-another-request": ("e2b::side-by-side", "foreign"),
     "rows-without-adapters-get-one": ("e2b::side-by-side", "foreign"),
@@ -92,3 +102,42 @@ def test_a_fault_is_noticed_by_name(fault: str, suites: LoadedSuites, pool: Targ
 def test_a_fault_after_which_nothing_answers(fault: str, suites: LoadedSuites, pool: TargetPool) -> None:
     with registry()[fault].applied():
         assert run(CRASHES[fault], suites, pool).verdict == registry()[fault].alarm
+
+
+def test_an_answer_without_numbers_is_no_refusal(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged adapter is taken, and the answer holds nothing."""
+    original = ReferenceTarget.generate
+
+    def generate(self: ReferenceTarget, request: GenerateRequest) -> GenerateResult:
+        try:
+            return original(self, request)
+        except EngineError:
+            made = Generation(token_ids=(5, 6), finish_reason="length", logprobs=())
+            return GenerateResult(generations=(made,) * len(request.prompts))
+
+    monkeypatch.setattr(ReferenceTarget, "generate", generate)
+    result = run("e2b::half-a-pair", suites, pool)
+    assert [problem.rule for problem in result.problems] == ["incomplete"], result.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"probes": ["q_proj"]}, "`probes` does nothing for `numbers`"),
+        ({"experts": "single"}, "`experts` does nothing for `numbers`"),
+        ({"keys": "text"}, "`keys` does nothing for `numbers`"),
+        ({"judge": "liveness", "adapters": [], "max_new_tokens": 2}, "`max_new_tokens` does nothing"),
+        ({"judge": "refusal", "damage": "half", "adapters": [{"modules": ["a"]}] * 2}, "damages one adapter"),
+        ({"judge": "refusal", "damage": "half", "rows": [[{"text": 3}], [{"text": 4}]]}, "asks one row"),
+    ],
+)
+def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:
+    case = {
+        "id": "some-case", "title": "A title.", "source": ["spec 7.1"], "config": "e2b", "judge": "numbers",
+        "adapters": [{"modules": ["q_proj"]}],
+    }  # fmt: skip
+    LoraCase.model_validate(case)
+    with pytest.raises(ValidationError, match=message):
+        LoraCase.model_validate({**case, **values})

@@ -117,6 +117,35 @@ def test_every_site_acts_and_zeros_do_not(name: str, tmp_path: Path) -> None:
         assert adapters.acted(f"{site} zero") == ()
 
 
+def test_what_changes_other_rows_alone_has_not_acted(tmp_path: Path) -> None:
+    """An adapter for one token of the embedding, and for one expert: rows without it see both."""
+    rows, width = tensors(E2B)["embed_tokens.weight"].shape
+    a = torch.zeros(2, rows)
+    a[:, 7] = 1
+    name = f"{WRAPPED}model.embed_tokens.lora_embedding_"
+    parts = {f"{name}A": a, f"{name}B": torch.ones(width, 2)}
+    folder = write(tmp_path / "a", parts, target_modules=["embed_tokens"])
+    adapters = attached(E2B, a=Adapter.load(folder, Sites(build(E2B))))
+    ids = torch.tensor([[5, 6], [7, 7]])
+    for wanted, acted in ((["a", None], ()), (["a", "a"], ("language_model.embed_tokens",))):
+        with adapters.rows(wanted):
+            adapters.model(ids)
+        assert adapters.acted("a") == acted
+    adapters = Adapters(build(MOE))
+    ids = ids[:, :1]
+    found = {}
+    for expert in range(8):
+        end = f"experts.{expert}.down_proj"
+        folder = write(tmp_path / end, pair(f"model.layers.0.{end}", 48, 20), target_modules=[end])
+        for use, wanted in (("alone", [None, "x"]), ("both", ["x", "x"])):
+            adapters.add(f"{expert} {use}", Adapter.load(folder, adapters.sites))
+            with adapters.rows([each and f"{expert} {use}" for each in wanted]):
+                adapters.model(ids)
+            found[expert, use] = bool(adapters.acted(f"{expert} {use}"))
+    counts = [sum(found[expert, use] for expert in range(8)) for use in ("alone", "both")]
+    assert counts[0] == MOE["top_k_experts"] < counts[1]
+
+
 def test_where_keys_are_values_both_change(tmp_path: Path) -> None:
     name = "language_model.layers.2.self_attn.k_proj"
     adapter, _ = adapter_for(tmp_path / "a", DENSE, [name])

@@ -13,7 +13,7 @@ from torch import Tensor
 from model_impl.checkpoint import load_draft, load_text_model
 from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError, ConfigError
-from model_impl.lora import merge_adapter, write_random_adapter
+from model_impl.lora import LowRank, merge_adapter, write_random_adapter
 from model_impl.random_weights import write_checkpoint, write_eagle3
 from model_impl.speculative.eagle3 import Eagle3
 from model_impl.speculative.eagle3_config import Eagle3Config
@@ -91,6 +91,32 @@ def test_the_merged_checkpoint_computes_what_the_adapter_adds(
         module.register_forward_hook(add)
     torch.testing.assert_close(model(ids), merged, rtol=1e-4, atol=1e-5)
     assert (plain - merged).norm() / plain.norm() > 0.05
+
+
+def test_each_product_is_made_once(
+    checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = LowRank.product
+
+    def product(self: LowRank, *, embedding: bool = False) -> Tensor:
+        made.append(self)
+        return original(self, embedding=embedding)
+
+    monkeypatch.setattr(LowRank, "product", product)
+    merge_adapter(checkpoint, adapter, empty(tmp_path))
+    assert len(made) == len(load_file(adapter / "adapter_model.safetensors")) // 2
+
+
+def test_a_checkpoint_without_what_the_adapter_changes(
+    checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.language_model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"no tensor language_model\.layers\.1\.self_attn\.q_proj"):
+        merge_adapter(checkpoint, adapter, empty(tmp_path))
 
 
 def test_a_module_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:

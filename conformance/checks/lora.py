@@ -13,6 +13,8 @@ Rules:
   foreign        it is the row with another row's adapter, or with none
   left-over      after adapters were used, a batch without any differs from one before
   accepted       a damaged adapter is taken without a word
+  raised         the target raised: with an adapter that is whole, or without any
+  incomplete     an answer is missing, is empty, or lacks its log-probabilities
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ _EARLIER = 4
 _OTHERS = 1000
 """What is added to their seeds."""
 _SHOWN = 12
+_READABLE = ("no-prefix",)
+"""Damages that leave an adapter whole under other names: it may be taken, if it acts."""
 _MEDIA = {"vision_tower": "image", "embed_vision": "image", "vision_embedder": "image",
           "audio_tower": "audio", "embed_audio": "audio"}  # fmt: skip
 """Which pieces a part of a model needs to do anything."""
@@ -74,6 +78,8 @@ def judge(case: LoraCase, suite: LoraSuite, target: Target, oracles: Oracles) ->
         problems = list(_JUDGES[case.judge](inquiry))
     except _RefusedError as error:
         problems = [Problem(rule="raised", message=f"generation raised {error}", got=str(error))]
+    except _IncompleteError as error:
+        problems = [Problem(rule="incomplete", message=str(error), got=str(error))]
     return CheckOutcome.from_problems(problems, inquiry.evidence())
 
 
@@ -101,6 +107,10 @@ def _cannot(case: LoraCase, target: Target) -> str:
 
 class _RefusedError(Exception):
     """The target refused what it was asked."""
+
+
+class _IncompleteError(Exception):
+    """The target answered, and left something out; that is no refusal."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ class _Inquiry:
         """Generate, each prompt with its adapter; so many tokens, if not as many as the case says.
 
         Raises:
-            _RefusedError: the target raised, or answered to another number of prompts.
+            _RefusedError: the target raised.
+            _IncompleteError: it answered to another number of prompts, or without log-probabilities.
         """
         self.asked += [adapter.title for adapter in adapters if adapter and adapter.title not in self.asked]
         request = GenerateRequest(
@@ -169,8 +180,8 @@ class _Inquiry:
             if not made.token_ids or len(made.logprobs) != len(made.token_ids)
         ]
         if len(result.generations) != len(prompts) or broken:
-            raise _RefusedError(
-                f"nothing: {len(result.generations)} answers came to {len(prompts)} prompts, and "
+            raise _IncompleteError(
+                f"{len(result.generations)} answers came to {len(prompts)} prompts, and "
                 f"{len(broken)} are empty or have no log-probabilities"
             )
         self.effective = result.effective
@@ -398,25 +409,29 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
 
 
 def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
-    """A damaged adapter."""
+    """A damaged adapter, after a whole one: a target that refuses every adapter refuses no damage."""
     from conformance import lora_adapters
 
     case = inquiry.case
     assert case.damage is not None
     how = case.damage
-    (whole, *_) = _adapters(inquiry)
+    (whole,) = _adapters(inquiry)
 
     def make(folder: Path) -> None:
         shutil.copytree(whole.folder, folder, dirs_exist_ok=True)
         lora_adapters.damage(folder, how)
 
     folder = inquiry.oracles.made(make, "damaged", str(whole.folder), how)
-    prompts = inquiry.prompts[:1]
+    damaged = _Adapter(f"{whole.title}, {how}", folder, whole.drawn)
+    prompts = inquiry.prompts
+    inquiry.ask(prompts, [whole])
     try:
-        result = inquiry.ask(prompts, [_Adapter(f"{whole.title}, {how}", folder, whole.drawn)])
+        result = inquiry.ask(prompts, [damaged])
     except _RefusedError:
         result = None
-    if result is not None:
+    if result is not None and how in _READABLE:
+        yield from _compared(inquiry, prompts, [damaged], result)
+    elif result is not None:
         yield Problem(
             rule="accepted",
             message=f"a damaged adapter ({how}) was taken and answered with; the engine says that it "

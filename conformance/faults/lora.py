@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import replace as changed
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
+from model_impl.errors import CheckpointError
 from model_impl.layers import attention
 from model_impl.layers.attention import Attention
 from model_impl.lora import adapter, apply, config, expert_keys, sites
@@ -22,6 +25,8 @@ from model_impl.lora.apply import Adapters
 from model_impl.lora.config import AdapterConfig
 from model_impl.lora.sites import MediaMapping, Model, Sites
 from model_impl.multimodal import Media
+from model_impl.runtime import generate as generating
+from model_impl.runtime.generate import Generated
 from model_impl.runtime.step import Step
 from model_impl.text import SoftTokens
 
@@ -154,6 +159,54 @@ def _wrong_tensors_dropped() -> Patch:
             original(self, pair)
 
     return replace(adapter._Reader, "_add", add)
+
+
+def _taken_for_nothing(is_so: Callable[[list[str]], bool]) -> Patch:
+    """A patch that takes some adapters, by the names of their tensors, and lets them do nothing."""
+    original = Adapter.load.__func__  # type: ignore[attr-defined]
+
+    def load(cls: type[Adapter], folder: Path, known: Sites) -> Adapter:
+        if is_so(list(load_file(folder / adapter.FILE))):
+            read = AdapterConfig.from_folder(folder)
+            return Adapter(where=str(folder), config=read, changes={}, copies={})
+        made: Adapter = original(cls, folder, known)
+        return made
+
+    return replace(Adapter, "load", classmethod(load))
+
+
+@text("unwrapped-names-dropped", source=("L04",), module=adapter)
+def _unwrapped_dropped() -> Patch:
+    """Tensors whose names lack the prefix that PEFT gives them load nothing, without a word."""
+    return _taken_for_nothing(lambda found: not any(name.startswith(adapter.WRAPPED) for name in found))
+
+
+@text("no-tensors-taken", source=("spec 7.1",), module=adapter)
+def _empty_taken() -> Patch:
+    """An adapter without any tensors is taken without a word."""
+    return _taken_for_nothing(lambda found: not found)
+
+
+@text("every-adapter-refused", source=("L04",), module=adapter)
+def _every_adapter_refused() -> Patch:
+    """No adapter can be loaded, whole or damaged."""
+
+    def load(_cls: type[Adapter], folder: Path, _known: Sites) -> Adapter:
+        raise CheckpointError(f"{folder}: cannot be read")
+
+    return replace(Adapter, "load", classmethod(load))
+
+
+@text("no-logprobs-with-adapters", source=("spec 7.1",), module=generating)
+def _no_logprobs() -> Patch:
+    """Answers of a batch with adapters come without log-probabilities."""
+    original = generating.generate
+
+    def generate(*given: Any, **settings: Any) -> list[Generated]:
+        made = original(*given, **settings)
+        return made if settings.get("adapt") is None else [changed(answer, logprobs=()) for answer in made]
+
+    return replace(generating, "generate", generate)
 
 
 # ---------------------------------------------------------------------------- rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from model_impl.errors import CheckpointError
 from model_impl.lora import expert_keys
 from model_impl.lora.config import AdapterConfig
-from model_impl.lora.sites import HEAD, TEXT, Site, Sites
+from model_impl.lora.sites import EMBEDDING, HEAD, TEXT, Site, Sites
 
 FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."
@@ -103,16 +103,22 @@ class _Reader:
         self._changes: dict[str, LowRank] = {}
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._dead: list[str] = []
+        self._named: dict[str, str] = {}
+        """By site or expert, the name in the file that led there."""
 
     def read(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """The adapter that the tensors make."""
         names = self._unwrapped(tensors)
         self._form = self._form_of(names)
         pairs, others = self._pairs(names)
+        self._check_tied({*(pair.module for pair in pairs), *(name.rpartition(".")[0] for name in others)})
         expert_pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for pair in pairs:
             at = expert_keys.split(self._site_name(pair.module))
             if at is not None and self._sites.experts(at.module):
+                if pair.embedding:
+                    self._refuse("are of a form that does not suit experts", [pair.module])
+                self._once(f"{at.module}.{at.rest}", pair.module)
                 expert_pairs.setdefault(at.module, {})[at.rest] = (pair.a, pair.b)
             else:
                 self._add(pair)
@@ -191,12 +197,12 @@ class _Reader:
 
     def _add(self, pair: _Pair) -> None:
         name = self._site_name(pair.module)
-        site = self._sites.get(name)
+        dead = self._sites.dead(name)
+        site = dead or self._sites.get(name)
         if site is None:
-            if not self._sites.is_dead(name):
-                self._refuse(self._unknown(name), [pair.module])
-            self._dead.append(pair.module)
+            self._refuse(self._unknown(name), [pair.module])
             return
+        self._once(name, pair.module)
         if site.kind not in ("linear", "head", "embedding") or (site.kind == "embedding") != pair.embedding:
             self._refuse(f"are of a form that does not suit a module of kind {site.kind!r}", [pair.module])
         if not self._config.targets(pair.module, linear=site.kind == "linear"):
@@ -204,6 +210,9 @@ class _Reader:
         rows, columns = reversed(site.shape) if pair.embedding else site.shape
         rank = self._config.rank_of(pair.module)
         self._check_shapes(pair, (rank, columns), (rows, rank), rank)
+        if dead is not None:
+            self._dead.append(pair.module)
+            return
         self._changes[name] = LowRank(pair.a, pair.b.float() * self._config.scale_of(pair.module))
 
     def _add_experts(self, module: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -226,6 +235,7 @@ class _Reader:
         if site is None or not isinstance(own, Tensor):
             self._refuse(self._unknown(self._site_name(module)), [name])
             return
+        self._once(site.name, module)
         if not self._config.saves(module):
             self._refuse("are whole weights of modules that modules_to_save does not name", [name])
         if tensor.shape != own.shape:
@@ -234,12 +244,28 @@ class _Reader:
 
     # -------------------------------------------------------------------------------------------- checks
 
+    def _once(self, place: str, module: str) -> None:
+        """Refuse a second name that leads to the same place: one of the two would be lost."""
+        first = self._named.setdefault(place, module)
+        if first != module:
+            self._refuse("are two names of one module; an adapter has one for each", [first, module])
+
     def _check_shapes(self, pair: _Pair, a: tuple[int, int], b: tuple[int, int], rank: int) -> None:
         if tuple(pair.a.shape) != a or tuple(pair.b.shape) != b:
             self._refuse(
                 f"are {list(pair.a.shape)} and {list(pair.b.shape)}; with the rank {rank} of the "
                 f"configuration and the shape of the module they must be {list(a)} and {list(b)}",
                 [pair.module],
+            )
+
+    def _check_tied(self, modules: Collection[str]) -> None:
+        """Refuse what changes the embedding and the head as the one weight that they are."""
+        tied = [module for module in modules if self._site_name(module) in (EMBEDDING, HEAD)]
+        if tied and self._config.ties and self._sites.config.tie_word_embeddings:
+            self._refuse(
+                "are adapted with ensure_weight_tying: embedding and head change together, which is not "
+                "supported here; train with it off, or leave them alone",
+                tied,
             )
 
     def _check_complete(self) -> None:

@@ -24,7 +24,7 @@ from model_impl.errors import ConfigError, ModelError
 from model_impl.layers.moe import Experts, grouped_linear
 from model_impl.layout import along_longer_side
 from model_impl.lora.adapter import Adapter, LowRank, names
-from model_impl.lora.sites import HEAD, Model, Sites
+from model_impl.lora.sites import EMBEDDING, HEAD, Model, Sites
 from model_impl.multimodal import Gemma4ForConditionalGeneration
 from model_impl.text import ScaledEmbedding
 
@@ -222,21 +222,20 @@ class Adapters:
             if low_rank is None:
                 continue
             change = grouped_linear(grouped_linear(x, low_rank.a, hit, counts), low_rank.b, hit, counts)
-            self._note(name, f"{site}.{parameter}", change)
-            if active.uniform:
-                y = y + change
-            else:
+            before, y = y, y + change
+            if not active.uniform:
                 total = int(tokens.max()) + 1
                 mine = active.select(name, total)[tokens]
-                y = torch.where(mine[:, None], y + change, y)
+                y = torch.where(mine[:, None], y, before)
+            self._note(name, f"{site}.{parameter}", y, before)
         return y
 
     def _chosen(self, site: str, name: str, changed: Tensor, output: Tensor, given: Tensor) -> Tensor:
         """Changed output for the rows that use an adapter, the output as it was for the others."""
         active = self._active
         assert active is not None
-        self._note(name, site, changed - output)
         if active.uniform:
+            self._note(name, site, changed, output)
             return changed
         if self.sites.mapping.part(site) != "language_model":
             raise AdapterError(
@@ -245,7 +244,9 @@ class Adapters:
             )
         width = 1 if given.dtype in (torch.int32, torch.int64) else given.shape[-1]
         mine = active.select(name, given.numel() // width)
-        return torch.where(mine.view(*output.shape[:-1], 1), changed, output)
+        chosen = torch.where(mine.view(*output.shape[:-1], 1), changed, output)
+        self._note(name, site, chosen, output)
+        return chosen
 
     def _copied(self, module: nn.Module, parameters: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
         """What a module gives with other parameters."""
@@ -260,8 +261,9 @@ class Adapters:
             self._copying = False
         return result
 
-    def _note(self, name: str, site: str, change: Tensor) -> None:
-        if site not in self._acted.get(name, ()) and bool(change.any()):
+    def _note(self, name: str, site: str, after: Tensor, before: Tensor) -> None:
+        """Remember where an adapter has changed its own rows; compares until it has."""
+        if site not in self._acted.get(name, ()) and bool((after != before).any()):
             self._acted.setdefault(name, set()).add(site)
 
     # -------------------------------------------------------------------------------------------- parts
@@ -326,7 +328,7 @@ def check_head(adapter: Adapter, *, tied: bool) -> None:
     Raises:
         ConfigError: the two are one weight, and the adapter changes one of them.
     """
-    apart = {HEAD, "language_model.embed_tokens"} & set(names(adapter))
+    apart = {EMBEDDING, HEAD} & set(names(adapter))
     if tied and apart:
         raise ConfigError(
             f"{adapter.where}: {min(apart)} cannot be merged: the head and the embedding are one weight, and "

@@ -22,7 +22,7 @@ Number = TypeVar("Number", int, float)
 _LayerIndex = Annotated[int, Field(ge=0)]
 
 _OF_NO_CONCERN = frozenset({
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "lora_dropout",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout",
     "loftq_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 })  # fmt: skip
@@ -58,6 +58,7 @@ class _Published(Published):
     layers_to_transform: list[_LayerIndex] | _LayerIndex | None = None
     layers_pattern: list[str] | str | None = None
     init_lora_weights: bool | str | None = True
+    ensure_weight_tying: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    ties: bool
+    """Whether what is said of the embedding is meant of the head too, where the two are one weight."""
     patterns: Patterns = field(compare=False)
+    _ranks: dict[str, int] = field(init=False, default_factory=dict, compare=False, repr=False)
+    """By module: found once, and asked for with shapes and with scales."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> AdapterConfig:
@@ -129,6 +134,7 @@ class AdapterConfig:
             if layers in (None, [])
             else frozenset([layers] if isinstance(layers, int) else layers or ()),
             layers_pattern=tuple(_several(form.layers_pattern)),
+            ties=form.ensure_weight_tying,
             patterns=Patterns(where),
         )
 
@@ -166,7 +172,9 @@ class AdapterConfig:
         Raises:
             ConfigError: as `targets`.
         """
-        return self._by_pattern(self.rank_pattern, "rank_pattern", module, self.rank)
+        if module not in self._ranks:
+            self._ranks[module] = self._by_pattern(self.rank_pattern, "rank_pattern", module, self.rank)
+        return self._ranks[module]
 
     def scale_of(self, module: str) -> float:
         """What B A is multiplied with: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA.
@@ -181,7 +189,7 @@ class AdapterConfig:
     def _by_pattern(self, table: Mapping[str, Number], key: str, module: str, default: Number) -> Number:
         """The first pattern's that matches the end of a name."""
         for pattern, value in table.items():
-            if self.patterns.matches(rf"(?:.*\.)?(?:{pattern})", module, key):
+            if self.patterns.ends(pattern, module, key):
                 return value
         return default
 

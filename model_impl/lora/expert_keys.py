@@ -19,8 +19,10 @@ from model_impl.errors import CheckpointError
 from model_impl.lora.config import AdapterConfig
 from model_impl.lora.sites import Site
 
-_EXPERTS = re.compile(r"(?P<module>.+\.experts)(?:\.(?P<rest>base_layer|\d+\.[a-z_]+))?")
-_ONE = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)")
+_NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+"""One way to write each, so that an expert has one name."""
+_EXPERTS = re.compile(rf"(?P<module>.+\.experts)(?:\.(?P<rest>base_layer|{_NUMBER}\.[a-z_]+))?")
+_ONE = re.compile(rf"(?P<expert>{_NUMBER})\.(?P<projection>gate_proj|up_proj|down_proj)")
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 

@@ -96,10 +96,10 @@ def merge_adapter(checkpoint: Path, adapter: Path, folder: Path) -> None:
     check_head(loaded, tied=sites.config.tie_word_embeddings)
     merged = {name: weight.float() for name, weight in _weights(checkpoint)}
     stored = {_site_name(name): name for name in merged}
-    absent = [key for key in merged_weights(loaded, lambda key: torch.zeros(())) if key not in stored]
+    changed = merged_weights(loaded, lambda key: merged[stored[key]] if key in stored else torch.zeros(()))
+    absent = sorted(key for key in changed if key not in stored)
     if absent:
         raise CheckpointError(f"{checkpoint}: there is no tensor {absent[0]}, which {adapter} changes")
-    changed = merged_weights(loaded, lambda key: merged[stored[key]])
     merged |= {stored[key]: weight.contiguous() for key, weight in changed.items()}
     for file in checkpoint.iterdir():
         if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ example, an adapter can hold a whole copy and nothing else."""
 
 TEXT = "language_model."
 HEAD = "lm_head"
+EMBEDDING = f"{TEXT}embed_tokens"
+_DEAD = re.compile(re.escape(TEXT) + r"layers\.(0|[1-9][0-9]{0,5})\.self_attn\.[kv]_proj")
 _TOWERS = ("vision_tower", "audio_tower", "vision_embedder")
 _CONNECTORS = ("embed_vision", "embed_audio")
 
@@ -125,9 +128,13 @@ class Sites:
             if site.kind == "experts" and site.experts_module == module
         }
 
-    def is_dead(self, name: str) -> bool:
-        """Whether this is a key or value projection of a layer that shares another's, which nothing reads."""
-        return name.startswith(TEXT) and is_dead(f"{name.removeprefix(TEXT)}.weight", self.config)
+    def dead(self, name: str) -> Site | None:
+        """A key or value projection of a layer that shares another's; the model has none, and needs none."""
+        match = _DEAD.fullmatch(name)
+        if match is None or not is_dead(f"{name.removeprefix(TEXT)}.weight", self.config):
+            return None
+        layer = self.config.layers[int(match[1])]
+        return Site(name, "linear", (layer.num_kv_heads * layer.head_dim, self.config.hidden_size))
 
 
 def _modules(model: Model, mapping: MediaMapping) -> Iterator[tuple[str, nn.Module]]:
@@ -163,6 +170,7 @@ def _head_shape(model: Model) -> tuple[int, ...]:
 
 
 __all__ = [
+    "EMBEDDING",
     "HEAD",
     "TEXT",
     "MediaMapping",
