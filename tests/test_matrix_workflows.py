@@ -76,6 +76,17 @@ def test_only_a_tier_that_is_published_may_write() -> None:
                 assert "${{" not in step.get("run", ""), "values reach a shell through its environment"
 
 
+def test_what_is_published_by_a_schedule_does_not_hang_on_what_its_event_says() -> None:
+    """The event of a schedule need not name the repository; without it, another event publishes nothing."""
+    condition = yaml.safe_load((BELOW / "github/matrix-nightly.yml").read_text())["jobs"]["publish"]["if"]
+    first, second, third = condition.removeprefix("${{").removesuffix("}}").strip().split(" && ")
+    assert (first, second) == ("!cancelled()", "needs.merge.result != 'skipped'")
+    assert third.strip("()").split(" || ") == [
+        "github.event_name == 'schedule'",
+        "github.ref_name == github.event.repository.default_branch",
+    ]
+
+
 # ------------------------------------------------------------------------------------------ a clean clone
 
 
