@@ -76,6 +76,29 @@ def test_only_a_tier_that_is_published_may_write() -> None:
                 assert "${{" not in step.get("run", ""), "values reach a shell through its environment"
 
 
+def merge_steps(tier: str) -> list[dict]:
+    """The steps of the merge on GitHub."""
+    return yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())["jobs"]["merge"]["steps"]
+
+
+def test_the_history_is_kept_whatever_fails_after_the_merge() -> None:
+    """The one step that may find fault before the history is saved is the merge, which keeps what it can."""
+    for tier, entry in matrix.load().file.tiers.items():
+        found = merge_steps(tier)
+        names = [step["name"] for step in found]
+        kept, merged = names.index("Keep the history"), names.index("Merge the run files into the history")
+        assert kept == merged + 1
+        assert all("!cancelled()" in step["if"] for step in found[kept:])
+        assert found[kept]["uses"].startswith("actions/cache/save@")
+        fetched = found[names.index("Fetch the history")]
+        assert fetched["uses"].startswith("actions/cache/restore@")
+        assert fetched["with"]["key"] == found[kept]["with"]["key"]
+        known = ["history-release-", "history-nightly-"] if tier == "release" else [f"history-{tier}-"]
+        assert fetched["with"]["restore-keys"].split() == known
+        job = yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())["jobs"]["merge"]
+        assert ("CONFORMANCE_DATABASE" in job.get("env", {})) == (entry.trigger != "pull-request")
+
+
 def test_what_is_published_by_a_schedule_does_not_hang_on_what_its_event_says() -> None:
     """The event of a schedule need not name the repository; without it, another event publishes nothing."""
     condition = yaml.safe_load((BELOW / "github/matrix-nightly.yml").read_text())["jobs"]["publish"]["if"]
