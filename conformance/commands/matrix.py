@@ -24,7 +24,7 @@ from conformance.commands.output import (
     json_option,
 )
 from conformance.commands.run import matrix_option, seconds
-from conformance.errors import UsageError
+from conformance.errors import RunFileError, UsageError
 from conformance.execute import CellResult, CellRunner, Executor, LocalExecutor
 from conformance.matrix import Cell, Matrix
 from conformance.recording import new_run_id
@@ -188,8 +188,15 @@ def check_command(
     Exits with 1 if one did not: a job that was lost must not look like one that found nothing.
     """
     _, wanted = _select(matrix, (), tier, None)
-    runs = (runfile.read(path) for path in runfile.files(run_files))
-    ended = {run.header.cell.id for run in runs if run.header.cell is not None and run.footer is not None}
+    ended: set[str] = set()
+    for path in runfile.files(run_files):
+        try:
+            run = runfile.read(path)
+        except RunFileError as error:
+            click.echo(f"note: {error}", err=True)  # its cell is among those that are missing
+            continue
+        if run.header.cell is not None and run.footer is not None:
+            ended.add(run.header.cell.id)
     missing = tuple(cell.id for cell in wanted if cell.id not in ended)
     if as_json:
         output.emit_json(MatrixCheckOutput(cells=len(wanted), missing=missing))

@@ -26,6 +26,8 @@ _ACTIONS = {
     "deploy-pages": ("d6db90164ac5ed86f2b6aed7e0febac5b3c0c03e", "v4.0.5"),
 }
 """GitHub's own actions, pinned by their commits: a tag can be moved."""
+_LIMITS = {"suites_minutes": 80, "cells_minutes": 350, "cell_seconds": 1800}
+"""Of a job, and of one cell in it. A cell that hangs must leave the others of its shard their time."""
 
 
 def render(system: System, file: MatrixFile) -> dict[str, str]:
@@ -50,7 +52,7 @@ def render(system: System, file: MatrixFile) -> dict[str, str]:
         keep_trailing_newline=True,
     )
     pinned = {name: f"actions/{name}@{commit}  # {version}" for name, (commit, version) in _ACTIONS.items()}
-    env.globals.update(actions=pinned)
+    env.globals.update(actions=pinned, **_LIMITS)
     template = env.get_template(f"{system}.yml.j2")
     prepare = env.get_template("prepare.yml.j2").render().rstrip("\n") if system == "github" else ""
     return {
