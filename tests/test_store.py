@@ -20,7 +20,7 @@ from sqlalchemy import select, update
 
 from conformance import runfile
 from conformance.errors import RunFileError
-from conformance.results import Footer, Header, Result, Run
+from conformance.results import CellRecord, Footer, Header, Result, Run
 from conformance.store import MisfitError, StoreError, UnknownRunError, database
 from conformance.store.history import Store
 from conformance.store.tables import VERSION, Base, VersionRow
@@ -536,6 +536,7 @@ def test_a_result_of_another_version_of_the_harness_says_so(store: Store, tmp_pa
     [
         [header(), result("a\0b")],
         [header("run\0"), result("a")],
+        [header(cell=CellRecord(id="a\0", axes={"target": "fake"})), result("a")],
         [header(), result("a", target="x" * 2500)],
         [header(), result("a"), footer().model_copy(update={"exit_code": 2**40})],
         [header(), result("a", duration=float("nan"))],

@@ -32,8 +32,9 @@ def check_storable(run: Run) -> None:
     """
     header, footer = run.header, run.footer
     finished = footer.finished if footer is not None else ""
+    cell = header.cell.id if header.cell is not None else ""
     named: list[tuple[str, tuple[str, ...]]] = [
-        ("the run", (header.run_id, header.harness, header.commit or "", finished))
+        ("the run", (header.run_id, header.harness, header.commit or "", finished, cell))
     ]
     named += [
         (
