@@ -263,23 +263,25 @@ class CellRunner:
         """Run cells; first come those that need no process.
 
         Raises:
-            RunFileError: a run file is there already, and is not to be resumed; nothing has run then.
+            RunFileError: a run file is there already, and is not to be resumed or cannot be read (nothing has
+                run then), or another run writes one.
         """
         jobs: dict[str, Job] = {}
         by_id = {cell.id: cell for cell in cells}
-        if not self._resume:
-            for cell in by_id.values():
-                runfile.check_new(self._path(cell))
+        complete = {cell.id: self._complete(cell) for cell in by_id.values()}
         for cell in by_id.values():
-            path = self._path(cell)
-            if path.exists() and (done := _read(path)) is not None and done.footer is not None:
-                yield summarise(done, path)
-            elif reason := cannot_run(cell):
-                self._record(cell, "skip", reason, unavailable={cell.target: reason})
-                yield summarise(runfile.read(path), path)
-            elif reason := self._lacks(cell):
-                self._record(cell, "skip", reason)
-                yield summarise(runfile.read(path), path)
+            path, done = self._path(cell), complete[cell.id]
+            if done is not None and done.verdict != "not run":
+                yield done
+                continue
+            # What did not run is asked again: its engine may have been installed since.
+            cannot = cannot_run(cell)
+            reason = cannot or self._lacks(cell)
+            if reason and done is None:
+                self._record(cell, "skip", reason, unavailable={cell.target: cannot} if cannot else {})
+                done = summarise(runfile.read(path), path)
+            if reason and done is not None:
+                yield done
             else:
                 jobs[cell.id] = self._job(cell, path)
         for ended in self._executor().run(list(jobs.values())) if jobs else ():
@@ -289,6 +291,18 @@ class CellRunner:
 
     def _path(self, cell: Cell) -> Path:
         return self._folder / cell.file_name
+
+    def _complete(self, cell: Cell) -> CellResult | None:
+        """What became of a cell that came to its end in an earlier session.
+
+        Raises:
+            RunFileError: its file is not to be resumed, or cannot be read. Such a file is left as it is.
+        """
+        path = self._path(cell)
+        if not self._resume:
+            runfile.check_new(path)
+        run = _read(path)
+        return summarise(run, path) if run is not None and run.footer is not None else None
 
     def _job(self, cell: Cell, path: Path) -> Job:
         matrix = ("--matrix", str(self._matrix.custom)) if self._matrix.custom is not None else ()
@@ -324,8 +338,6 @@ class CellRunner:
         """Give all cases that have no result this one."""
         path = self._path(cell)
         earlier = _read(path)
-        if earlier is None:
-            path.unlink(missing_ok=True)
         known = earlier.latest().keys() if earlier is not None else ()
         recording = Recording(
             argv=("conformance", "run", "--cell", cell.id),
@@ -346,11 +358,20 @@ class CellRunner:
 
 
 def _read(path: Path) -> Run | None:
-    """A run file; None where there is none, or none that can be read."""
+    """A run file; None where there is none. One in which no run has begun is removed.
+
+    Raises:
+        RunFileError: it cannot be read, or another run writes it. It is left as it is: it may be of a newer
+            harness, and no run is worth another's results.
+    """
+    if not path.exists():
+        return None
     try:
         return runfile.read(path)
     except RunFileError:
-        return None
+        if runfile.discard_unbegun(path):
+            return None
+        raise
 
 
 def _features(spec: str) -> frozenset[str] | None:
