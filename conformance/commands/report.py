@@ -64,7 +64,7 @@ def report_command(
     """
     from conformance.report import write_site
 
-    of_cells = _cells(cells)
+    of_cells, left_out = _cells(cells)
     try:
         run = runfile.read(run_file)
     except RunFileError as error:
@@ -83,6 +83,7 @@ def report_command(
         backtests=read_findings(backtests) if backtests is not None else None,
         history=_history(run, database) if database is not None else None,
         cells=of_cells,
+        left_out=left_out,
     )
     index = out / "index.html"
     if as_json:
@@ -91,15 +92,16 @@ def report_command(
         click.echo(f"dashboard: {index}")
 
 
-def _cells(paths: tuple[Path, ...]) -> list[Run]:
-    """The runs that can be read; one that was cut off, or of another harness, must not hide the others."""
-    found = []
+def _cells(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and what the others are: one that was cut off must not hide all."""
+    found, left_out = [], []
     for path in runfile.files(paths):
         try:
             found.append(runfile.read(path))
         except RunFileError as error:
-            click.echo(f"note: {error}; this cell is left out", err=True)
-    return found
+            left_out.append(f"A run of a cell is left out: {error}")
+            click.echo(f"note: {left_out[-1]}", err=True)
+    return found, left_out
 
 
 def _newest(database: str | None, cells: list[Run]) -> Run | None:

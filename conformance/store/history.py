@@ -32,6 +32,7 @@ from conformance.store import (
     Key,
     Merged,
     MisfitError,
+    OtherVersionError,
     RunConflictError,
     StoredRun,
     StoredVerdict,
@@ -461,7 +462,7 @@ def _of_this_version(what: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise StoreError(
+        raise OtherVersionError(
             f"{what}: was stored by another version of the harness ({place}: {first['msg']}); "
             "merge its run file into a new database"
         ) from None
