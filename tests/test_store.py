@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import json
 import random
@@ -587,3 +588,29 @@ def test_the_revision_counts_changes_alone(store: Store, tmp_path: Path) -> None
         store.merge_file(path)
         seen.append(store.revision())
     assert seen == [0, 1, 1, 2, 2, 2]
+
+
+def test_a_removed_run_leaves_nothing_behind_and_comes_back(store: Store, tmp_path: Path) -> None:
+    answers = sheet([item(1), item(2, "wrong")])
+    shared = write(
+        tmp_path / "1.jsonl", header("run-1"), accuracy_result(sheet(answers.items[:1]), None), footer()
+    )
+    store.merge_file(shared)
+    before = content(store)
+    path = write(
+        tmp_path / "2.jsonl", header("run-2"), accuracy_result(answers, decision(answers)), result("b")
+    )
+    store.merge_file(path)
+    store.remove("run-2")
+    assert content(store) == before
+    assert store.revision() == 3
+    with pytest.raises(UnknownRunError):
+        store.remove("run-2")
+    assert store.merge_file(path).added == 2
+
+
+def test_a_run_that_started_too_late_is_refused(store: Store, tmp_path: Path) -> None:
+    run = runfile.read(write(tmp_path / "run.jsonl", header(started="2026-11-02T01:00:00+01:00"), footer()))
+    with pytest.raises(MisfitError, match=r"run run-1: started at 2026-11-02T01:00:00\+01:00, which is in"):
+        store.merge(run, 2, by=dt.datetime(2026, 11, 1, 23, 59, tzinfo=dt.UTC))
+    assert store.merge(run, 2, by=dt.datetime(2026, 11, 2, 0, 0, tzinfo=dt.UTC)).newer

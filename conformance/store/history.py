@@ -41,7 +41,14 @@ from conformance.store import (
     UnknownRunError,
 )
 from conformance.store.database import Database
-from conformance.store.rows import check_storable, mark_current, merge_results, read_result, verdict_counts
+from conformance.store.rows import (
+    check_storable,
+    mark_current,
+    merge_results,
+    read_result,
+    remove_results,
+    verdict_counts,
+)
 from conformance.store.tables import ItemRow, ResultRow, RunRow, VersionRow
 
 _READINGS = 5
@@ -99,20 +106,26 @@ class Store:
                 return self.merge(run, lines)
         raise StoreError(f"{path}: grows while it is read; merge it once the run has ended")
 
-    def merge(self, run: Run, lines: int) -> Merged:
+    def merge(self, run: Run, lines: int, *, by: dt.datetime | None = None) -> Merged:
         """Merge one run.
 
         Args:
             run: A run, or what is there of it.
             lines: Complete lines of its file, which tell an older copy from a newer one.
+            by: When it must have started at the latest, with a zone.
 
         Raises:
-            MisfitError: it holds what cannot be kept.
+            MisfitError: it holds what cannot be kept, or started later.
             RunConflictError: another run of this id is stored.
             StoreError: the database cannot be written.
         """
         header = run.header
         started = _moment(header)
+        if by is not None and started > _text(by):
+            raise MisfitError(
+                f"run {header.run_id}: started at {header.started}, which is in the future; "
+                "set the clock of the machine that it ran on"
+            )
         check_storable(run)
         with self._database.writing() as session:
             row = session.get(RunRow, header.run_id)
@@ -135,6 +148,19 @@ class Store:
             newer=newer,
             torn=run.torn,
         )
+
+    def remove(self, run_id: str) -> None:
+        """Remove a run with all its results. Merging its file brings it back.
+
+        Raises:
+            UnknownRunError: there is no such run.
+            StoreError: the database cannot be written.
+        """
+        with self._database.writing() as session:
+            row = self._run(session, run_id)
+            remove_results(session, run_id)
+            session.delete(row)
+            session.execute(update(VersionRow).values(revision=VersionRow.revision + 1))
 
     def _merge_run(self, session: Session, row: RunRow | None, run: Run, lines: int, started: str) -> bool:
         """Store what is known of the run as a whole, if the copy is newer; whether it was."""
@@ -333,14 +359,10 @@ class Store:
         for key, past in found.items():
             scored = [n for n, (_, result) in enumerate(past) if result.evidence.accuracy is not None]
             if scored and key not in besides:
-                verdict, _ = past[scored[-1]]
-                past[scored[-1]] = (verdict, self._with_items(verdict))
+                verdict, without = past[scored[-1]]
+                # It may have been removed since; then it is shown once more, without its items.
+                past[scored[-1]] = (verdict, self.result(verdict.run_id, verdict.key) or without)
         return found
-
-    def _with_items(self, verdict: StoredVerdict) -> Result:
-        result = self.result(verdict.run_id, verdict.key)
-        assert result is not None  # results are never removed
-        return result
 
     def outcomes(self, run_id: str, key: Key) -> dict[str, int]:
         """Number of items of a result by outcome class; empty where it has none."""
@@ -452,7 +474,11 @@ def _moment(header: Header) -> str:
             f"run {header.run_id}: started at {header.started!r}, which is no ISO 8601 time with its zone; "
             "the file was changed by hand, or is none of this harness"
         )
-    return moment.isoformat(timespec="microseconds")
+    return _text(moment)
+
+
+def _text(moment: dt.datetime) -> str:
+    return moment.astimezone(dt.UTC).isoformat(timespec="microseconds")
 
 
 @contextlib.contextmanager

@@ -133,6 +133,15 @@ def _add_items(session: Session, result_id: int, items: list[dict[str, Any]]) ->
     )
 
 
+def remove_results(session: Session, run_id: str) -> None:
+    """Remove all results of a run, with their items."""
+    of_run = select(ResultRow.id).where(ResultRow.run_id == run_id)
+    with_items = select(ItemRow.result_id).where(ItemRow.result_id.in_(of_run)).distinct()
+    for result_id in session.scalars(with_items).all():
+        _remove_items(session, result_id)
+    session.execute(delete(ResultRow).where(ResultRow.run_id == run_id))
+
+
 def _remove_items(session: Session, result_id: int) -> None:
     """Remove a result's items, and prompts that no other item has."""
     prompts = list(session.scalars(select(ItemRow.prompt).where(ItemRow.result_id == result_id).distinct()))
