@@ -22,7 +22,7 @@ from sqlalchemy import select, update
 from conformance import runfile
 from conformance.errors import RunFileError
 from conformance.results import CellRecord, Footer, Header, Result, Run
-from conformance.store import MisfitError, StoreError, UnknownRunError, database
+from conformance.store import MisfitError, StoreError, UnknownRunError, database, history
 from conformance.store.history import Store
 from conformance.store.tables import VERSION, Base, VersionRow
 from tests.history_runs import (
@@ -40,6 +40,7 @@ from tests.history_runs import (
     sheet,
     write,
 )
+from tests.postgres import Server
 
 Line = Header | Result | Footer
 
@@ -588,6 +589,35 @@ def test_the_revision_counts_changes_alone(store: Store, tmp_path: Path) -> None
         store.merge_file(path)
         seen.append(store.revision())
     assert seen == [0, 1, 1, 2, 2, 2]
+
+
+def test_what_is_read_is_of_one_moment(
+    postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge ends between the statements that read a run: its results, and their items.
+
+    On SQLite none does: it waits for those who read.
+    """
+    url = postgres.fresh()
+    store = Store(url, create=True)
+    short = [header(), accuracy_result(sheet([item(1)]), None)]
+    store.merge_file(write(tmp_path / "short.jsonl", *short))
+    longer = write(
+        tmp_path / "longer.jsonl", header(), accuracy_result(sheet([item(1), item(2)]), None), footer()
+    )
+    whole = store.run("run-1")
+    real = history.read_result
+
+    def read_result(*arguments: Any) -> Result:
+        monkeypatch.setattr(history, "read_result", real)
+        with Store(url) as other:
+            assert other.merge_file(longer).newer
+        return real(*arguments)
+
+    monkeypatch.setattr(history, "read_result", read_result)
+    assert store.run("run-1") == whole
+    assert store.run("run-1").footer is not None
+    store.close()
 
 
 def test_a_removed_run_leaves_nothing_behind_and_comes_back(store: Store, tmp_path: Path) -> None:
