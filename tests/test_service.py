@@ -255,6 +255,8 @@ def test_a_case_over_time_has_its_scores(ask: TestClient) -> None:
     scores = [point["decision"]["score"]["count"] for point in found["points"]]
     assert scores == [91, 92]
     assert found["points"][0]["outcomes"] == {"correct": 91, "wrong": 9}
+    newest = ask.get(f"{API}/history", params={"suite": SUITE, "case": CASE, "limit": 1}).json()
+    assert (newest["total"], newest["points"]) == (2, found["points"][1:])
     assert [v["run_id"] for v in ask.get(f"{API}/accuracy").json()["series"]] == ["run-2"]
     assert ask.get(f"{API}/history", params={"suite": SUITE, "case": "x"}).status_code == 404
 

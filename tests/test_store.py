@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from conformance import runfile
 from conformance.errors import RunFileError
@@ -452,6 +452,22 @@ def test_a_case_over_time(nights: Store) -> None:
     assert nights.series(SUITE, "new", "fake") == []
 
 
+def test_a_case_over_time_comes_in_portions_by_few_statements(nights: Store) -> None:
+    whole, total = nights.points(SUITE, CASE)
+    assert total == len(whole) == 3
+    assert [point.outcomes["wrong"] for point in whole] == [5, 8, 20]
+    assert nights.points(SUITE, CASE, limit=2) == (whole[1:], 3)
+    assert nights.points(SUITE, CASE, limit=2, offset=2) == (whole[:1], 3)
+    assert nights.points(SUITE, CASE, offset=3) == ([], 3)
+    sent = []
+    event.listen(nights._database._engine, "before_cursor_execute", lambda *said: sent.append(said[2]))
+    nights.points(SUITE, CASE)
+    asked = [statement for statement in sent if statement.startswith("SELECT")]
+    assert len(asked) == 3, "their number, the results, and all their outcomes"
+    nights.points(SUITE, "new")
+    assert len([s for s in sent if s.startswith("SELECT")]) == 5, "where nothing is scored, no outcomes"
+
+
 def test_verdicts_that_changed_between_two_runs(nights: Store) -> None:
     changes = nights.changes("c3", "a1")
     assert [(c.case, c.target, c.before, c.after, c.edited) for c in changes] == [
@@ -562,7 +578,8 @@ def test_text_of_every_kind_comes_back(store: Store, tmp_path: Path) -> None:
     store.merge_file(write(tmp_path / "run.jsonl", header(), found, footer()))
     assert store.run("run-1").results == (found,)
     assert store.result("run-1", found.key) == found
-    assert store.points(*found.key)[0].outcomes == {"correct": 1}
+    (point,), total = store.points(*found.key)
+    assert (point.outcomes, total) == ({"correct": 1}, 1)
 
 
 def test_results_are_found_by_what_they_are(nights: Store) -> None:

@@ -218,7 +218,7 @@ def history_command(
             f"{case}: name a case as suite-id::case-id; `conformance store list --latest` has them"
         )
     with Store(database) as store:
-        points = store.points(suite, name, target, cell)
+        points, _ = store.points(suite, name, target, cell)
         where = store.name
     if not points:
         on = f" on {target}" if target is not None else ""

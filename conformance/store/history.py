@@ -45,11 +45,12 @@ from conformance.store.rows import (
     check_storable,
     mark_current,
     merge_results,
+    outcomes_of,
     read_result,
     remove_results,
     verdict_counts,
 )
-from conformance.store.tables import ItemRow, ResultRow, RunRow, VersionRow
+from conformance.store.tables import ResultRow, RunRow, VersionRow
 
 _READINGS = 5
 """How often a file that is being written is read again."""
@@ -366,27 +367,53 @@ class Store:
 
     def outcomes(self, run_id: str, key: Key) -> dict[str, int]:
         """Number of items of a result by outcome class; empty where it has none."""
-        query = (
-            select(ItemRow.outcome, func.count())
-            .join(ResultRow, ResultRow.id == ItemRow.result_id)
-            .where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
-            .group_by(ItemRow.outcome)
-        )
+        query = select(ResultRow.id).where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
         with self._database.reading() as session:
-            return dict(sorted(session.execute(query).all()))
+            result_id = session.scalars(query).one_or_none()
+            return outcomes_of(session, [result_id]).get(result_id, {}) if result_id is not None else {}
 
     def points(
-        self, suite: str, case: str, target: str | None = None, cell: str | None = None
-    ) -> list[StorePoint]:
-        """A case over time, oldest first, with what its gate decided; `target` and `cell` as in `series`."""
-        return [
-            StorePoint(
-                verdict=verdict,
-                decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
-                outcomes=self.outcomes(verdict.run_id, verdict.key),
-            )
-            for verdict, result in self.evidence_series(suite, case, target, cell)
-        ]
+        self,
+        suite: str,
+        case: str,
+        target: str | None = None,
+        cell: str | None = None,
+        *,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> tuple[list[StorePoint], int]:
+        """A case over time, oldest first, with what its gate decided, and how many points there are in all.
+
+        Args:
+            suite: As in `series`; so are `case`, `target` and `cell`.
+            case: Its id.
+            target: Only on this target.
+            cell: Only in this cell.
+            limit: Only the newest so many.
+            offset: Leave out so many of the newest first.
+        """
+        query = self._series(suite, case, target, cell)
+        newest = query.order_by(None).order_by(
+            RunRow.started.desc(), RunRow.run_id.desc(), ResultRow.target.desc()
+        )
+        points = []
+        with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
+            found = query.with_only_columns(ResultRow.id).order_by(None).subquery()
+            total = session.scalars(select(func.count()).select_from(found)).one()
+            rows = session.execute(newest.options(*_LIGHT[1:]).limit(limit).offset(offset)).all()
+            read = [(row, run, Result.model_validate_json(row.body)) for row, run in reversed(rows)]
+            scored = [row.id for row, _, result in read if result.evidence.accuracy is not None]
+            outcomes = outcomes_of(session, scored)
+            for row, run, result in read:
+                accuracy = result.evidence.accuracy
+                points.append(
+                    StorePoint(
+                        verdict=_verdict(row, run),
+                        decision=accuracy.decision if accuracy is not None else None,
+                        outcomes=outcomes.get(row.id, {}),
+                    )
+                )
+        return points, total
 
     def changes(self, before: str, after: str) -> list[Change]:
         """Verdicts that differ between two runs; results that only one of them has included.

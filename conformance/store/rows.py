@@ -194,6 +194,21 @@ def verdict_counts(session: Session, run_ids: Sequence[str]) -> dict[str, Counte
     return counts
 
 
+def outcomes_of(session: Session, result_ids: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Result to outcome class to number of its items; results without items are left out."""
+    found: dict[int, dict[str, int]] = {}
+    for some in _portions(result_ids):
+        query = (
+            select(ItemRow.result_id, ItemRow.outcome, func.count())
+            .where(ItemRow.result_id.in_(some))
+            .group_by(ItemRow.result_id, ItemRow.outcome)
+            .order_by(ItemRow.result_id, ItemRow.outcome)
+        )
+        for result_id, outcome, number in session.execute(query):
+            found.setdefault(result_id, {})[outcome] = number
+    return found
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
