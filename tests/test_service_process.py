@@ -91,6 +91,18 @@ def test_a_body_that_breaks_off_leaves_nothing(served: Running) -> None:
     assert httpx2.get(served.url + RUNS).json()["total"] == 0
 
 
+def test_a_connection_without_a_request_is_closed_and_a_slow_request_is_not(served: Running) -> None:
+    with connect(served) as slow, connect(served) as silent, connect(served) as second:
+        slow.sendall(head("Content-Length: 3"))
+        second.sendall(b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert answer_of(second)[0] == 200
+        second.sendall(b"GET /api/v1/health HT")
+        for connection in (silent, second):
+            assert connection.recv(1) == b""
+        slow.sendall(b"{}\n")
+        assert answer_of(slow)[0] == 422
+
+
 def test_two_services_on_one_database_lose_nothing(tmp_path: Path) -> None:
     """They also race to make it, and a third writer merges files beside them."""
     url = f"sqlite:///{tmp_path}/history.sqlite"
