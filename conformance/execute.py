@@ -45,14 +45,16 @@ class Job:
 
     cell: str
     arguments: tuple[str, ...]
-    """Of `conformance`, with `{}` where the run file is named."""
+    """Of `conformance`, with `{}` where the run file is named, and `{matrix}` where the matrix is."""
     run_file: Path
     limit: float = CELL_LIMIT
+    matrix: Path | None = None
+    """The file of the matrix, where it is not the bundled one."""
 
     def command(self, run_file: Path | None = None) -> list[str]:
         """The process that runs it."""
-        path = str(run_file or self.run_file)
-        arguments = (path if argument == "{}" else argument for argument in self.arguments)
+        named = {"{}": str(run_file or self.run_file), "{matrix}": str(self.matrix)}
+        arguments = (named.get(argument, argument) for argument in self.arguments)
         return [sys.executable, "-m", "conformance.worker.guarded", "conformance", *arguments]
 
 
@@ -68,6 +70,8 @@ class Ended:
     """Of what it printed."""
     attempts: int = 1
     """How often it was started, because what ran it died."""
+    lost: str = ""
+    """Why nothing is known of its process, where what should have run it did not answer for it."""
 
 
 class Executor(Protocol):
@@ -305,10 +309,11 @@ class CellRunner:
         return summarise(run, path) if run is not None and run.footer is not None else None
 
     def _job(self, cell: Cell, path: Path) -> Job:
-        matrix = ("--matrix", str(self._matrix.custom)) if self._matrix.custom is not None else ()
+        custom = self._matrix.custom
+        matrix = ("--matrix", "{matrix}") if custom is not None else ()
         where = ("--resume", "{}") if path.exists() else ("--out", "{}")
         arguments = ("run", "--cell", cell.id, *matrix, *where, "--no-report", *self._options)
-        return Job(cell.id, arguments, path, self._limit)
+        return Job(cell.id, arguments, path, self._limit, matrix=custom)
 
     def _lacks(self, cell: Cell) -> str:
         """What a cell's target says that it cannot do; asked only where the matrix says so too."""
@@ -326,7 +331,9 @@ class CellRunner:
         if run is not None and run.footer is not None:
             return
         last = " ".join(ended.tail.split())[-300:]
-        if ended.code is None:
+        if ended.lost:
+            self._record(cell, "error", ended.lost)
+        elif ended.code is None:
             self._record(cell, "timeout", f"the cell was not done within {ended.job.limit:g} s")
         else:
             said = f": {last}" if last else ""
