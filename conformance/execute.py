@@ -45,14 +45,16 @@ class Job:
 
     cell: str
     arguments: tuple[str, ...]
-    """Of `conformance`, with `{}` where the run file is named."""
+    """Of `conformance`, with `{}` where the run file is named, and `{matrix}` where the matrix is."""
     run_file: Path
     limit: float = CELL_LIMIT
+    matrix: Path | None = None
+    """The file of the matrix, where it is not the bundled one."""
 
     def command(self, run_file: Path | None = None) -> list[str]:
         """The process that runs it."""
-        path = str(run_file or self.run_file)
-        arguments = (path if argument == "{}" else argument for argument in self.arguments)
+        named = {"{}": str(run_file or self.run_file), "{matrix}": str(self.matrix)}
+        arguments = (named.get(argument, argument) for argument in self.arguments)
         return [sys.executable, "-m", "conformance.worker.guarded", "conformance", *arguments]
 
 
@@ -68,6 +70,8 @@ class Ended:
     """Of what it printed."""
     attempts: int = 1
     """How often it was started, because what ran it died."""
+    lost: str = ""
+    """Why nothing is known of its process, where what should have run it did not answer for it."""
 
 
 class Executor(Protocol):
@@ -263,23 +267,25 @@ class CellRunner:
         """Run cells; first come those that need no process.
 
         Raises:
-            RunFileError: a run file is there already, and is not to be resumed; nothing has run then.
+            RunFileError: a run file is there already, and is not to be resumed or cannot be read (nothing has
+                run then), or another run writes one.
         """
         jobs: dict[str, Job] = {}
         by_id = {cell.id: cell for cell in cells}
-        if not self._resume:
-            for cell in by_id.values():
-                runfile.check_new(self._path(cell))
+        complete = {cell.id: self._complete(cell) for cell in by_id.values()}
         for cell in by_id.values():
-            path = self._path(cell)
-            if path.exists() and (done := _read(path)) is not None and done.footer is not None:
-                yield summarise(done, path)
-            elif reason := cannot_run(cell):
-                self._record(cell, "skip", reason, unavailable={cell.target: reason})
-                yield summarise(runfile.read(path), path)
-            elif reason := self._lacks(cell):
-                self._record(cell, "skip", reason)
-                yield summarise(runfile.read(path), path)
+            path, done = self._path(cell), complete[cell.id]
+            if done is not None and done.verdict != "not run":
+                yield done
+                continue
+            # What did not run is asked again: its engine may have been installed since.
+            cannot = cannot_run(cell)
+            reason = cannot or self._lacks(cell)
+            if reason and done is None:
+                self._record(cell, "skip", reason, unavailable={cell.target: cannot} if cannot else {})
+                done = summarise(runfile.read(path), path)
+            if reason and done is not None:
+                yield done
             else:
                 jobs[cell.id] = self._job(cell, path)
         for ended in self._executor().run(list(jobs.values())) if jobs else ():
@@ -290,11 +296,24 @@ class CellRunner:
     def _path(self, cell: Cell) -> Path:
         return self._folder / cell.file_name
 
+    def _complete(self, cell: Cell) -> CellResult | None:
+        """What became of a cell that came to its end in an earlier session.
+
+        Raises:
+            RunFileError: its file is not to be resumed, or cannot be read. Such a file is left as it is.
+        """
+        path = self._path(cell)
+        if not self._resume:
+            runfile.check_new(path)
+        run = _read(path)
+        return summarise(run, path) if run is not None and run.footer is not None else None
+
     def _job(self, cell: Cell, path: Path) -> Job:
-        matrix = ("--matrix", str(self._matrix.custom)) if self._matrix.custom is not None else ()
+        custom = self._matrix.custom
+        matrix = ("--matrix", "{matrix}") if custom is not None else ()
         where = ("--resume", "{}") if path.exists() else ("--out", "{}")
         arguments = ("run", "--cell", cell.id, *matrix, *where, "--no-report", *self._options)
-        return Job(cell.id, arguments, path, self._limit)
+        return Job(cell.id, arguments, path, self._limit, matrix=custom)
 
     def _lacks(self, cell: Cell) -> str:
         """What a cell's target says that it cannot do; asked only where the matrix says so too."""
@@ -312,7 +331,9 @@ class CellRunner:
         if run is not None and run.footer is not None:
             return
         last = " ".join(ended.tail.split())[-300:]
-        if ended.code is None:
+        if ended.lost:
+            self._record(cell, "error", ended.lost)
+        elif ended.code is None:
             self._record(cell, "timeout", f"the cell was not done within {ended.job.limit:g} s")
         else:
             said = f": {last}" if last else ""
@@ -324,8 +345,6 @@ class CellRunner:
         """Give all cases that have no result this one."""
         path = self._path(cell)
         earlier = _read(path)
-        if earlier is None:
-            path.unlink(missing_ok=True)
         known = earlier.latest().keys() if earlier is not None else ()
         recording = Recording(
             argv=("conformance", "run", "--cell", cell.id),
@@ -346,11 +365,20 @@ class CellRunner:
 
 
 def _read(path: Path) -> Run | None:
-    """A run file; None where there is none, or none that can be read."""
+    """A run file; None where there is none. One in which no run has begun is removed.
+
+    Raises:
+        RunFileError: it cannot be read, or another run writes it. It is left as it is: it may be of a newer
+            harness, and no run is worth another's results.
+    """
+    if not path.exists():
+        return None
     try:
         return runfile.read(path)
     except RunFileError:
-        return None
+        if runfile.discard_unbegun(path):
+            return None
+        raise
 
 
 def _features(spec: str) -> frozenset[str] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,8 +188,12 @@ class Releases:
         if result.verdict not in ("error", "timeout"):
             path = self._path(loaded, spec)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(result.model_dump_json() + "\n")
+            line = result.model_dump_json().encode() + b"\n"
+            with path.open("a+b") as file:
+                # Behind a line that was cut off the next one would be lost too.
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    line = b"\n" + line
+                file.write(line)
             self._read(path)[loaded.digest] = result
         return Asked(result, stored=False)
 
@@ -201,8 +206,9 @@ class Releases:
         """Results by the digest of their case. A line that was cut off is asked for again."""
         if path not in self._kept:
             kept: dict[str, Result] = {}
-            # `splitlines` would also cut within results, at line separators that engines print.
-            for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+            # `splitlines` would also cut within results, at line separators that engines print; a line may be
+            # cut off within a character.
+            for line in path.read_bytes().split(b"\n") if path.exists() else ():
                 try:
                     result = Result.model_validate_json(line)
                 except ValidationError:

@@ -87,8 +87,8 @@ class Tier(Strict):
 
     strength: int | None = Field(default=None, ge=1)
     """How many values each covered combination has; absent: all cells."""
-    shards: int = Field(default=1, ge=1)
-    """Jobs that CI spreads it over."""
+    shards: int = Field(default=1, ge=1, le=256)
+    """Jobs that CI spreads it over; GitHub makes no more than 256 of one matrix."""
     trigger: Literal["pull-request", "nightly", "release", "manual"] = "manual"
     """When CI runs it."""
     publish: bool = False
@@ -334,14 +334,24 @@ def write_durations(matrix: Matrix, measured: Mapping[str, float]) -> Path:
     return path
 
 
-def shard(cells: Sequence[Cell], seconds: Mapping[str, float], number: int, count: int) -> tuple[Cell, ...]:
-    """The cells of one of several jobs that take about as long: the longest cell goes to the emptiest job.
+def shard(
+    cells: Sequence[Cell],
+    seconds: Mapping[str, float],
+    number: int,
+    count: int,
+    installs: Mapping[str, float] | None = None,
+) -> tuple[Cell, ...]:
+    """The cells of one of several jobs that take about as long.
+
+    The longest cell goes first, to the job that is done earliest with it. An engine's first cell in a job
+    costs its installation besides, so that not every job installs every engine.
 
     Args:
         cells: To be spread.
         seconds: Measured, by id. What is missing is taken to last as long as others of its target do.
         number: Of the job, from 1.
-        count: Of all jobs.
+        count: Of all jobs. There may be more than cells; then some have none.
+        installs: Seconds that the installation of a target takes; none for those that are not there.
 
     Raises:
         UsageError: there is no such job.
@@ -350,10 +360,18 @@ def shard(cells: Sequence[Cell], seconds: Mapping[str, float], number: int, coun
         raise UsageError(f"shard {number}/{count}: the number is between 1 and {count}")
     expected = {cell.id: expected_seconds(cell, cells, seconds) for cell in cells}
     loads = [0.0] * count
+    installed: list[set[str]] = [set() for _ in range(count)]
     mine: set[str] = set()
     for cell in sorted(cells, key=lambda cell: (-expected[cell.id], cell.id)):
-        job = loads.index(min(loads))
-        loads[job] += expected[cell.id]
+        install = (installs or {}).get(cell.target, 0.0) if cell.may_run else 0.0
+        with_it = [
+            load + (install if cell.target not in there else 0.0)
+            for load, there in zip(loads, installed, strict=True)
+        ]
+        job = with_it.index(min(with_it))
+        loads[job] = with_it[job] + expected[cell.id]
+        if install:
+            installed[job].add(cell.target)
         if job == number - 1:
             mine.add(cell.id)
     return tuple(cell for cell in cells if cell.id in mine)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conformance import __version__, resources
@@ -42,14 +42,14 @@ def make_pages(
     backtests: Findings | None = None,
     history: History | None = None,
     cells: Iterable[Run] = (),
+    left_out: Sequence[str] = (),
 ) -> Pages:
     """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`."""
     site = Site(run, suites)
     shown = BacktestsView(backtests, site) if backtests is not None else None
-    matrix = MatrixView(cells, site)
-    return Pages(
-        site, views(ladders, site), shown, AccuracyView(site, history), matrix if matrix.entries else None
-    )
+    matrix = MatrixView(cells, site, left_out)
+    there = matrix if matrix.entries or left_out else None
+    return Pages(site, views(ladders, site), shown, AccuracyView(site, history), there)
 
 
 def write_site(
@@ -61,6 +61,7 @@ def write_site(
     backtests: Findings | None = None,
     history: History | None = None,
     cells: Iterable[Run] = (),
+    left_out: Sequence[str] = (),
 ) -> Path:
     """Write the dashboard of a run.
 
@@ -76,6 +77,7 @@ def write_site(
         backtests: Backtests that get a page beside the run.
         history: Results of accuracy cases over time; None for those of the run alone.
         cells: Runs of cells of the matrix, which get a map beside the run.
+        left_out: Sentences for that map, on cells that are not among them.
 
     Returns:
         The folder.
@@ -91,7 +93,13 @@ def write_site(
         new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
         try:
             pages = make_pages(
-                run, suites, ladders=ladders, backtests=backtests, history=history, cells=cells
+                run,
+                suites,
+                ladders=ladders,
+                backtests=backtests,
+                history=history,
+                cells=cells,
+                left_out=left_out,
             )
             _write_pages(pages, run, new)
             _check_replaceable(out)

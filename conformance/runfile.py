@@ -108,6 +108,34 @@ class RunWriter:
             self._file.truncate(data.rfind(b"\n") + 1)
 
 
+def discard_unbegun(path: Path) -> bool:
+    """Remove a file in which no run has begun: it has no complete line, and nobody is writing it.
+
+    Returns:
+        Whether it was removed; False where there is none, or a run has begun in it.
+
+    Raises:
+        RunFileError: another run is writing it, or it cannot be read or removed.
+    """
+    try:
+        with path.open("r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFileError(f"{path} is being written by another run") from None
+            if file.readline(MAX_LINE + 1).endswith(b"\n") or file.tell() > MAX_LINE:
+                return False
+            # What is locked must be what stands there: another run may have removed it, and begun anew.
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise RunFileError(f"{path} is being written by another run")
+            path.unlink()
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunFileError(f"{path}: cannot be read or replaced: {error.strerror or error}") from None
+
+
 def read(path: Path) -> Run:
     """Read a run file back.
 

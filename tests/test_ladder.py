@@ -196,6 +196,10 @@ def test_errors_and_torn_lines_are_not_kept(releases_of_toy: set[str], suites: S
     (kept,) = (environments.home() / "ladder" / "toy@1.0").iterdir()
     kept.write_bytes(kept.read_bytes()[:-20])
     assert Releases(Pool(good)).stored(case, "toy@1.0") is None
+    kept.write_bytes(kept.read_bytes() + "é".encode()[:1])
+    assert Releases(Pool(good)).stored(case, "toy@1.0") is None
+    assert not Releases(Pool(good)).ask(case, "toy@1.0").stored
+    assert Releases(Pool(good)).stored(case, "toy@1.0") is not None, "it does not stand behind the torn line"
 
 
 # ------------------------------------------------------------------------------------------------ bisect

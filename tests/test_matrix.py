@@ -12,6 +12,7 @@ import pytest
 
 from conformance import matrix, placing, resources
 from conformance.checks.base import CheckOutcome
+from conformance.cli import invoke
 from conformance.covering import combinations, covering
 from conformance.errors import ConformanceError, SuiteError, UsageError
 from conformance.loading import LoadedCase, load_suite
@@ -273,6 +274,28 @@ def test_shards_take_about_as_long_and_lose_nothing(small: Matrix) -> None:
     assert sorted(cell.id for part in shards for cell in part) == sorted(cell.id for cell in cells)
     loads = [sum(seconds[cell.id] for cell in part) for part in shards]
     assert max(loads) - min(loads) <= max(seconds.values())
+
+
+def test_an_engine_is_installed_in_few_shards(small: Matrix) -> None:
+    """What it saves is more than what the longest shard would gain from one more installation."""
+    spec = "vllm@0.32.0"
+
+    def with_engine(installs: dict[str, float]) -> int:
+        shards = [matrix.shard(small.cells, {}, number, 3, installs) for number in (1, 2, 3)]
+        assert sorted(c.id for part in shards for c in part) == sorted(c.id for c in small.cells)
+        return sum(any(cell.target == spec and cell.may_run for cell in part) for part in shards)
+
+    assert with_engine({}) == 3
+    assert with_engine({spec: 100_000.0}) == 1
+
+
+def test_a_shard_may_have_no_cells(
+    small: Matrix, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["matrix", "run", "reference+scripted", "--matrix", str(small.path), "--shard", "2/2"]
+    assert invoke(command) == 0
+    assert "0 cells in 0 s: none" in capsys.readouterr().out
 
 
 def test_a_cell_that_was_never_measured_takes_as_long_as_others_of_its_target(small: Matrix) -> None:

@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from conformance import matrix as matrices
 from conformance import runfile
 from conformance.cli import invoke
 from conformance.commands.schema import schemas
+from conformance.errors import RunFileError
+from conformance.execute import CellRunner, Ended, Job
 from conformance.results import Run
 from tests.conftest import ROOT, TESTS
 from tests.processes import survivors
@@ -233,6 +237,78 @@ def test_wrong_use_is_refused_before_anything_runs(
     assert invoke(["matrix", "run", "--matrix", "matrix.yaml", *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+class Failing:
+    """Runs nothing; every process ends with exit code 9."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        for job in jobs:
+            self.jobs.append(job)
+            yield Ended(job, 9, 1.0, "")
+
+
+Single = tuple[Path, Callable[[], tuple[str, str, int]]]
+
+
+@pytest.fixture
+def single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Single:
+    """The run file of a cell, and how to resume it: how its process is begun, verdict, number of jobs."""
+    monkeypatch.syspath_prepend(TESTS)
+    (tmp_path / "matrix.yaml").write_text(MATRIX)
+    loaded = matrices.load(tmp_path / "matrix.yaml")
+    (cell,) = loaded.select(["*:Single+scripted"])
+    path = tmp_path / cell.file_name
+
+    def resume() -> tuple[str, str, int]:
+        executor = Failing()
+        (found,) = CellRunner(loaded, tmp_path, lambda: executor, resume=True).run([cell])
+        begun = {option for job in executor.jobs for option in job.arguments} & {"--out", "--resume"}
+        return "".join(begun), found.verdict, len(executor.jobs)
+
+    return path, resume
+
+
+def test_resuming_leaves_a_file_that_it_cannot_read(single: Single) -> None:
+    """One line in its middle is of another harness: what the other lines hold must not be lost."""
+    path, resume = single
+    assert resume() == ("--out", "error", 1)
+    header, *results = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([header, b'{"type": "new"}\n', *results])
+    path.write_bytes(damaged)
+    with pytest.raises(RunFileError, match=r"Single\+scripted\.jsonl:2: .*not a run file of this version"):
+        resume()
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", [b"", b'{"type": "header", "run_i'])
+def test_a_file_in_which_no_run_has_begun_is_begun_anew(single: Single, content: bytes) -> None:
+    path, resume = single
+    path.write_bytes(content)
+    assert resume() == ("--out", "error", 1)
+    assert runfile.read(path).footer is not None
+
+
+def test_resuming_leaves_a_file_that_another_run_begins(single: Single) -> None:
+    path, resume = single
+    with runfile.RunWriter(path):
+        with pytest.raises(RunFileError, match="is being written by another run"):
+            resume()
+        assert path.exists()
+
+
+def test_a_cell_that_could_not_run_is_asked_again_once_it_can(
+    single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, resume = single
+    with monkeypatch.context() as patched:
+        patched.setattr("conformance.execute.cannot_run", lambda cell: "it is not installed")
+        assert resume() == ("", "not run", 0)
+        assert resume() == ("", "not run", 0)
+    assert resume()[::2] == ("--resume", 1)
 
 
 def test_check_names_the_cells_that_were_lost(

@@ -76,6 +76,56 @@ def test_only_a_tier_that_is_published_may_write() -> None:
                 assert "${{" not in step.get("run", ""), "values reach a shell through its environment"
 
 
+def merge_steps(tier: str) -> list[dict]:
+    """The steps of the merge on GitHub."""
+    return yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())["jobs"]["merge"]["steps"]
+
+
+def test_the_history_is_kept_whatever_fails_after_the_merge() -> None:
+    """The one step that may find fault before the history is saved is the merge, which keeps what it can."""
+    for tier, entry in matrix.load().file.tiers.items():
+        found = merge_steps(tier)
+        names = [step["name"] for step in found]
+        kept, merged = names.index("Keep the history"), names.index("Merge the run files into the history")
+        assert kept == merged + 1
+        assert all("!cancelled()" in step["if"] for step in found[kept:])
+        assert found[kept]["uses"].startswith("actions/cache/save@")
+        fetched = found[names.index("Fetch the history")]
+        assert fetched["uses"].startswith("actions/cache/restore@")
+        assert fetched["with"]["key"] == found[kept]["with"]["key"]
+        known = ["history-release-", "history-nightly-"] if tier == "release" else [f"history-{tier}-"]
+        assert fetched["with"]["restore-keys"].split() == known
+        job = yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())["jobs"]["merge"]
+        assert ("CONFORMANCE_DATABASE" in job.get("env", {})) == (entry.trigger != "pull-request")
+
+
+def test_what_a_job_did_is_kept_when_it_is_over_its_time() -> None:
+    """Its long step is ended before the job is, and what there is is uploaded even from a cancelled job."""
+    for tier in matrix.load().file.tiers:
+        jobs = yaml.safe_load((BELOW / f"github/matrix-{tier}.yml").read_text())["jobs"]
+        for name in ("suites", "cells"):
+            *_, ran, uploaded = jobs[name]["steps"]
+            assert ran["timeout-minutes"] <= jobs[name]["timeout-minutes"] - 20
+            assert uploaded["if"] == "${{ always() }}"
+        fetched = [step["with"] for step in merge_steps(tier) if "download-artifact" in step.get("uses", "")]
+        assert ["pattern" in options and "name" not in options for options in fetched] == [True, True]
+        steps_ = yaml.safe_load((BELOW / f"buildkite/matrix-{tier}.yml").read_text())["steps"]
+        for step, minutes in zip(steps_, ("60m", "300m"), strict=False):
+            assert f"--kill-after=60 {minutes} " in step["command"][-1]
+            assert int(minutes.removesuffix("m")) < step["timeout_in_minutes"]
+
+
+def test_what_is_published_by_a_schedule_does_not_hang_on_what_its_event_says() -> None:
+    """The event of a schedule need not name the repository; without it, another event publishes nothing."""
+    condition = yaml.safe_load((BELOW / "github/matrix-nightly.yml").read_text())["jobs"]["publish"]["if"]
+    first, second, third = condition.removeprefix("${{").removesuffix("}}").strip().split(" && ")
+    assert (first, second) == ("!cancelled()", "needs.merge.result != 'skipped'")
+    assert third.strip("()").split(" || ") == [
+        "github.event_name == 'schedule'",
+        "github.ref_name == github.event.repository.default_branch",
+    ]
+
+
 # ------------------------------------------------------------------------------------------ a clean clone
 
 

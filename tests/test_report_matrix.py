@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from conformance.cli import invoke
 from conformance.errors import RunFileError
 from conformance.report import write_site
 from conformance.results import (
@@ -19,6 +20,8 @@ from conformance.results import (
     Run,
     Verdict,
 )
+from conformance.store.history import Store
+from tests import history_runs
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
 from tests.test_report import Pages, text_of
@@ -215,3 +218,44 @@ def test_command_line(run_conformance: Command, tmp_path: Path) -> None:
     done = run_conformance("report", "run.jsonl", "--out", "site", "--matrix", "empty")
     assert done.returncode == 2
     assert "empty: there is no run file (*.jsonl) in this folder" in done.stderr
+
+
+def test_without_its_run_file_the_newest_run_is_shown_and_a_torn_cell_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*more: str) -> tuple[int, str]:
+        code = invoke(["report", "lost.jsonl", "--out", "site", "--matrix", "cells", *more])
+        return code, capsys.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    old = cell_run(
+        "ref", "own", "single", {"one": "pass", "two": "pass"}, started="2026-11-19T03:00:00+00:00"
+    )
+    new = cell_run("ref", "own", "tp2", {"one": "pass", "two": "fail"})
+    for name, run in (("old", old), ("new", new)):
+        history_runs.write(tmp_path / f"cells/{name}.jsonl", run.header, *run.results, run.footer)
+    (tmp_path / "cells/torn.jsonl").write_text('{"type": "hea')
+    assert command()[0] == 2, "it is asked for by --or-newest alone"
+    code, said = command("--or-newest")
+    assert code == 0
+    sentence = "A run of a cell is left out: cells/torn.jsonl: the file holds no complete header"
+    assert sentence in said
+    assert (
+        f"lost.jsonl: cannot be read: No such file or directory; shown is the newest run, {new.header.run_id}"
+        in said
+    )
+    page = (tmp_path / "site/matrix.html").read_text()
+    assert "ref+scripted+own+single+float32" in page
+    assert "ref+scripted+own+tp2+float32" in page
+    assert sentence in page
+    # One outside the matrix comes first, as it does in the service.
+    stored = history_runs.write(
+        tmp_path / "run.jsonl",
+        history_runs.header("outside"),
+        history_runs.result("a"),
+        history_runs.footer(),
+    )
+    with Store("sqlite:///history.sqlite", create=True) as store:
+        store.merge_file(stored)
+    code, said = command("--or-newest", "--database", "sqlite:///history.sqlite")
+    assert (code, "shown is the newest run, outside" in said) == (0, True)

@@ -8,13 +8,16 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from conformance.report import make_pages
 from conformance.reporting.badges import badge, words
+from conformance.results import CellRecord
 from conformance.service.guard import POLICY
 from conformance.store import StoreError
 from conformance.store.history import Store
+from conformance.store.tables import ResultRow
 from tests.history_runs import (
     CASE,
     SUITE,
@@ -114,6 +117,32 @@ def test_pages_are_made_from_a_run_that_is_read_once(ask: TestClient, store: Sto
         assert ask.get("/").status_code == 200
         assert ask.get("/runs/run-1/policies.html").status_code == 200
     assert read == ["run-2", "run-1"]
+
+
+def test_cells_are_read_once_and_one_that_cannot_be_read_takes_no_page_down(
+    ask: TestClient, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, day in (("fresh", "2026-11-02"), ("broken", "2026-11-01"), ("gone", "2026-09-01")):
+        cell = CellRecord(id=f"fake+{name}", axes={"target": "fake", "attention": "own", "layout": "single"})
+        tried = result("b", kind="generation", target="fake")
+        head = header(f"cell-{name}", f"{day}T03:00:00+00:00", cell=cell, manifest=planned(tried))
+        store.merge_file(write(tmp_path / f"{name}.jsonl", head, tried, footer()))
+    with store._database.writing() as session:
+        row = session.scalars(select(ResultRow).where(ResultRow.run_id == "cell-broken")).one()
+        row.body = row.body.replace('"reason"', '"why"')
+    read = []
+    real = Store.run
+    monkeypatch.setattr(Store, "run", lambda self, run_id: read.append(run_id) or real(self, run_id))
+    for _ in range(2):
+        for path in ("/", "/runs/run-1/", "/matrix.html"):
+            assert ask.get(path).status_code == 200
+    assert sorted(read) == ["cell-broken", "cell-fresh", "run-1", "run-2"]
+    page = ask.get("/matrix.html").text
+    assert "fake+fresh" in page
+    assert (
+        "The newest run of the cell fake+broken is left out: run cell-broken: was stored by another" in page
+    )
+    assert "1 cell is left out: not run within 30 days of the newest." in page
 
 
 @pytest.mark.parametrize(
@@ -226,6 +255,8 @@ def test_a_case_over_time_has_its_scores(ask: TestClient) -> None:
     scores = [point["decision"]["score"]["count"] for point in found["points"]]
     assert scores == [91, 92]
     assert found["points"][0]["outcomes"] == {"correct": 91, "wrong": 9}
+    newest = ask.get(f"{API}/history", params={"suite": SUITE, "case": CASE, "limit": 1}).json()
+    assert (newest["total"], newest["points"]) == (2, found["points"][1:])
     assert [v["run_id"] for v in ask.get(f"{API}/accuracy").json()["series"]] == ["run-2"]
     assert ask.get(f"{API}/history", params={"suite": SUITE, "case": "x"}).status_code == 404
 

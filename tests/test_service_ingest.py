@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gzip
 import hmac
 import json
@@ -241,6 +242,15 @@ def test_a_run_whose_id_is_no_name_is_refused(ask: TestClient, store: Store, run
     status, told = send(ask, lines(header(run_id), result("a"), footer()))
     assert (status, told["detail"].startswith("the run's id must be")) == (422, True)
     assert store.size() == 0
+
+
+def test_a_run_of_the_future_is_refused(ask: TestClient, store: Store) -> None:
+    """A day is what clocks may differ by."""
+    now = dt.datetime.now(dt.UTC)
+    for hours, status in ((26, 422), (22, 201)):
+        started = (now + dt.timedelta(hours=hours)).isoformat()
+        assert send(ask, lines(header("ahead", started), result("a"), footer()))[0] == status
+    assert [run.run_id for run in store.runs()] == ["ahead"]
 
 
 def test_another_run_of_the_same_id_is_refused(ask: TestClient) -> None:

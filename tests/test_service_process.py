@@ -91,6 +91,18 @@ def test_a_body_that_breaks_off_leaves_nothing(served: Running) -> None:
     assert httpx2.get(served.url + RUNS).json()["total"] == 0
 
 
+def test_a_connection_without_a_request_is_closed_and_a_slow_request_is_not(served: Running) -> None:
+    with connect(served) as slow, connect(served) as silent, connect(served) as second:
+        slow.sendall(head("Content-Length: 3"))
+        second.sendall(b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert answer_of(second)[0] == 200
+        second.sendall(b"GET /api/v1/health HT")
+        for connection in (silent, second):
+            assert connection.recv(1) == b""
+        slow.sendall(b"{}\n")
+        assert answer_of(slow)[0] == 422
+
+
 def test_two_services_on_one_database_lose_nothing(tmp_path: Path) -> None:
     """They also race to make it, and a third writer merges files beside them."""
     url = f"sqlite:///{tmp_path}/history.sqlite"
@@ -164,6 +176,10 @@ def test_the_log_has_no_token_wherever_it_was_put(served: Running) -> None:
         (["--host", "0.0.0.0", "--remote"], None, "say by --name HOST how others call it"),
         (["--host", "192.0.2.1", "--remote", "--name", "x"], TOKEN, "this address cannot be taken"),
         (["--host", "no such host", "--remote"], TOKEN, "this address cannot be taken"),
+        (["--name", "gw:8080"], None, "--name gw:8080: write a name alone"),
+        (["--name", "foo*"], None, "--name foo*: write a name alone"),
+        (["--name", "*"], None, "--name *: write a name alone"),
+        (["--name", ""], None, "--name : write a name alone"),
         ([], None, "there is no history; `conformance store merge RUN` begins one"),
         ([], "short", "CONFORMANCE_INGEST_TOKEN: a token of fewer than 16 characters can be guessed"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import json
 import random
@@ -16,12 +17,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from conformance import runfile
 from conformance.errors import RunFileError
-from conformance.results import Footer, Header, Result, Run
-from conformance.store import MisfitError, StoreError, UnknownRunError, database
+from conformance.results import CellRecord, Footer, Header, Result, Run
+from conformance.store import MisfitError, StoreError, UnknownRunError, database, history
 from conformance.store.history import Store
 from conformance.store.tables import VERSION, Base, VersionRow
 from tests.history_runs import (
@@ -39,6 +40,7 @@ from tests.history_runs import (
     sheet,
     write,
 )
+from tests.postgres import Server
 
 Line = Header | Result | Footer
 
@@ -450,6 +452,22 @@ def test_a_case_over_time(nights: Store) -> None:
     assert nights.series(SUITE, "new", "fake") == []
 
 
+def test_a_case_over_time_comes_in_portions_by_few_statements(nights: Store) -> None:
+    whole, total = nights.points(SUITE, CASE)
+    assert total == len(whole) == 3
+    assert [point.outcomes["wrong"] for point in whole] == [5, 8, 20]
+    assert nights.points(SUITE, CASE, limit=2) == (whole[1:], 3)
+    assert nights.points(SUITE, CASE, limit=2, offset=2) == (whole[:1], 3)
+    assert nights.points(SUITE, CASE, offset=3) == ([], 3)
+    sent = []
+    event.listen(nights._database._engine, "before_cursor_execute", lambda *said: sent.append(said[2]))
+    nights.points(SUITE, CASE)
+    asked = [statement for statement in sent if statement.startswith("SELECT")]
+    assert len(asked) == 3, "their number, the results, and all their outcomes"
+    nights.points(SUITE, "new")
+    assert len([s for s in sent if s.startswith("SELECT")]) == 5, "where nothing is scored, no outcomes"
+
+
 def test_verdicts_that_changed_between_two_runs(nights: Store) -> None:
     changes = nights.changes("c3", "a1")
     assert [(c.case, c.target, c.before, c.after, c.edited) for c in changes] == [
@@ -536,6 +554,7 @@ def test_a_result_of_another_version_of_the_harness_says_so(store: Store, tmp_pa
     [
         [header(), result("a\0b")],
         [header("run\0"), result("a")],
+        [header(cell=CellRecord(id="a\0", axes={"target": "fake"})), result("a")],
         [header(), result("a", target="x" * 2500)],
         [header(), result("a"), footer().model_copy(update={"exit_code": 2**40})],
         [header(), result("a", duration=float("nan"))],
@@ -559,7 +578,8 @@ def test_text_of_every_kind_comes_back(store: Store, tmp_path: Path) -> None:
     store.merge_file(write(tmp_path / "run.jsonl", header(), found, footer()))
     assert store.run("run-1").results == (found,)
     assert store.result("run-1", found.key) == found
-    assert store.points(*found.key)[0].outcomes == {"correct": 1}
+    (point,), total = store.points(*found.key)
+    assert (point.outcomes, total) == ({"correct": 1}, 1)
 
 
 def test_results_are_found_by_what_they_are(nights: Store) -> None:
@@ -586,3 +606,58 @@ def test_the_revision_counts_changes_alone(store: Store, tmp_path: Path) -> None
         store.merge_file(path)
         seen.append(store.revision())
     assert seen == [0, 1, 1, 2, 2, 2]
+
+
+def test_what_is_read_is_of_one_moment(
+    postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge ends between the statements that read a run: its results, and their items.
+
+    On SQLite none does: it waits for those who read.
+    """
+    url = postgres.fresh()
+    store = Store(url, create=True)
+    short = [header(), accuracy_result(sheet([item(1)]), None)]
+    store.merge_file(write(tmp_path / "short.jsonl", *short))
+    longer = write(
+        tmp_path / "longer.jsonl", header(), accuracy_result(sheet([item(1), item(2)]), None), footer()
+    )
+    whole = store.run("run-1")
+    real = history.read_result
+
+    def read_result(*arguments: Any) -> Result:
+        monkeypatch.setattr(history, "read_result", real)
+        with Store(url) as other:
+            assert other.merge_file(longer).newer
+        return real(*arguments)
+
+    monkeypatch.setattr(history, "read_result", read_result)
+    assert store.run("run-1") == whole
+    assert store.run("run-1").footer is not None
+    store.close()
+
+
+def test_a_removed_run_leaves_nothing_behind_and_comes_back(store: Store, tmp_path: Path) -> None:
+    answers = sheet([item(1), item(2, "wrong")])
+    shared = write(
+        tmp_path / "1.jsonl", header("run-1"), accuracy_result(sheet(answers.items[:1]), None), footer()
+    )
+    store.merge_file(shared)
+    before = content(store)
+    path = write(
+        tmp_path / "2.jsonl", header("run-2"), accuracy_result(answers, decision(answers)), result("b")
+    )
+    store.merge_file(path)
+    store.remove("run-2")
+    assert content(store) == before
+    assert store.revision() == 3
+    with pytest.raises(UnknownRunError):
+        store.remove("run-2")
+    assert store.merge_file(path).added == 2
+
+
+def test_a_run_that_started_too_late_is_refused(store: Store, tmp_path: Path) -> None:
+    run = runfile.read(write(tmp_path / "run.jsonl", header(started="2026-11-02T01:00:00+01:00"), footer()))
+    with pytest.raises(MisfitError, match=r"run run-1: started at 2026-11-02T01:00:00\+01:00, which is in"):
+        store.merge(run, 2, by=dt.datetime(2026, 11, 1, 23, 59, tzinfo=dt.UTC))
+    assert store.merge(run, 2, by=dt.datetime(2026, 11, 2, 0, 0, tzinfo=dt.UTC)).newer

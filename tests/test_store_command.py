@@ -214,3 +214,12 @@ def test_without_a_url_the_history_lies_in_the_users_data_folder(
     assert command("merge", *files).code == 0
     assert (tmp_path / "data" / "gemma4-conformance" / "history.sqlite").is_file()
     assert "n2" in command("list").out
+
+
+def test_a_run_is_removed(command: Command, ask: Ask, files: list[str]) -> None:
+    assert command("merge", *files).code == 0
+    assert command("remove", "n2").out == "run n2: removed\n"
+    assert [run["run_id"] for run in ask("list")["runs"]] == ["n1"]
+    again = command("remove", "n2")
+    assert again.code == 2
+    assert "holds no run n2; `conformance store list` names them" in again.err

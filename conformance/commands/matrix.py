@@ -24,7 +24,7 @@ from conformance.commands.output import (
     json_option,
 )
 from conformance.commands.run import matrix_option, seconds
-from conformance.errors import UsageError
+from conformance.errors import RunFileError, UsageError
 from conformance.execute import CellResult, CellRunner, Executor, LocalExecutor
 from conformance.matrix import Cell, Matrix
 from conformance.recording import new_run_id
@@ -117,7 +117,7 @@ def run_command(
     layout or option it asked for is an error.
 
     Exits with 1 for any failure, unexpected pass, error or timeout; else with 3 for anything inconclusive;
-    else with 0.
+    else with 0. A shard that has no cells is done at once.
     """
     if resume and out is None:
         raise UsageError("--resume goes on in a folder; name it with --out")
@@ -141,7 +141,7 @@ def run_command(
                 click.echo(_told(result, len(done), len(chosen)), file=screen)
     results = [done[cell.id] for cell in chosen]
     codes = [result.exit_code for result in results]
-    code = next((code for code in (1, 3) if code in codes), 0 if codes else 2)
+    code = next((code for code in (1, 3) if code in codes), 0)
     if as_json:
         rows = tuple(_ran_row(result) for result in results)
         answer = MatrixRunOutput(folder=str(folder), tier=tier, shard=shard, cells=rows, exit_code=code)
@@ -188,8 +188,15 @@ def check_command(
     Exits with 1 if one did not: a job that was lost must not look like one that found nothing.
     """
     _, wanted = _select(matrix, (), tier, None)
-    runs = (runfile.read(path) for path in runfile.files(run_files))
-    ended = {run.header.cell.id for run in runs if run.header.cell is not None and run.footer is not None}
+    ended: set[str] = set()
+    for path in runfile.files(run_files):
+        try:
+            run = runfile.read(path)
+        except RunFileError as error:
+            click.echo(f"note: {error}", err=True)  # its cell is among those that are missing
+            continue
+        if run.header.cell is not None and run.footer is not None:
+            ended.add(run.header.cell.id)
     missing = tuple(cell.id for cell in wanted if cell.id not in ended)
     if as_json:
         output.emit_json(MatrixCheckOutput(cells=len(wanted), missing=missing))
@@ -251,7 +258,15 @@ def _select(
     number, slash, count = shard.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal()):
         raise UsageError(f"--shard {shard}: write it as 1/4")
-    return loaded, matrices.shard(chosen, matrices.durations(loaded), int(number), int(count))
+    measured = matrices.durations(loaded)
+    return loaded, matrices.shard(chosen, measured, int(number), int(count), _installs(chosen))
+
+
+def _installs(cells: tuple[Cell, ...]) -> dict[str, float]:
+    """Seconds that the installation of a target took where its environment was locked."""
+    known = {found.spec: float(found.lock.seconds) for found in environments.environments()}
+    wanted = {cell.target: registry.environment_of(cell.target) for cell in cells}
+    return {target: known[spec] for target, spec in wanted.items() if spec in known}
 
 
 def _cell_row(loaded: Matrix, cell: Cell) -> CellRow:

@@ -13,6 +13,7 @@ from conformance.commands import output
 from conformance.commands.output import ReportOutput, json_option
 from conformance.commands.selection import select
 from conformance.commands.store import database_option
+from conformance.errors import RunFileError
 from conformance.results import Run
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ _FILE = click.Path(path_type=Path)
 
 @click.command("report")
 @click.argument("run_file", type=click.Path(path_type=Path))
+@click.option(
+    "--or-newest",
+    is_flag=True,
+    help="Where RUN_FILE cannot be read, show the newest run of --database outside the matrix, else the "
+    "newest of --matrix, and say so.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True)
 @click.option("--suites", "paths", multiple=True, metavar="PATH", help="Suite files or folders of your own.")
 @click.option(
@@ -41,6 +48,7 @@ _FILE = click.Path(path_type=Path)
 @json_option
 def report_command(
     run_file: Path,
+    or_newest: bool,
     out: Path,
     paths: tuple[str, ...],
     ladders: tuple[Path, ...],
@@ -51,11 +59,20 @@ def report_command(
 ) -> None:
     """Write the dashboard of RUN_FILE as static HTML.
 
-    Without --database, accuracy is shown as this run has it, with no history.
+    Without --database, accuracy is shown as this run has it, with no history. A run file of a cell that
+    cannot be read is left out, and named on standard error.
     """
     from conformance.report import write_site
 
-    run = runfile.read(run_file)
+    of_cells, left_out = _cells(cells)
+    try:
+        run = runfile.read(run_file)
+    except RunFileError as error:
+        found = _newest(database, of_cells) if or_newest else None
+        if found is None:
+            raise
+        run = found
+        click.echo(f"note: {error}; shown is the newest run, {run.header.run_id}", err=True)
     if run.torn:
         click.echo(f"note: {run_file}: {run.torn}", err=True)
     write_site(
@@ -65,13 +82,37 @@ def report_command(
         ladders=[history.read(path) for path in ladders],
         backtests=read_findings(backtests) if backtests is not None else None,
         history=_history(run, database) if database is not None else None,
-        cells=[runfile.read(path) for path in runfile.files(cells)],
+        cells=of_cells,
+        left_out=left_out,
     )
     index = out / "index.html"
     if as_json:
         output.emit_json(ReportOutput(run_file=str(run_file), index=str(index), results=len(run.latest())))
     else:
         click.echo(f"dashboard: {index}")
+
+
+def _cells(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and what the others are: one that was cut off must not hide all."""
+    found, left_out = [], []
+    for path in runfile.files(paths):
+        try:
+            found.append(runfile.read(path))
+        except RunFileError as error:
+            left_out.append(f"A run of a cell is left out: {error}")
+            click.echo(f"note: {left_out[-1]}", err=True)
+    return found, left_out
+
+
+def _newest(database: str | None, cells: list[Run]) -> Run | None:
+    """The newest stored run outside the matrix, else the newest of a cell; None where there is none."""
+    from conformance.store.history import Store
+
+    if database is not None:
+        with Store(database) as store:
+            for stored in store.runs(limit=1, cells=False):
+                return store.run(stored.run_id)
+    return max(cells, key=lambda run: run.header.started, default=None)
 
 
 def _history(run: Run, database: str) -> History:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from conformance.commands.store import database_option
 from conformance.errors import UsageError
 
 DEFAULT_PORT = 8643
+_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
+"""A name as requests have it, without a port; `*.` stands for every name below a domain."""
 _MIB = 1024 * 1024
 _FILE = click.Path(path_type=Path)
 
@@ -75,6 +78,12 @@ def serve_command(
     from conformance.service.pages import Dashboard
     from conformance.store.history import Store
 
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--name {name}: write a name alone and without a port, "
+                "such as gw.example.com, [::1] or *.example.com"
+            )
     if not is_loopback(host) and not remote:
         raise UsageError(
             f"--host {host}: other machines could reach this address, and read everything without TLS; "

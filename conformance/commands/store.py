@@ -95,6 +95,22 @@ def _tell(row: MergedRow) -> None:
     click.echo(f"{row.run_file}: run {merged.run_id}: {what}")
 
 
+@store_group.command("remove")
+@click.argument("run_ids", nargs=-1, required=True, metavar="RUN...")
+@_database
+def remove_command(run_ids: tuple[str, ...], database: str | None) -> None:
+    """Remove runs, by their ids, with all their results.
+
+    Merging their run files brings them back.
+    """
+    from conformance.store.history import Store
+
+    with Store(database) as store:
+        for run_id in run_ids:
+            store.remove(run_id)
+            click.echo(f"run {run_id}: removed")
+
+
 @store_group.command("list")
 @click.option("--latest", is_flag=True, help="List the newest result of each case on each target instead.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many runs.")
@@ -202,7 +218,7 @@ def history_command(
             f"{case}: name a case as suite-id::case-id; `conformance store list --latest` has them"
         )
     with Store(database) as store:
-        points = store.points(suite, name, target, cell)
+        points, _ = store.points(suite, name, target, cell)
         where = store.name
     if not points:
         on = f" on {target}" if target is not None else ""

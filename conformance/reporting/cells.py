@@ -141,13 +141,15 @@ class MatrixView(Box):
     Args:
         runs: Of its cells; of several of one cell, the newest counts.
         site: The run beside which it is shown, for links.
+        left_out: Sentences that say which cells are not shown, and why.
 
     Raises:
         RunFileError: a run is of no cell.
     """
 
-    def __init__(self, runs: Iterable[Run], site: Site) -> None:
+    def __init__(self, runs: Iterable[Run], site: Site, left_out: Sequence[str] = ()) -> None:
         super().__init__(slug="all")
+        self.left_out = left_out
         slugs, self._target_slugs, self._box_slugs = Slugs(), Slugs(), Slugs()
         cases = {case.address: case for case in site.cases}
         self.maps: dict[str, Map] = {}

@@ -213,12 +213,14 @@ def cases(
     "/history",
     responses=_refusals(on_404="There is no result of this case.", on_422=_WRONG),
 )
-def history(sources: From, suite: Name, case: Name, target: Filter = None) -> Points:
-    """A case over time, with scores where it has any."""
-    found = sources.store.points(suite, case, target)
-    if not found:
+def history(
+    sources: From, suite: Name, case: Name, target: Filter = None, limit: Limit = 100, offset: Offset = 0
+) -> Points:
+    """A case over time, with scores where it has any. Portions begin at its newest result."""
+    found, total = sources.store.points(suite, case, target, limit=limit, offset=offset)
+    if not total:
         raise HTTPException(404, "there is no result of this case")
-    return Points(suite=suite, case=case, points=tuple(found))
+    return Points(suite=suite, case=case, total=total, points=tuple(found))
 
 
 @router.get("/accuracy", responses=_refusals())

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import hashlib
 import hmac
 import logging
@@ -34,6 +35,8 @@ DEFAULT_LIMIT = 64 * 1024 * 1024
 """Bytes of a run file."""
 MOST_RESULTS = 50_000
 """Planned or given in one run; each is a row, and each case is a page."""
+_AHEAD = dt.timedelta(days=1)
+"""By which clocks may differ. A run of the future would stay the newest, on the pages and in badges."""
 _UPLOADS = 4
 """Requests whose bodies are read at a time."""
 _PATIENCE = 300.0
@@ -160,7 +163,7 @@ class Ingest:
                 )
             if max(len(run.results), len(run.header.manifest)) > MOST_RESULTS:
                 raise HTTPException(422, f"the run has more than {MOST_RESULTS} results")
-            merged = self._store.merge(run, lines)
+            merged = self._store.merge(run, lines, by=dt.datetime.now(dt.UTC) + _AHEAD)
         except (RunFileError, MisfitError) as error:
             raise HTTPException(422, str(error)) from None
         except RunConflictError:

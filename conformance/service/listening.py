@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -12,11 +13,14 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from conformance.errors import UsageError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _CONNECTIONS = 200
+_FOR_A_HEAD = 10.0
+"""Seconds for the head of a request to come whole; a connection that sends none must not count for ever."""
 _LAST_WORDS = 20
 """Seconds that open requests have once the server was told to end."""
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
@@ -68,10 +72,45 @@ def names_of(host: str, more: Sequence[str]) -> list[str]:
     return [*LOOPBACK_NAMES, *own, *more]
 
 
+class _Impatient(H11Protocol):
+    """Closes a connection on which no head of a request comes: uvicorn waits for the first one for ever."""
+
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Begin to count where a head is awaited; more of it does not begin anew."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_watching()
+        elif self._closing is None and not self.transport.is_closing():
+            self._closing = self.loop.call_later(_FOR_A_HEAD, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+
+
 def serve(app: ASGIApp, listening: socket.socket) -> None:
     """Answer requests until the process is told to end; requests that are open then are still answered."""
     config = uvicorn.Config(
         app,
+        http=_Impatient,
         log_config=None,
         access_log=False,  # it would have queries in it
         server_header=False,

@@ -74,11 +74,14 @@ class CaseList(Record):
 
 
 class Points(Record):
-    """A case over time, oldest first."""
+    """Some of the results of a case over time."""
 
     suite: str
     case: str
+    total: int
+    """Results that there are."""
     points: tuple[StorePoint, ...]
+    """Oldest first; the portion is counted from the newest."""
 
 
 class AccuracyList(Record):

@@ -7,6 +7,7 @@ changes. A path in a request is looked up among the paths of the pages, and neve
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.report import make_pages
 from conformance.reporting.pages import Render
+from conformance.results import Run
+from conformance.store import OtherVersionError, StoredRun, UnknownRunError
 from conformance.store.history import Store
 
 KEPT = 4
 """Runs whose pages are kept. All results of a run are in memory for them."""
+CELL_AGE = dt.timedelta(days=30)
+"""A cell whose newest run is so much older than that of another is no longer one of the matrix's."""
 _TYPES = {".html": "text/html", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
@@ -61,6 +66,7 @@ class Dashboard:
             for path in resources.assets_dir().iterdir()
         }
         self._kept: OrderedDict[str, dict[str, Render]] = OrderedDict()
+        self._cells: tuple[list[Run], list[str]] | None = None
         self._revision = -1
         # One run is read at a time; who waits for it holds no thread, so that queries are still answered.
         self._lock = asyncio.Lock()
@@ -92,6 +98,7 @@ class Dashboard:
         revision = self._store.revision()
         if revision != self._revision:
             self._kept.clear()
+            self._cells = None
             self._revision = revision
         if run_id is None:
             run_id = next((run.run_id for run in self._store.runs(limit=1, cells=False)), None)
@@ -107,19 +114,42 @@ class Dashboard:
     def _made(self, run_id: str) -> dict[str, Render]:
         run = self._store.run(run_id)
         scored = {key for key, result in run.latest().items() if result.evidence.accuracy is not None}
+        if self._cells is None:
+            self._cells = self._read_cells()
+        cells, left_out = self._cells
         pages = make_pages(
             run,
             self._suites,
             ladders=self._ladders,
             backtests=self._backtests,
             history=self._store.accuracy(besides=scored),
-            cells=[self._store.run(cell) for cell in self._newest_of_cells()],
+            cells=cells,
+            left_out=left_out,
         )
         return dict(pages.each())
 
-    def _newest_of_cells(self) -> list[str]:
-        """Ids of the newest run of each cell of the matrix."""
-        newest: dict[str | None, str] = {}
-        for run in self._store.runs(cells=True):
-            newest.setdefault(run.cell, run.run_id)
-        return list(newest.values())
+    def _read_cells(self) -> tuple[list[Run], list[str]]:
+        """The newest run of each cell of the matrix, and what to say of those that are left out."""
+        newest: dict[str | None, StoredRun] = {}
+        for stored in self._store.runs(cells=True):
+            newest.setdefault(stored.cell, stored)
+        found, left_out, old = [], [], 0
+        oldest = max(map(_moment, newest.values()), default=dt.datetime.max.replace(tzinfo=dt.UTC)) - CELL_AGE
+        for stored in newest.values():
+            if _moment(stored) < oldest:
+                old += 1
+                continue
+            try:
+                found.append(self._store.run(stored.run_id))
+            except OtherVersionError as error:
+                left_out.append(f"The newest run of the cell {stored.cell} is left out: {error}")
+            except UnknownRunError:
+                continue  # removed since it was listed
+        if old:
+            what = "cell is" if old == 1 else "cells are"
+            left_out.append(f"{old} {what} left out: not run within {CELL_AGE.days} days of the newest.")
+        return found, left_out
+
+
+def _moment(run: StoredRun) -> dt.datetime:
+    return dt.datetime.fromisoformat(run.started)

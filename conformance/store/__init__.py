@@ -23,6 +23,10 @@ class UnknownRunError(StoreError):
     """The database holds no such run."""
 
 
+class OtherVersionError(StoreError):
+    """A stored run or result is of another version of the harness, and cannot be read by this one."""
+
+
 class MisfitError(StoreError):
     """A run cannot be kept: it holds what not every database keeps."""
 

@@ -87,7 +87,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction that only reads."""
+        """A transaction that only reads, and sees the database as it is when it begins to."""
         with self._errors(), self._connected() as connection, Session(connection) as session:
             yield session
 
@@ -144,8 +144,13 @@ class Database:
 
     @contextlib.contextmanager
     def _connected(self, *, writes: bool = False) -> Iterator[Connection]:
+        options: dict[str, Any] = {_WRITES: writes}
+        if not writes and self._url.get_backend_name() == "postgresql":
+            # Otherwise each statement would see merges that ended since the one before. SQLite's transactions
+            # are snapshots already.
+            options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         with self._engine.connect() as connection:
-            yield connection.execution_options(**{_WRITES: writes})
+            yield connection.execution_options(**options)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ from conformance.store import (
     Key,
     Merged,
     MisfitError,
+    OtherVersionError,
     RunConflictError,
     StoredRun,
     StoredVerdict,
@@ -40,8 +41,16 @@ from conformance.store import (
     UnknownRunError,
 )
 from conformance.store.database import Database
-from conformance.store.rows import check_storable, mark_current, merge_results, read_result, verdict_counts
-from conformance.store.tables import ItemRow, ResultRow, RunRow, VersionRow
+from conformance.store.rows import (
+    check_storable,
+    mark_current,
+    merge_results,
+    outcomes_of,
+    read_result,
+    remove_results,
+    verdict_counts,
+)
+from conformance.store.tables import ResultRow, RunRow, VersionRow
 
 _READINGS = 5
 """How often a file that is being written is read again."""
@@ -98,20 +107,26 @@ class Store:
                 return self.merge(run, lines)
         raise StoreError(f"{path}: grows while it is read; merge it once the run has ended")
 
-    def merge(self, run: Run, lines: int) -> Merged:
+    def merge(self, run: Run, lines: int, *, by: dt.datetime | None = None) -> Merged:
         """Merge one run.
 
         Args:
             run: A run, or what is there of it.
             lines: Complete lines of its file, which tell an older copy from a newer one.
+            by: When it must have started at the latest, with a zone.
 
         Raises:
-            MisfitError: it holds what cannot be kept.
+            MisfitError: it holds what cannot be kept, or started later.
             RunConflictError: another run of this id is stored.
             StoreError: the database cannot be written.
         """
         header = run.header
         started = _moment(header)
+        if by is not None and started > _text(by):
+            raise MisfitError(
+                f"run {header.run_id}: started at {header.started}, which is in the future; "
+                "set the clock of the machine that it ran on"
+            )
         check_storable(run)
         with self._database.writing() as session:
             row = session.get(RunRow, header.run_id)
@@ -134,6 +149,19 @@ class Store:
             newer=newer,
             torn=run.torn,
         )
+
+    def remove(self, run_id: str) -> None:
+        """Remove a run with all its results. Merging its file brings it back.
+
+        Raises:
+            UnknownRunError: there is no such run.
+            StoreError: the database cannot be written.
+        """
+        with self._database.writing() as session:
+            row = self._run(session, run_id)
+            remove_results(session, run_id)
+            session.delete(row)
+            session.execute(update(VersionRow).values(revision=VersionRow.revision + 1))
 
     def _merge_run(self, session: Session, row: RunRow | None, run: Run, lines: int, started: str) -> bool:
         """Store what is known of the run as a whole, if the copy is newer; whether it was."""
@@ -332,38 +360,60 @@ class Store:
         for key, past in found.items():
             scored = [n for n, (_, result) in enumerate(past) if result.evidence.accuracy is not None]
             if scored and key not in besides:
-                verdict, _ = past[scored[-1]]
-                past[scored[-1]] = (verdict, self._with_items(verdict))
+                verdict, without = past[scored[-1]]
+                # It may have been removed since; then it is shown once more, without its items.
+                past[scored[-1]] = (verdict, self.result(verdict.run_id, verdict.key) or without)
         return found
-
-    def _with_items(self, verdict: StoredVerdict) -> Result:
-        result = self.result(verdict.run_id, verdict.key)
-        assert result is not None  # results are never removed
-        return result
 
     def outcomes(self, run_id: str, key: Key) -> dict[str, int]:
         """Number of items of a result by outcome class; empty where it has none."""
-        query = (
-            select(ItemRow.outcome, func.count())
-            .join(ResultRow, ResultRow.id == ItemRow.result_id)
-            .where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
-            .group_by(ItemRow.outcome)
-        )
+        query = select(ResultRow.id).where(ResultRow.run_id == run_id, ResultRow.current, *_is(key))
         with self._database.reading() as session:
-            return dict(sorted(session.execute(query).all()))
+            result_id = session.scalars(query).one_or_none()
+            return outcomes_of(session, [result_id]).get(result_id, {}) if result_id is not None else {}
 
     def points(
-        self, suite: str, case: str, target: str | None = None, cell: str | None = None
-    ) -> list[StorePoint]:
-        """A case over time, oldest first, with what its gate decided; `target` and `cell` as in `series`."""
-        return [
-            StorePoint(
-                verdict=verdict,
-                decision=result.evidence.accuracy.decision if result.evidence.accuracy is not None else None,
-                outcomes=self.outcomes(verdict.run_id, verdict.key),
-            )
-            for verdict, result in self.evidence_series(suite, case, target, cell)
-        ]
+        self,
+        suite: str,
+        case: str,
+        target: str | None = None,
+        cell: str | None = None,
+        *,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> tuple[list[StorePoint], int]:
+        """A case over time, oldest first, with what its gate decided, and how many points there are in all.
+
+        Args:
+            suite: As in `series`; so are `case`, `target` and `cell`.
+            case: Its id.
+            target: Only on this target.
+            cell: Only in this cell.
+            limit: Only the newest so many.
+            offset: Leave out so many of the newest first.
+        """
+        query = self._series(suite, case, target, cell)
+        newest = query.order_by(None).order_by(
+            RunRow.started.desc(), RunRow.run_id.desc(), ResultRow.target.desc()
+        )
+        points = []
+        with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
+            found = query.with_only_columns(ResultRow.id).order_by(None).subquery()
+            total = session.scalars(select(func.count()).select_from(found)).one()
+            rows = session.execute(newest.options(*_LIGHT[1:]).limit(limit).offset(offset)).all()
+            read = [(row, run, Result.model_validate_json(row.body)) for row, run in reversed(rows)]
+            scored = [row.id for row, _, result in read if result.evidence.accuracy is not None]
+            outcomes = outcomes_of(session, scored)
+            for row, run, result in read:
+                accuracy = result.evidence.accuracy
+                points.append(
+                    StorePoint(
+                        verdict=_verdict(row, run),
+                        decision=accuracy.decision if accuracy is not None else None,
+                        outcomes=outcomes.get(row.id, {}),
+                    )
+                )
+        return points, total
 
     def changes(self, before: str, after: str) -> list[Change]:
         """Verdicts that differ between two runs; results that only one of them has included.
@@ -451,7 +501,11 @@ def _moment(header: Header) -> str:
             f"run {header.run_id}: started at {header.started!r}, which is no ISO 8601 time with its zone; "
             "the file was changed by hand, or is none of this harness"
         )
-    return moment.isoformat(timespec="microseconds")
+    return _text(moment)
+
+
+def _text(moment: dt.datetime) -> str:
+    return moment.astimezone(dt.UTC).isoformat(timespec="microseconds")
 
 
 @contextlib.contextmanager
@@ -461,7 +515,7 @@ def _of_this_version(what: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise StoreError(
+        raise OtherVersionError(
             f"{what}: was stored by another version of the harness ({place}: {first['msg']}); "
             "merge its run file into a new database"
         ) from None

@@ -32,8 +32,9 @@ def check_storable(run: Run) -> None:
     """
     header, footer = run.header, run.footer
     finished = footer.finished if footer is not None else ""
+    cell = header.cell.id if header.cell is not None else ""
     named: list[tuple[str, tuple[str, ...]]] = [
-        ("the run", (header.run_id, header.harness, header.commit or "", finished))
+        ("the run", (header.run_id, header.harness, header.commit or "", finished, cell))
     ]
     named += [
         (
@@ -132,6 +133,15 @@ def _add_items(session: Session, result_id: int, items: list[dict[str, Any]]) ->
     )
 
 
+def remove_results(session: Session, run_id: str) -> None:
+    """Remove all results of a run, with their items."""
+    of_run = select(ResultRow.id).where(ResultRow.run_id == run_id)
+    with_items = select(ItemRow.result_id).where(ItemRow.result_id.in_(of_run)).distinct()
+    for result_id in session.scalars(with_items).all():
+        _remove_items(session, result_id)
+    session.execute(delete(ResultRow).where(ResultRow.run_id == run_id))
+
+
 def _remove_items(session: Session, result_id: int) -> None:
     """Remove a result's items, and prompts that no other item has."""
     prompts = list(session.scalars(select(ItemRow.prompt).where(ItemRow.result_id == result_id).distinct()))
@@ -182,6 +192,21 @@ def verdict_counts(session: Session, run_ids: Sequence[str]) -> dict[str, Counte
         for run_id, verdict, number in session.execute(query):
             counts.setdefault(run_id, Counter())[verdict] = number
     return counts
+
+
+def outcomes_of(session: Session, result_ids: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Result to outcome class to number of its items; results without items are left out."""
+    found: dict[int, dict[str, int]] = {}
+    for some in _portions(result_ids):
+        query = (
+            select(ItemRow.result_id, ItemRow.outcome, func.count())
+            .where(ItemRow.result_id.in_(some))
+            .group_by(ItemRow.result_id, ItemRow.outcome)
+            .order_by(ItemRow.result_id, ItemRow.outcome)
+        )
+        for result_id, outcome, number in session.execute(query):
+            found.setdefault(result_id, {})[outcome] = number
+    return found
 
 
 def _digest(text: str) -> str:
