@@ -41,11 +41,12 @@ _TAIL = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """One cell to run."""
+    """One command of this harness that runs in a process of its own."""
 
-    cell: str
+    name: str
+    """What it is for: the id of a cell, or of a fault."""
     arguments: tuple[str, ...]
-    """Of `conformance`, with `{}` where the run file is named."""
+    """Of `conformance`, with `{}` where the file that it writes is named."""
     run_file: Path
     limit: float = CELL_LIMIT
 
@@ -283,7 +284,7 @@ class CellRunner:
             else:
                 jobs[cell.id] = self._job(cell, path)
         for ended in self._executor().run(list(jobs.values())) if jobs else ():
-            self._close(by_id[ended.job.cell], ended)
+            self._close(by_id[ended.job.name], ended)
             found = summarise(runfile.read(ended.job.run_file), ended.job.run_file)
             yield replace(found, attempts=ended.attempts)
 

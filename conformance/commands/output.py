@@ -14,6 +14,8 @@ from rich.table import Table
 
 from conformance.backtests import BacktestResult
 from conformance.explain import visible
+from conformance.faults.places import Class, Layer, Level
+from conformance.faults.record import Outcome, Rates
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
 from conformance.results import CellVerdict, Preflight, Result, Verdict
@@ -378,6 +380,49 @@ class FaultsOutput(Output):
     faults: tuple[FaultRow, ...]
 
 
+class RecordRow(Output):
+    """What the quick suites made of a fault."""
+
+    fault: str
+    title: str
+    fault_class: Class
+    area: str
+    layer: Layer
+    level: Level
+    """The lowest level at which it must be noticed."""
+    module: str
+    first: Outcome
+    last: Outcome
+
+
+class FaultsMeasureOutput(Output):
+    """Output of `conformance faults measure` and `conformance faults show`."""
+
+    file: str
+    digest: str
+    faults: tuple[RecordRow, ...]
+    rates: Rates
+    classes: dict[Class, Rates]
+
+
+class StaleRow(Output):
+    """A fault whose record does not hold."""
+
+    id: str
+    reason: str
+
+
+class FaultsCheckOutput(Output):
+    """Output of `conformance faults check`."""
+
+    file: str
+    faults: int
+    """How many were checked."""
+    stale: tuple[StaleRow, ...]
+    gone: tuple[str, ...]
+    """Recorded faults that are there no more."""
+
+
 class LadderOutput(Output):
     """Output of `conformance ladder`."""
 
@@ -489,6 +534,8 @@ OUTPUTS: dict[str, type[Output]] = {
     "doctor": DoctorOutput,
     "new-case": NewCaseOutput,
     "faults": FaultsOutput,
+    "faults-measure": FaultsMeasureOutput,
+    "faults-check": FaultsCheckOutput,
     "ladder": LadderOutput,
     "bisect": BisectOutput,
     "backtest": BacktestOutput,
