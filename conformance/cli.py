@@ -29,6 +29,7 @@ from conformance.commands.serve import serve_command
 from conformance.commands.show import show_command
 from conformance.commands.store import store_group
 from conformance.commands.targets import targets_group
+from conformance.commands.trial import trial_group
 from conformance.errors import ConformanceError
 
 
@@ -49,6 +50,7 @@ for command in (
     schema_command,
     new_case_command,
     faults_group,
+    trial_group,
     ladder_command,
     bisect_command,
     backtest_command,

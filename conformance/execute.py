@@ -49,6 +49,8 @@ class Job:
     """Of `conformance`, with `{}` where the file that it writes is named."""
     run_file: Path
     limit: float = CELL_LIMIT
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that it gets besides those of this process."""
 
     def command(self, run_file: Path | None = None) -> list[str]:
         """The process that runs it."""
@@ -120,7 +122,7 @@ def run_process(
         return Ended(job, None, 0.0, "")
     started = time.monotonic()
     known = running if running is not None else set()
-    with _guarded(job.command()) as process:
+    with guarded(job.command(), job.environment) as process:
         known.add(process)
         if stopping is not None and stopping.is_set():
             _end(process)  # it was not there yet when the others were ended
@@ -137,7 +139,9 @@ def run_process(
 
 
 @contextlib.contextmanager
-def _guarded(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def guarded(
+    command: Sequence[str], environment: Iterable[tuple[str, str]] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose guardian ends it, and all that it started, when this one ends."""
     packages = str(Path(conformance.__file__).parents[1])
     path = os.pathsep.join(part for part in (packages, os.environ.get("PYTHONPATH", "")) if part)
@@ -148,7 +152,7 @@ def _guarded(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             stdin=watched,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | dict(environment) | {"PYTHONPATH": path},
             start_new_session=True,
         )
         os.close(watched)

@@ -20,6 +20,8 @@ from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
 from conformance.results import CellVerdict, Preflight, Result, Verdict
 from conformance.store import Change, Merged, StoredRun, StoredVerdict, StorePoint
+from conformance.trials.clean import CleanRun
+from conformance.trials.kill import KillTrial
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -423,6 +425,22 @@ class FaultsCheckOutput(Output):
     """Recorded faults that are there no more."""
 
 
+class CleanOutput(Output):
+    """Output of `conformance trial clean`."""
+
+    runs: tuple[CleanRun, ...]
+    alarming: int
+    """How many of them had an alarm."""
+
+
+class KillOutput(Output):
+    """Output of `conformance trial kill`."""
+
+    trial: KillTrial
+    sound: bool
+    """Nothing was lost or thrown away, and all verdicts are those of an undisturbed run."""
+
+
 class LadderOutput(Output):
     """Output of `conformance ladder`."""
 
@@ -536,6 +554,8 @@ OUTPUTS: dict[str, type[Output]] = {
     "faults": FaultsOutput,
     "faults-measure": FaultsMeasureOutput,
     "faults-check": FaultsCheckOutput,
+    "trial-clean": CleanOutput,
+    "trial-kill": KillOutput,
     "ladder": LadderOutput,
     "bisect": BisectOutput,
     "backtest": BacktestOutput,
