@@ -20,6 +20,7 @@ from conformance.commands.ladder import ladder_command
 from conformance.commands.listing import list_command
 from conformance.commands.matrix import matrix_group
 from conformance.commands.new_case import new_case_command
+from conformance.commands.nightly import nightly_command
 from conformance.commands.probe import probe_command
 from conformance.commands.report import report_command
 from conformance.commands.requests import requests_command
@@ -51,6 +52,7 @@ for command in (
     new_case_command,
     faults_group,
     trial_group,
+    nightly_command,
     ladder_command,
     bisect_command,
     backtest_command,

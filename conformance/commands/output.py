@@ -18,6 +18,7 @@ from conformance.faults.places import Class, Layer, Level
 from conformance.faults.record import Outcome, Rates
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
+from conformance.nightly.run import NightResult
 from conformance.results import CellVerdict, Preflight, Result, Verdict
 from conformance.store import Change, Merged, StoredRun, StoredVerdict, StorePoint
 from conformance.trials.clean import CleanRun
@@ -441,6 +442,15 @@ class KillOutput(Output):
     """Nothing was lost or thrown away, and all verdicts are those of an undisturbed run."""
 
 
+class NightlyOutput(Output):
+    """Output of `conformance nightly`, and its file `nightly.json`."""
+
+    night: NightResult
+    text: str
+    """What `nightly.txt` holds."""
+    exit_code: int
+
+
 class LadderOutput(Output):
     """Output of `conformance ladder`."""
 
@@ -556,6 +566,7 @@ OUTPUTS: dict[str, type[Output]] = {
     "faults-check": FaultsCheckOutput,
     "trial-clean": CleanOutput,
     "trial-kill": KillOutput,
+    "nightly": NightlyOutput,
     "ladder": LadderOutput,
     "bisect": BisectOutput,
     "backtest": BacktestOutput,

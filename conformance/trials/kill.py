@@ -186,7 +186,7 @@ def _compared(
     want: dict[Key, Verdict] = {key: result.verdict for key, result in whole.latest().items()}
     have: dict[Key, Verdict] = {key: result.verdict for key, result in ended.latest().items()}
     times = [result.key for result in ended.results]
-    # What came to no verdict is asked again by right, and so are factories and servers (`StoredResult.reusable`).
+    # Asked again by right: what came to no verdict, factories, and servers (`StoredResult.reusable`).
     anew = {
         target
         for target, info in whole.header.targets.items()
