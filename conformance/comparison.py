@@ -11,13 +11,15 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from conformance.records import Record
 from conformance.results import Run, Verdict
 from conformance.store import StoredVerdict
-from conformance.store.history import Store
 from conformance.verdicts import BAD
+
+if TYPE_CHECKING:
+    from conformance.store.history import Store
 
 State = Literal["broken", "still-broken", "unjudged", "mended", "new", "gone", "changed", "same"]
 """What became of a case since the run before."""
