@@ -10,21 +10,27 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conformance import __version__, resources
 from conformance.backtests import Findings
+from conformance.comparison import Comparison
 from conformance.errors import ConformanceError
+from conformance.faults.record import FaultsFile
 from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.reporting.accuracy import AccuracyView, History
 from conformance.reporting.backtests import BacktestsView
 from conformance.reporting.cells import MatrixView
+from conformance.reporting.compared import ComparisonView
+from conformance.reporting.faults import FaultsView
 from conformance.reporting.ladders import views
-from conformance.reporting.pages import Pages
+from conformance.reporting.pages import Extras, Pages
+from conformance.reporting.runs import RunsView
 from conformance.reporting.view import Site
 from conformance.results import Run
+from conformance.store import StoredRun
 
 MARKER = ".conformance-site.json"
 """A folder with this file in it was written here, and may be replaced."""
@@ -42,13 +48,29 @@ def make_pages(
     backtests: Findings | None = None,
     history: History | None = None,
     cells: Iterable[Run] = (),
+    faults: FaultsFile | None = None,
+    comparison: Comparison | None = None,
+    runs: Sequence[StoredRun] = (),
+    served: bool = False,
 ) -> Pages:
-    """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`."""
+    """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`.
+
+    With `served`, the list of runs links to each run's own dashboard.
+    """
     site = Site(run, suites)
     shown = BacktestsView(backtests, site) if backtests is not None else None
     matrix = MatrixView(cells, site)
     return Pages(
-        site, views(ladders, site), shown, AccuracyView(site, history), matrix if matrix.entries else None
+        site,
+        views(ladders, site),
+        shown,
+        AccuracyView(site, history),
+        matrix if matrix.entries else None,
+        Extras(
+            faults=FaultsView(faults, site) if faults is not None else None,
+            comparison=ComparisonView(comparison, site, matrix) if comparison is not None else None,
+            runs=RunsView(runs, run.header.run_id, served=served) if runs else None,
+        ),
     )
 
 
@@ -61,6 +83,9 @@ def write_site(
     backtests: Findings | None = None,
     history: History | None = None,
     cells: Iterable[Run] = (),
+    faults: FaultsFile | None = None,
+    comparison: Comparison | None = None,
+    runs: Sequence[StoredRun] = (),
 ) -> Path:
     """Write the dashboard of a run.
 
@@ -76,6 +101,9 @@ def write_site(
         backtests: Backtests that get a page beside the run.
         history: Results of accuracy cases over time; None for those of the run alone.
         cells: Runs of cells of the matrix, which get a map beside the run.
+        faults: Record of faults that gets a page beside the run.
+        comparison: What changed since the runs before.
+        runs: Of the history, for a list.
 
     Returns:
         The folder.
@@ -91,7 +119,15 @@ def write_site(
         new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
         try:
             pages = make_pages(
-                run, suites, ladders=ladders, backtests=backtests, history=history, cells=cells
+                run,
+                suites,
+                ladders=ladders,
+                backtests=backtests,
+                history=history,
+                cells=cells,
+                faults=faults,
+                comparison=comparison,
+                runs=runs,
             )
             _write_pages(pages, run, new)
             _check_replaceable(out)

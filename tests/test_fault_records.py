@@ -77,7 +77,8 @@ def test_a_crash_is_no_detection_unless_the_fault_is_one() -> None:
     crashed = outcome("label-kept", catch(verdict="error"), catch(rule="raised"))
     assert not crashed.last.detected
     assert crashed.last.crash_only
-    assert crashed.caught == {"error": ("parser/x::y",), "fail": ("parser/x::y",)}
+    assert crashed.noticed == {}
+    assert crashed.crashed == ("parser/x::y", "parser/x::y")
     shown = outcome("audio-tower-hard-coded", catch("lora", "lora-media", "error"))
     assert shown.last.detected
     assert shown.last.crash_only

@@ -237,9 +237,9 @@ def recorded(
         kinds=dict(sorted(Counter(catch.kind for catch in noticed).items())),
         reason=reason,
     )
-    by_verdict: dict[str, list[str]] = {}
-    for catch in caught:
-        by_verdict.setdefault(catch.verdict, []).append(catch.case)
+    by_area: dict[str, list[str]] = {}
+    for catch in noticed:
+        by_area.setdefault(catch.area, []).append(catch.case)
     return FaultRecord(
         fault=fault.id,
         title=fault.title,
@@ -252,7 +252,8 @@ def recorded(
         module=place.full_module,
         first=earlier.first if earlier is not None else outcome,
         last=outcome,
-        caught={verdict: tuple(cases) for verdict, cases in by_verdict.items()},
+        noticed={area: tuple(cases) for area, cases in sorted(by_area.items())},
+        crashed=tuple(catch.case for catch in caught if catch not in noticed),
         pointing=tuple(catch.case for catch in pointing),
     )
 

@@ -92,8 +92,10 @@ class FaultRecord(Record):
     """The patched module's full name."""
     first: Outcome
     last: Outcome
-    caught: dict[str, tuple[str, ...]]
-    """Addresses of the cases that did not pass in the last run, by verdict."""
+    noticed: dict[str, tuple[str, ...]]
+    """Addresses of the cases that noticed it in the last run, by area."""
+    crashed: tuple[str, ...] = ()
+    """Those that did not pass in the last run and have judged nothing."""
     pointing: tuple[str, ...] = ()
     """Those that noticed it at the lowest level and pointed at the module."""
 

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from conformance import resources
 from conformance.backtests import Findings
+from conformance.comparison import compare
 from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.report import make_pages
@@ -114,6 +115,9 @@ class Dashboard:
             backtests=self._backtests,
             history=self._store.accuracy(besides=scored),
             cells=[self._store.run(cell) for cell in self._newest_of_cells()],
+            comparison=compare(self._store, [run]),
+            runs=self._store.runs(),
+            served=True,
         )
         return dict(pages.each())
 
