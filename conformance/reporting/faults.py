@@ -1,4 +1,4 @@
-"""What the dashboard shows of faults: for each class a table of faults by areas, and a page for each fault."""
+"""What the dashboard shows of faults: for each class a table by areas, and a page for each fault."""
 
 from __future__ import annotations
 
