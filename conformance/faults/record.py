@@ -27,7 +27,13 @@ _OF_NO_VERDICT = (
     *("conformance/service/", "conformance/store/", "conformance/workflows/", "conformance/backtests/"),
     *("conformance/gates/", "conformance/targets/locks/", "conformance/report.py", "conformance/history.py"),
     *("conformance/matrix.py", "conformance/covering.py", "conformance/execute.py", "conformance/cli.py"),
-    *("conformance/ray_executor.py", "conformance/nightly", "conformance/trials", "conformance/resources.py"),
+    *(
+        "conformance/ray_executor.py",
+        "conformance/nightly",
+        "conformance/trials",
+        "conformance/comparison.py",
+        "conformance/resources.py",
+    ),
 )
 """Beginnings of files whose change makes no record doubtful. Each fault's own patch counts by itself."""
 _SHORT = 16

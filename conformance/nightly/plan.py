@@ -180,6 +180,8 @@ def _ladder(night: Night, target: str) -> Step:
 
 
 def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
+    if {"faults-check", "faults-sample"} <= night.skip:
+        return ()  # what follows loads torch
     if not night.record.exists():
         source = record.default_path()
         if source.is_file():
@@ -187,6 +189,8 @@ def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     check = Step("faults-check", ("faults", "check", str(night.record)))
     if not night.record.exists():
         check = Step("faults-check", reason=f"there is no record {night.record} yet")
+    if "faults-sample" in night.skip:
+        return (check,)
     chosen = sample(night)
     named = tuple(word for fault in chosen for word in ("--fault", fault))
     work = ("--work", str(night.folder / "faults"))
