@@ -23,7 +23,7 @@ from conformance.targets import registry as targets
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
 from tests.conftest import Suites
-from tests.test_cli import LYING, validated
+from tests.test_cli import HONEST, validated
 from tests.test_fault_records import QUICK, catch, outcome
 
 DAY = dt.date(2026, 11, 22)
@@ -238,9 +238,9 @@ def test_two_nights_of_one_small_suite(run_conformance: Command, suites: Suites,
     """Real processes: suites, merge, comparison and dashboard; the second night breaks a case."""
     suites.write("one", "two")
     skipped = ["ladder", "matrix", "faults-check", "faults-sample", "clean", "kill"]
-    common = ["nightly", "suites", "-t", LYING, "--database", f"sqlite:///{tmp_path}/h.sqlite", "--json"]
+    common = ["nightly", "suites", "-t", HONEST, "--database", f"sqlite:///{tmp_path}/h.sqlite", "--json"]
     common += [word for name in skipped for word in ("--skip", name)]
-    first = run_conformance(*common, "--out", "n1", env={"LIES": "none"})
+    first = run_conformance(*common, "--out", "n1")
     assert first.returncode == 0, first.stderr
     assert validated("nightly", first)["night"]["comparison"]["entries"][0]["state"] == "new"
     second = run_conformance(*common, "--out", "n2", env={"LIES": "two"})

@@ -16,7 +16,7 @@ from conformance.trials.kill import KillPlan, shown_result
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
 from tests.conftest import Suites
-from tests.test_cli import HONEST, LYING, SLOW, validated
+from tests.test_cli import HONEST, SLOW, validated
 
 # ------------------------------------------------------------------------------------------- clean runs
 
@@ -50,11 +50,12 @@ def test_varied_runs_of_an_honest_target_are_quiet(
 def test_every_alarm_is_listed_with_a_line_that_repeats_it(run_conformance: Command, suites: Suites) -> None:
     suites.write("one", "two")
     done = run_conformance(
-        "trial", "clean", "suites", "-t", LYING, "--runs", 1, "--out", "t", env={"LIES": "two"}
+        "trial", "clean", "suites", "-t", HONEST, "--runs", 1, "--out", "t", env={"LIES": "two"}
     )
     assert done.returncode == 1
-    assert f"parser/demo::case-two [{LYING}]: fail" in done.stdout
+    assert f"parser/demo::case-two [{HONEST}]: fail" in done.stdout
     assert "repeat: env OMP_NUM_THREADS=1 PYTHONHASHSEED=" in done.stdout
+    assert done.stdout.count(": fail: ") == 1
     assert "1 runs, 1 of them with an alarm" in done.stdout
 
 
