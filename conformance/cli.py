@@ -20,6 +20,7 @@ from conformance.commands.ladder import ladder_command
 from conformance.commands.listing import list_command
 from conformance.commands.matrix import matrix_group
 from conformance.commands.new_case import new_case_command
+from conformance.commands.nightly import nightly_command
 from conformance.commands.probe import probe_command
 from conformance.commands.report import report_command
 from conformance.commands.requests import requests_command
@@ -29,6 +30,7 @@ from conformance.commands.serve import serve_command
 from conformance.commands.show import show_command
 from conformance.commands.store import store_group
 from conformance.commands.targets import targets_group
+from conformance.commands.trial import trial_group
 from conformance.errors import ConformanceError
 
 
@@ -49,6 +51,8 @@ for command in (
     schema_command,
     new_case_command,
     faults_group,
+    trial_group,
+    nightly_command,
     ladder_command,
     bisect_command,
     backtest_command,

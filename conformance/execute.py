@@ -41,15 +41,18 @@ _TAIL = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """One cell to run."""
+    """One command of this harness that runs in a process of its own."""
 
-    cell: str
+    name: str
+    """What it is for: the id of a cell, or of a fault."""
     arguments: tuple[str, ...]
-    """Of `conformance`, with `{}` where the run file is named, and `{matrix}` where the matrix is."""
+    """Of `conformance`, with `{}` where the file that it writes is named and `{matrix}` where the matrix is."""
     run_file: Path
     limit: float = CELL_LIMIT
     matrix: Path | None = None
     """The file of the matrix, where it is not the bundled one."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that it gets besides those of this process."""
 
     def command(self, run_file: Path | None = None) -> list[str]:
         """The process that runs it."""
@@ -123,7 +126,7 @@ def run_process(
         return Ended(job, None, 0.0, "")
     started = time.monotonic()
     known = running if running is not None else set()
-    with _guarded(job.command()) as process:
+    with guarded(job.command(), job.environment) as process:
         known.add(process)
         if stopping is not None and stopping.is_set():
             _end(process)  # it was not there yet when the others were ended
@@ -140,7 +143,9 @@ def run_process(
 
 
 @contextlib.contextmanager
-def _guarded(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def guarded(
+    command: Sequence[str], environment: Iterable[tuple[str, str]] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose guardian ends it, and all that it started, when this one ends."""
     packages = str(Path(conformance.__file__).parents[1])
     path = os.pathsep.join(part for part in (packages, os.environ.get("PYTHONPATH", "")) if part)
@@ -151,7 +156,7 @@ def _guarded(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             stdin=watched,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | dict(environment) | {"PYTHONPATH": path},
             start_new_session=True,
         )
         os.close(watched)
@@ -289,7 +294,7 @@ class CellRunner:
             else:
                 jobs[cell.id] = self._job(cell, path)
         for ended in self._executor().run(list(jobs.values())) if jobs else ():
-            self._close(by_id[ended.job.cell], ended)
+            self._close(by_id[ended.job.name], ended)
             found = summarise(runfile.read(ended.job.run_file), ended.job.run_file)
             yield replace(found, attempts=ended.attempts)
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -79,6 +80,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_seconds,
         help="limit of one request to a target (default: 5)",
     )
+    group.addoption(
+        "--conformance-seed",
+        dest="conformance_seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="seed of sampled stream chunkings (default: 0)",
+    )
+    group.addoption(
+        "--conformance-shuffle",
+        dest="conformance_shuffle",
+        metavar="N",
+        type=int,
+        help="run the cases in an order drawn from this seed",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -125,6 +141,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the cases of one target together, after ordinary tests, so that each engine starts once."""
     session = config.stash.get(_SESSION, None)
+    seed = config.getoption("conformance_shuffle")
+    if session is not None and seed is not None:
+        cases = [item for item in items if isinstance(item, CaseItem)]
+        random.Random(seed).shuffle(cases)  # noqa: S311 - an order that can be had again
+        items[:] = [*(item for item in items if not isinstance(item, CaseItem)), *cases]
     if session is not None and len(session.specs) > 1:
         order = {spec: position for position, spec in enumerate(session.specs, 1)}
         items.sort(key=lambda item: order[item.target] if isinstance(item, CaseItem) else 0)
@@ -396,6 +417,7 @@ def _suite_session(config: pytest.Config) -> SuiteSession:
             expect_failures=not config.option.runxfail,
             cell=config.getoption("conformance_cell"),
             matrix=config.getoption("conformance_matrix"),
+            seed=config.getoption("conformance_seed"),
         )
         config.stash[_SESSION] = session
     return config.stash[_SESSION]

@@ -15,16 +15,22 @@ from pathlib import Path
 
 from conformance import __version__, resources
 from conformance.backtests import Findings
+from conformance.comparison import Comparison
 from conformance.errors import ConformanceError
+from conformance.faults.record import FaultsFile
 from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.reporting.accuracy import AccuracyView, History
 from conformance.reporting.backtests import BacktestsView
 from conformance.reporting.cells import MatrixView
+from conformance.reporting.compared import ComparisonView
+from conformance.reporting.faults import FaultsView
 from conformance.reporting.ladders import views
-from conformance.reporting.pages import Pages
+from conformance.reporting.pages import Extras, Pages
+from conformance.reporting.runs import RunsView
 from conformance.reporting.view import Site
 from conformance.results import Run
+from conformance.store import StoredRun
 
 MARKER = ".conformance-site.json"
 """A folder with this file in it was written here, and may be replaced."""
@@ -43,13 +49,30 @@ def make_pages(
     history: History | None = None,
     cells: Iterable[Run] = (),
     left_out: Sequence[str] = (),
+    faults: FaultsFile | None = None,
+    comparison: Comparison | None = None,
+    runs: Sequence[StoredRun] = (),
+    served: bool = False,
 ) -> Pages:
-    """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`."""
+    """The pages of a run's dashboard, whether they are written or served; arguments as for `write_site`.
+
+    With `served`, the list of runs links to each run's own dashboard.
+    """
     site = Site(run, suites)
     shown = BacktestsView(backtests, site) if backtests is not None else None
     matrix = MatrixView(cells, site, left_out)
-    there = matrix if matrix.entries or left_out else None
-    return Pages(site, views(ladders, site), shown, AccuracyView(site, history), there)
+    return Pages(
+        site,
+        views(ladders, site),
+        shown,
+        AccuracyView(site, history),
+        matrix if matrix.entries or left_out else None,
+        Extras(
+            faults=FaultsView(faults, site) if faults is not None else None,
+            comparison=ComparisonView(comparison, site, matrix) if comparison is not None else None,
+            runs=RunsView(runs, run.header.run_id, served=served) if runs else None,
+        ),
+    )
 
 
 def write_site(
@@ -62,6 +85,9 @@ def write_site(
     history: History | None = None,
     cells: Iterable[Run] = (),
     left_out: Sequence[str] = (),
+    faults: FaultsFile | None = None,
+    comparison: Comparison | None = None,
+    runs: Sequence[StoredRun] = (),
 ) -> Path:
     """Write the dashboard of a run.
 
@@ -78,6 +104,9 @@ def write_site(
         history: Results of accuracy cases over time; None for those of the run alone.
         cells: Runs of cells of the matrix, which get a map beside the run.
         left_out: Sentences for that map, on cells that are not among them.
+        faults: Record of faults that gets a page beside the run.
+        comparison: What changed since the runs before.
+        runs: Of the history, for a list.
 
     Returns:
         The folder.
@@ -100,6 +129,9 @@ def write_site(
                 history=history,
                 cells=cells,
                 left_out=left_out,
+                faults=faults,
+                comparison=comparison,
+                runs=runs,
             )
             _write_pages(pages, run, new)
             _check_replaceable(out)

@@ -74,10 +74,14 @@ class TargetPool:
     Args:
         timeout: Seconds for one request.
         record: The target whose answers are recorded, and the new file for them.
+        seed: Of the chunkings that are sampled.
     """
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT, record: tuple[str, Path] | None = None) -> None:
+    def __init__(
+        self, timeout: float = DEFAULT_TIMEOUT, record: tuple[str, Path] | None = None, seed: int = 0
+    ) -> None:
         self.timeout = timeout
+        self.seed = seed
         self._recorded = record[0] if record is not None else None
         self._recorder = Recorder(record[1]) if record is not None else None
         self.oracles = Oracles(lambda spec: self.get(spec).target)
@@ -161,6 +165,7 @@ def run_case(
                 loaded.case,
                 loaded.suite.suite,
                 opened.target,
+                seed=pool.seed,
                 search=search,
                 oracles=pool.oracles,
                 folder=loaded.suite.path.parent,
@@ -182,7 +187,11 @@ def run_case(
         stderr = traceback.format_exc()
     if loaded.cell:
         outcome = placing.settle(outcome)
-    return _result(loaded, spec, outcome, expectation, stderr, time.perf_counter() - started)
+    result = _result(loaded, spec, outcome, expectation, stderr, time.perf_counter() - started)
+    # Without its seed the line would sample other chunkings.
+    return (
+        result.model_copy(update={"repeat": f"{result.repeat} --seed {pool.seed}"}) if pool.seed else result
+    )
 
 
 def rejudge(loaded: LoadedCase, stored: Result, info: TargetInfo, expectations: Expectations) -> Result:

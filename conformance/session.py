@@ -126,6 +126,7 @@ class SuiteSession:
         expect_failures: False to report known failures as failures.
         cell: Id of a cell of the matrix, whose target and settings are used.
         matrix: File of that matrix; None for the bundled one.
+        seed: Of sampled chunkings.
 
     Raises:
         UsageError: no such cell, or one of another target; answers of several targets cannot be recorded, nor
@@ -142,6 +143,7 @@ class SuiteSession:
         expect_failures: bool = True,
         cell: str | None = None,
         matrix: str | None = None,
+        seed: int = 0,
     ) -> None:
         self._matrix = Path(matrix) if matrix else None
         self.cell = _cell(cell, self._matrix) if cell else None
@@ -151,7 +153,7 @@ class SuiteSession:
         if record and (resume or len(self.specs) != 1):
             raise UsageError("the answers of one target are recorded, in a run of its own: name one target")
         recorded = (self.specs[0], Path(record)) if record else None
-        self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT, recorded)
+        self.pool = TargetPool(timeout or runner.DEFAULT_TIMEOUT, recorded, seed)
         self._stored = runfile.read_stored(Path(resume)) if resume else {}
         self._environment = fingerprint.environment() if resume else {}
         self._expect_failures = expect_failures

@@ -317,3 +317,41 @@ def test_a_terminal_gets_a_live_display(suites: Suites, tmp_path: Path, environm
     assert "case-bye" in text
     assert "2 passed" in text
     assert "2 passed" in out
+
+
+# ---------------------------------------------------------------------------- order and seeds
+
+
+def test_a_shuffled_run_has_another_order_and_the_same_verdicts(
+    run_conformance: Run, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write(*(f"out{n}" for n in range(8)))
+    common = ["run", "suites", "-t", HONEST, "-t", LYING, "--no-report"]
+    orders = []
+    for name, options in {
+        "a": [],
+        "b": ["--shuffle", 1],
+        "c": ["--shuffle", 1],
+        "d": ["--shuffle", 2],
+    }.items():
+        done = run_conformance(*common, *options, "--out", f"{name}.jsonl")
+        assert done.returncode == 1
+        run = runfile.read(tmp_path / f"{name}.jsonl")
+        orders.append([result.key for result in run.results])
+        assert {r.key: r.verdict for r in run.results} == {
+            (suite, case, target): "fail" if target == LYING else "pass" for suite, case, target in orders[0]
+        }
+    plain, first, again, second = orders
+    assert first == again
+    assert len({tuple(order) for order in (plain, first, second)}) == 3
+    targets = [target for _, _, target in first]
+    assert targets == sorted(targets, key=targets.index), "one engine after the other"
+
+
+def test_a_failure_under_a_seed_is_repeated_with_it(
+    run_conformance: Run, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("one")
+    run_conformance("run", "suites", "-t", LYING, "--no-report", "--out", "r.jsonl", "--seed", 7)
+    (result,) = runfile.read(tmp_path / "r.jsonl").results
+    assert result.repeat.endswith(" --seed 7")

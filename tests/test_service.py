@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from conformance.comparison import compare
 from conformance.report import make_pages
 from conformance.reporting.badges import badge, words
 from conformance.results import CellRecord
@@ -68,7 +69,15 @@ def test_the_pages_are_those_of_the_dashboard(ask: TestClient, store: Store) -> 
     for run_id, prefix in (("run-2", "/"), ("run-2", "/runs/run-2/"), ("run-1", "/runs/run-1/")):
         run = store.run(run_id)
         scored = {key for key, found in run.latest().items() if found.evidence.accuracy is not None}
-        pages = dict(make_pages(run, history=store.accuracy(besides=scored)))
+        pages = dict(
+            make_pages(
+                run,
+                history=store.accuracy(besides=scored),
+                comparison=compare(store, [run]),
+                runs=store.runs(),
+                served=True,
+            )
+        )
         assert len(pages) > 8
         for path, html in pages.items():
             answer = ask.get(prefix + path)
@@ -87,6 +96,7 @@ def test_links_of_pages_lead_to_pages(ask: TestClient) -> None:
         seen.add(address)
         answer = ask.get(address)
         assert answer.status_code == 200, address
+        assert address != "/runs.html" or 'href="/runs/run-1/"' in answer.text
         if answer.headers["content-type"].startswith("text/html"):
             found = re.findall(r'(?:href|src)="([^"#]+)[^"]*"', answer.text)
             to_do += [answer.url.join(link).path for link in found if not link.startswith("https:")]

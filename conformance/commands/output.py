@@ -14,10 +14,15 @@ from rich.table import Table
 
 from conformance.backtests import BacktestResult
 from conformance.explain import visible
+from conformance.faults.places import Class, Layer, Level
+from conformance.faults.record import Outcome, Rates
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
+from conformance.nightly.run import NightResult
 from conformance.results import CellVerdict, Preflight, Result, Verdict
 from conformance.store import Change, Merged, StoredRun, StoredVerdict, StorePoint
+from conformance.trials.clean import CleanRun
+from conformance.trials.kill import KillTrial
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -378,6 +383,74 @@ class FaultsOutput(Output):
     faults: tuple[FaultRow, ...]
 
 
+class RecordRow(Output):
+    """What the quick suites made of a fault."""
+
+    fault: str
+    title: str
+    fault_class: Class
+    area: str
+    layer: Layer
+    level: Level
+    """The lowest level at which it must be noticed."""
+    module: str
+    first: Outcome
+    last: Outcome
+
+
+class FaultsMeasureOutput(Output):
+    """Output of `conformance faults measure` and `conformance faults show`."""
+
+    file: str
+    digest: str
+    faults: tuple[RecordRow, ...]
+    rates: Rates
+    classes: dict[Class, Rates]
+
+
+class StaleRow(Output):
+    """A fault whose record does not hold."""
+
+    id: str
+    reason: str
+
+
+class FaultsCheckOutput(Output):
+    """Output of `conformance faults check`."""
+
+    file: str
+    faults: int
+    """How many were checked."""
+    stale: tuple[StaleRow, ...]
+    gone: tuple[str, ...]
+    """Recorded faults that are there no more."""
+
+
+class CleanOutput(Output):
+    """Output of `conformance trial clean`."""
+
+    runs: tuple[CleanRun, ...]
+    alarming: int
+    """How many of them had an alarm."""
+
+
+class KillOutput(Output):
+    """Output of `conformance trial kill`."""
+
+    trial: KillTrial
+    sound: bool
+    """Nothing was lost or thrown away, and all verdicts are those of an undisturbed run."""
+
+
+class NightlyOutput(Output):
+    """Output of `conformance nightly`, and its file `nightly.json`."""
+
+    night: NightResult
+    text: str
+    """What `nightly.txt` holds."""
+    exit_code: int
+
+
 class LadderOutput(Output):
     """Output of `conformance ladder`."""
 
@@ -489,6 +562,11 @@ OUTPUTS: dict[str, type[Output]] = {
     "doctor": DoctorOutput,
     "new-case": NewCaseOutput,
     "faults": FaultsOutput,
+    "faults-measure": FaultsMeasureOutput,
+    "faults-check": FaultsCheckOutput,
+    "trial-clean": CleanOutput,
+    "trial-kill": KillOutput,
+    "nightly": NightlyOutput,
     "ladder": LadderOutput,
     "bisect": BisectOutput,
     "backtest": BacktestOutput,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +15,11 @@ from conformance.commands import output
 from conformance.commands.output import ReportOutput, json_option
 from conformance.commands.selection import select
 from conformance.commands.store import database_option
+from conformance.comparison import Comparison, compare
 from conformance.errors import RunFileError
+from conformance.faults import record
 from conformance.results import Run
+from conformance.store import StoredRun
 
 if TYPE_CHECKING:
     from conformance.reporting.accuracy import History
@@ -44,7 +49,8 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="Run files of cells, or folders of them, that `conformance matrix run` wrote; may be repeated.",
 )
-@database_option("Draw the history of accuracy from this database.")
+@click.option("--faults", type=_FILE, help="What `conformance faults measure` wrote.")
+@database_option("Show the history of accuracy, what changed, and all runs from this database.")
 @json_option
 def report_command(
     run_file: Path,
@@ -54,13 +60,14 @@ def report_command(
     ladders: tuple[Path, ...],
     backtests: Path | None,
     cells: tuple[Path, ...],
+    faults: Path | None,
     database: str | None,
     as_json: bool,
 ) -> None:
     """Write the dashboard of RUN_FILE as static HTML.
 
-    Without --database, accuracy is shown as this run has it, with no history. A run file of a cell that
-    cannot be read is left out, and named on standard error.
+    Without --database, nothing is compared, and accuracy is shown as this run has it, with no history. A run
+    file of a cell that cannot be read is left out, and named on standard error.
     """
     from conformance.report import write_site
 
@@ -75,15 +82,19 @@ def report_command(
         click.echo(f"note: {error}; shown is the newest run, {run.header.run_id}", err=True)
     if run.torn:
         click.echo(f"note: {run_file}: {run.torn}", err=True)
+    known = _history(run, of_cells, database) if database is not None else _Known()
     write_site(
         run,
         out,
         suites=select(paths).suites,
         ladders=[history.read(path) for path in ladders],
         backtests=read_findings(backtests) if backtests is not None else None,
-        history=_history(run, database) if database is not None else None,
+        history=known.accuracy,
         cells=of_cells,
         left_out=left_out,
+        faults=record.read(faults) if faults is not None else None,
+        comparison=known.comparison,
+        runs=known.runs,
     )
     index = out / "index.html"
     if as_json:
@@ -115,9 +126,22 @@ def _newest(database: str | None, cells: list[Run]) -> Run | None:
     return max(cells, key=lambda run: run.header.started, default=None)
 
 
-def _history(run: Run, database: str) -> History:
+@dataclass(frozen=True)
+class _Known:
+    """What a database says beside a run."""
+
+    accuracy: History | None = None
+    comparison: Comparison | None = None
+    runs: tuple[StoredRun, ...] = ()
+
+
+def _history(run: Run, cells: Sequence[Run], database: str) -> _Known:
     from conformance.store.history import Store
 
     scored = {key for key, result in run.latest().items() if result.evidence.accuracy is not None}
     with Store(database) as store:
-        return store.accuracy(besides=scored)
+        return _Known(
+            accuracy=store.accuracy(besides=scored),
+            comparison=compare(store, [run, *cells]),
+            runs=tuple(store.runs()),
+        )

@@ -89,6 +89,10 @@ def seconds(_context: click.Context, _option: click.Parameter, value: float) -> 
     callback=seconds,
     help="Seconds for one request.",
 )
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampled stream chunkings."
+)
+@click.option("--shuffle", type=click.IntRange(min=0), metavar="SEED", help="In an order drawn from it.")
 @click.option("--exitfirst", "-x", is_flag=True, help="Stop at the first failure.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every result, not only failures.")
 @json_option
@@ -107,6 +111,8 @@ def run_command(
     report: bool,
     site: Path,
     timeout: float,
+    seed: int,
+    shuffle: int | None,
     exitfirst: bool,
     verbose: bool,
     as_json: bool,
@@ -144,6 +150,8 @@ def run_command(
     options = [
         *(("-n", workers) if workers != "0" else ()),
         *(("-x",) if exitfirst else ()),
+        *(("--conformance-seed", str(seed)) if seed else ()),
+        *(("--conformance-shuffle", str(shuffle)) if shuffle is not None else ()),
         *(("--conformance-record", str(record)) if record is not None else ()),
         *(("--conformance-cell", cell) if cell is not None else ()),
         *(("--conformance-matrix", str(matrix)) if matrix is not None else ()),

@@ -13,6 +13,7 @@ from conformance.backtests import read_findings
 from conformance.commands.selection import select
 from conformance.commands.store import database_option
 from conformance.errors import UsageError
+from conformance.faults import record
 
 DEFAULT_PORT = 8643
 _NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
@@ -55,6 +56,7 @@ _FILE = click.Path(path_type=Path)
     "--ladder", "ladders", multiple=True, type=_FILE, help="What `conformance ladder` wrote; may be repeated."
 )
 @click.option("--backtests", type=_FILE, help="What `conformance backtest` wrote.")
+@click.option("--faults", type=_FILE, help="What `conformance faults measure` wrote.")
 @database_option("The history to serve.  [default: a file in the user's data folder]")
 def serve_command(
     host: str,
@@ -65,6 +67,7 @@ def serve_command(
     paths: tuple[str, ...],
     ladders: tuple[Path, ...],
     backtests: Path | None,
+    faults: Path | None,
     database: str | None,
 ) -> None:
     """Serve the history of runs: its dashboard, and queries as JSON under /api/v1.
@@ -100,8 +103,9 @@ def serve_command(
     suites = select(paths).suites
     steps = [history.read(path) for path in ladders]
     findings = read_findings(backtests) if backtests is not None else None
+    found = record.read(faults) if faults is not None else None
     with Store(database, create=token is not None) as store:
-        dashboard = Dashboard(store, tuple(suites), ladders=steps, backtests=findings)
+        dashboard = Dashboard(store, tuple(suites), ladders=steps, backtests=findings, faults=found)
         ingest = Ingest(store, token, max_upload * _MIB)
         with listen(host, port) as listening:
             if not is_loopback(host):

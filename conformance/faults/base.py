@@ -36,6 +36,8 @@ class Fault:
     """Pattern of the module that a parity case must name first; empty for other kinds."""
     alarm: Literal["fail", "error"] = "fail"
     """How the cases that notice it come out: an answer is judged, or there is none to be judged."""
+    written_in: str = __name__
+    """Dotted name of the module of `conformance.faults` that holds the patch."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -75,6 +77,9 @@ class Collection:
             title = (make.__doc__ or "").strip()
             name = getattr(module, "__name__", "")
             patches = made if isinstance(made, tuple) else (made,)
-            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm))
+            here = make.__module__
+            self.faults.append(
+                Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm, here)
+            )
 
         return register

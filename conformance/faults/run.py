@@ -27,6 +27,7 @@ class Catch(BaseModel):
 
     case: str
     """`suite-id::case-id`."""
+    kind: str
     area: str
     verdict: Verdict
     rules: tuple[str, ...]
@@ -101,7 +102,7 @@ def detect(
         own_cases = [case for case in cases if case.suite.suite.kind == fault.kind]
         pool.oracles.forget()
         with fault.applied():
-            caught = _failures(own_cases, expectations, pool)
+            caught = failures(own_cases, expectations, pool)
         pool.oracles.forget()
         found.append(_detection(fault, caught, own_cases))
         if progress is not None:
@@ -123,7 +124,8 @@ def _must_pass(case: LoadedCase, result: Result) -> None:
         )
 
 
-def _failures(cases: Sequence[LoadedCase], expectations: Expectations, pool: TargetPool) -> list[Catch]:
+def failures(cases: Sequence[LoadedCase], expectations: Expectations, pool: TargetPool) -> list[Catch]:
+    """The cases that the reference does not pass as it is now."""
     caught = []
     for loaded in cases:
         result = run_case(loaded, REFERENCE, pool, expectations, search="none")
@@ -132,6 +134,7 @@ def _failures(cases: Sequence[LoadedCase], expectations: Expectations, pool: Tar
             caught.append(
                 Catch(
                     case=loaded.address,
+                    kind=result.kind,
                     area=result.area,
                     verdict=result.verdict,
                     rules=rules,
@@ -146,13 +149,17 @@ def _first_module(result: Result) -> str:
     return parity.first.module if parity is not None and parity.first is not None else ""
 
 
+def notices(fault: Fault, catch: Catch) -> bool:
+    """Whether a case that failed has noticed the fault.
+
+    An exception says that something is broken, not what: the case must have judged an answer, unless the
+    fault is that there is none.
+    """
+    return catch.verdict == fault.alarm and (fault.alarm == "error" or bool(set(catch.rules) - {"raised"}))
+
+
 def _detection(fault: Fault, caught: list[Catch], cases: Sequence[LoadedCase]) -> Detection:
-    # An exception says that something is broken, not what: a case must have judged an answer.
-    judged = [
-        c
-        for c in caught
-        if c.verdict == fault.alarm and (fault.alarm == "error" or set(c.rules) - {"raised"})
-    ]
+    judged = [c for c in caught if notices(fault, c)]
     sources = {case.address: set(case.case.source) for case in cases}
     return Detection(
         fault=fault.id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -15,9 +16,13 @@ from conformance import resources
 from conformance.reporting import accuracy as scores
 from conformance.reporting import evidence, items, values
 from conformance.reporting.accuracy import AccuracyView, Series
+from conformance.reporting.alone import AloneView
 from conformance.reporting.backtests import BacktestsView
 from conformance.reporting.cells import MatrixView
+from conformance.reporting.compared import ComparisonView
+from conformance.reporting.faults import FaultsView
 from conformance.reporting.ladders import LadderView
+from conformance.reporting.runs import RunsView
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
 from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
@@ -132,6 +137,15 @@ def environment() -> Environment:
     return env
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What is shown beside a run where there is such a thing."""
+
+    faults: FaultsView | None = None
+    comparison: ComparisonView | None = None
+    runs: RunsView | None = None
+
+
 class Pages:
     """Renders every page of a site.
 
@@ -141,6 +155,7 @@ class Pages:
         backtests: Backtests to show beside it.
         accuracy: Scores of the run, with what history there is; by default of the run alone.
         matrix: Cells to show beside it.
+        extras: Faults, a comparison and a list of runs to show beside it.
     """
 
     def __init__(
@@ -150,8 +165,11 @@ class Pages:
         backtests: BacktestsView | None = None,
         accuracy: AccuracyView | None = None,
         matrix: MatrixView | None = None,
+        extras: Extras | None = None,
     ) -> None:
         self._site = site
+        self._extras = extras if extras is not None else Extras()
+        self._alone = AloneView(site)
         self._accuracy = accuracy if accuracy is not None else AccuracyView(site)
         self._ladders = ladders
         self._backtests = backtests
@@ -164,6 +182,10 @@ class Pages:
             backtests=backtests,
             accuracy=self._accuracy,
             matrix=matrix,
+            faults=self._extras.faults,
+            comparison=self._extras.comparison,
+            runs=self._extras.runs,
+            alone=self._alone,
         )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -184,6 +206,7 @@ class Pages:
             for cell in self._matrix.entries:
                 yield cell.page, self._render("cell.html", 1, cell=cell)
         yield from self._accuracy_pages()
+        yield from self._extra_pages()
         for status in self._site.counts:
             yield f"verdicts/{status}.html", self._render("verdict.html", 1, sign=SIGNS[status])
         for target in self._site.targets:
@@ -196,6 +219,18 @@ class Pages:
                 before = ordered[number - 1] if number else None
                 after = ordered[number + 1] if number + 1 < len(ordered) else None
                 yield case.page, partial(self._case, case, before, after)
+
+    def _extra_pages(self) -> Iterator[tuple[str, Render]]:
+        if self._alone:
+            yield "alone.html", self._render("alone.html", 0)
+        if self._extras.comparison is not None:
+            yield "comparison.html", self._render("comparison.html", 0)
+        if self._extras.runs is not None:
+            yield "runs.html", self._render("runs.html", 0)
+        if self._extras.faults is not None:
+            yield "faults.html", self._render("faults.html", 0)
+            for fault in self._extras.faults.faults:
+                yield fault.page, self._render("fault.html", 1, fault=fault)
 
     def _accuracy_pages(self) -> Iterator[tuple[str, Render]]:
         if not self._accuracy:

@@ -16,6 +16,8 @@ from starlette.concurrency import run_in_threadpool
 
 from conformance import resources
 from conformance.backtests import Findings
+from conformance.comparison import compare
+from conformance.faults.record import FaultsFile
 from conformance.history import Ladder
 from conformance.loading import LoadedSuite
 from conformance.report import make_pages
@@ -47,6 +49,7 @@ class Dashboard:
         suites: Suites as loaded now; see `conformance.report.write_site`.
         ladders: Release ladders that get a page beside every run.
         backtests: Backtests that get a page beside every run.
+        faults: Record of faults that gets a page beside every run.
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class Dashboard:
         *,
         ladders: Sequence[Ladder] = (),
         backtests: Findings | None = None,
+        faults: FaultsFile | None = None,
     ) -> None:
         self._store = store
         self._suites = suites
         self._ladders = ladders
         self._backtests = backtests
+        self._faults = faults
         self._assets = {
             f"assets/{path.name}": Served(path.read_text("utf-8"), _TYPES[path.suffix])
             for path in resources.assets_dir().iterdir()
@@ -125,6 +130,10 @@ class Dashboard:
             history=self._store.accuracy(besides=scored),
             cells=cells,
             left_out=left_out,
+            faults=self._faults,
+            comparison=compare(self._store, [run]),
+            runs=self._store.runs(),
+            served=True,
         )
         return dict(pages.each())
 

@@ -294,8 +294,16 @@ class Store:
             row = session.scalars(query).one_or_none()
             return read_result(session, row) if row is not None else None
 
-    def latest(self) -> list[StoredVerdict]:
-        """The newest result of every case on every target, in each cell of the matrix and outside it."""
+    def latest(self, before: Run | None = None) -> list[StoredVerdict]:
+        """The newest result of every case on every target, in each cell of the matrix and outside it.
+
+        Args:
+            before: Only of runs that started before this one.
+
+        Raises:
+            MisfitError: that run has no time at which it started.
+        """
+        older = () if before is None else (RunRow.started < _moment(before.header),)
         newest = (
             func.row_number()
             .over(
@@ -307,7 +315,7 @@ class Store:
         ranked = (
             select(ResultRow.id, newest)
             .join(RunRow, RunRow.run_id == ResultRow.run_id)
-            .where(ResultRow.current)
+            .where(ResultRow.current, *older)
             .subquery()
         )
         query = (

@@ -1,7 +1,7 @@
 """The matrix as workflows of CI systems: install, run a shard of cells, upload, merge, publish.
 
-Every tier becomes one file. What it runs are commands of this harness, so that a job can be repeated by hand;
-the folder of the environment is `$VENV`, by default `.venv`.
+Every tier becomes one file, and the rest of a night another one on GitHub. What it runs are commands of this
+harness, so that a job can be repeated by hand; the folder of the environment is `$VENV`, by default `.venv`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,17 @@ def render(system: System, file: MatrixFile) -> dict[str, str]:
     env.globals.update(actions=pinned, **_LIMITS)
     template = env.get_template(f"{system}.yml.j2")
     prepare = env.get_template("prepare.yml.j2").render().rstrip("\n") if system == "github" else ""
-    return {
+    made = {
         f"{system}/matrix-{name}.yml": template.render(
             prepare=prepare, histories=_histories(name, tier, file), **_values(name, tier)
         )
         for name, tier in file.tiers.items()
     }
+    nightly = [name for name, tier in file.tiers.items() if tier.trigger == "nightly"]
+    if system == "github" and nightly:
+        night = env.get_template("nightly.github.yml.j2")
+        made["github/nightly.yml"] = night.render(prepare=prepare, tier=nightly[0])
+    return made
 
 
 def _values(name: str, tier: Tier) -> dict[str, str | int | bool]:

@@ -1,0 +1,265 @@
+"""Measure faults: run the quick suites with each of them switched on, each in a process of its own.
+
+1. First the suites run with no fault switched on. A case counts if it passes then.
+2. Each fault has a process, so that one that crashes, hangs or leaves something behind costs itself only.
+3. What a process found is kept in the working folder under what it rests on; a measurement that was ended
+   goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from conformance import expectations, fingerprint, runfile
+from conformance.errors import RunFileError, UsageError
+from conformance.execute import Ended, Job, LocalExecutor
+from conformance.faults.base import Fault
+from conformance.faults.places import LEVEL_OF_KIND, LEVELS, Level, places
+from conformance.faults.record import (
+    Basis,
+    FaultRecord,
+    FaultsFile,
+    Outcome,
+    basis,
+    place_of,
+    read,
+    stale,
+    write,
+)
+from conformance.faults.run import REFERENCE, REQUEST_SECONDS, Catch, failures, notices
+from conformance.loading import LoadedCase, load_suites
+from conformance.records import Record
+from conformance.results import Run
+from conformance.runner import TargetPool
+from conformance.targets.guarded import ending
+
+FAULT_LIMIT = 3600.0
+"""Seconds that the suites may take with one fault."""
+
+
+class Found(Record):
+    """What the process of one fault writes."""
+
+    fault: str
+    basis: Basis
+    cases: int
+    seconds: float
+    caught: tuple[Catch, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and where things are kept."""
+
+    faults: Sequence[Fault]
+    arguments: tuple[str, ...]
+    """Cases, as on the command line; empty for all."""
+    cases: tuple[LoadedCase, ...]
+    """The quick ones among them."""
+    out: Path
+    """The record."""
+    work: Path
+    """Folder for what a measurement that was ended goes on from."""
+    workers: int = 1
+    limit: float = FAULT_LIMIT
+    again: bool = False
+    """Measure faults whose record holds, too."""
+
+
+def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record: None) -> FaultsFile:
+    """Measure faults whose record does not hold, and write each down as it comes.
+
+    Raises:
+        UsageError: no case passes without a fault.
+        RecordError: the record cannot be read, or a fault's place is not written down.
+        RunFileError: the suites could not be run without a fault.
+    """
+    file = read(plan.out) if plan.out.exists() else FaultsFile()
+    today = {fault.id: basis(fault, plan.cases) for fault in plan.faults}
+    wanted = {
+        fault.id: fault for fault in plan.faults if plan.again or stale(file.of(fault.id), today[fault.id])
+    }
+    if not wanted:
+        return file
+    clean_file = clean_run(plan, next(iter(today.values())))
+    clean = runfile.read(clean_file)
+    if not passing(clean, plan.cases):
+        raise UsageError(f"no case passes without a fault, so none can notice one; see {clean_file}")
+    left_out = Counter(result.verdict for result in clean.latest().values() if result.verdict != "pass")
+    file = file.model_copy(update={"selection": plan.arguments, "left_out": dict(sorted(left_out.items()))})
+    for fault, found, reason in _found(plan, wanted, today, clean_file):
+        record = recorded(fault, found, today[fault.id], file.of(fault.id), reason)
+        known = {entry.fault: entry for entry in file.faults} | {fault.id: record}
+        order = [name for name in places().by_fault if name in known]
+        file = file.model_copy(update={"faults": tuple(known[name] for name in order)})
+        write(file, plan.out)
+        progress(record)
+    return read(plan.out)
+
+
+def clean_run(plan: Plan, today: Basis) -> Path:
+    """The run file of the chosen cases with no fault switched on; made if it is not there.
+
+    Raises:
+        RunFileError: the run did not come to its end.
+    """
+    path = plan.work / f"clean-{today.sources}-{today.cases}.jsonl"
+    with contextlib.suppress(RunFileError):
+        if runfile.read(path).footer is not None:
+            return path
+        # What is left of a run that was killed is resumed; a file with no header is none.
+    where = "--resume" if path.exists() and _readable(path) else "--out"
+    if where == "--out":
+        path.unlink(missing_ok=True)
+    workers = ("-n", str(plan.workers)) if plan.workers > 1 else ()
+    arguments = ("run", *plan.arguments, "--quick", "-t", REFERENCE, "--no-report", *workers, where, "{}")
+    (ended,) = LocalExecutor().run([Job("no fault", arguments, path, plan.limit)])
+    if not path.exists() or runfile.read(path).footer is None:
+        raise RunFileError(f"{path}: the suites did not come to their end without a fault: {_why(ended)}")
+    return path
+
+
+def _readable(path: Path) -> bool:
+    try:
+        runfile.read(path)
+    except RunFileError:
+        return False
+    return True
+
+
+def passing(run: Run, cases: Sequence[LoadedCase]) -> list[LoadedCase]:
+    """The cases that passed in a run as they are now."""
+    passed = {
+        (f"{result.suite}::{result.case}", result.digest)
+        for result in run.latest().values()
+        if result.verdict == "pass"
+    }
+    return [case for case in cases if (case.address, case.digest) in passed]
+
+
+def look_for(fault: Fault, cases: Sequence[LoadedCase], counted: Sequence[LoadedCase]) -> Found:
+    """Run cases with a fault switched on; this is what its process does.
+
+    Args:
+        fault: It.
+        cases: All that were chosen.
+        counted: Those that pass without it.
+    """
+    started = time.monotonic()
+    known = expectations.load(load_suites(sorted({case.suite.root for case in cases})))
+    with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, fault.applied():
+        caught = failures(counted, known, pool)
+    return Found(
+        fault=fault.id,
+        basis=basis(fault, cases),
+        cases=len(counted),
+        seconds=round(time.monotonic() - started, 1),
+        caught=tuple(caught),
+    )
+
+
+def _found(
+    plan: Plan, wanted: dict[str, Fault], today: dict[str, Basis], clean: Path
+) -> Iterator[tuple[Fault, Found | None, str]]:
+    """What is known of each fault, as it becomes known; else why it is not."""
+    jobs = []
+    for name, fault in wanted.items():
+        path = plan.work / f"{name}-{'-'.join(today[name].model_dump().values())}.json"
+        known = None if plan.again else _read_found(path)
+        if known is not None:
+            yield fault, known, ""
+            continue
+        path.unlink(missing_ok=True)
+        arguments = ("faults", "look-for", name, *plan.arguments, "--clean", str(clean), "--out", "{}")
+        jobs.append(Job(name, arguments, path, plan.limit))
+    for ended in LocalExecutor(plan.workers).run(jobs):
+        found = _read_found(ended.job.run_file)
+        yield wanted[ended.job.name], found, "" if found is not None else _why(ended)
+
+
+def _read_found(path: Path) -> Found | None:
+    try:
+        return Found.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def _why(ended: Ended) -> str:
+    if ended.code is None:
+        return f"not done within {ended.job.limit:g} s"
+    last = " ".join(ended.tail.split())[-300:]
+    return f"its process {ending(ended.code)}" + (f": {last}" if last else "")
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+
+def recorded(
+    fault: Fault, found: Found | None, today: Basis, earlier: FaultRecord | None, reason: str = ""
+) -> FaultRecord:
+    """The record of a fault after one more run.
+
+    Args:
+        fault: It.
+        found: What its process found; None if it died.
+        today: What the run rests on.
+        earlier: The record so far.
+        reason: Why nothing was found.
+    """
+    place = place_of(fault)
+    caught = found.caught if found is not None else ()
+    noticed = [catch for catch in caught if notices(fault, catch)]
+    levels = Counter(LEVEL_OF_KIND[catch.kind] for catch in noticed)
+    lowest: Level | None = next((level for level in LEVELS if levels[level]), None)
+    pointing = [c for c in noticed if LEVEL_OF_KIND[c.kind] == lowest and points_at(fault, c)]
+    judged = any(c.verdict == "fail" and set(c.rules) - {"raised"} for c in caught)
+    outcome = Outcome(
+        at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        commit=fingerprint.git_commit(),
+        basis=today,
+        cases=found.cases if found is not None else 0,
+        seconds=found.seconds if found is not None else 0.0,
+        detected=bool(noticed),
+        crash_only=not judged and (bool(caught) or found is None),
+        localised=bool(pointing),
+        level=lowest,
+        pointing=len(pointing),
+        levels={level: levels[level] for level in LEVELS if levels[level]},
+        kinds=dict(sorted(Counter(catch.kind for catch in noticed).items())),
+        reason=reason,
+    )
+    by_area: dict[str, list[str]] = {}
+    for catch in noticed:
+        by_area.setdefault(catch.area, []).append(catch.case)
+    return FaultRecord(
+        fault=fault.id,
+        title=fault.title,
+        source=fault.source,
+        kind=fault.kind,
+        fault_class=place.class_,
+        area=place.area,
+        layer=place.layer,
+        level=place.level,
+        module=place.full_module,
+        first=earlier.first if earlier is not None else outcome,
+        last=outcome,
+        noticed={area: tuple(cases) for area, cases in sorted(by_area.items())},
+        crashed=tuple(catch.case for catch in caught if catch not in noticed),
+        pointing=tuple(catch.case for catch in pointing),
+    )
+
+
+def points_at(fault: Fault, catch: Catch) -> bool:
+    """Whether a failing case points at the patched module: by the module it names first, else by its area."""
+    if catch.module:
+        return bool(fault.where) and re.fullmatch(fault.where, catch.module) is not None
+    return places().points_to(catch.area, fault.module)

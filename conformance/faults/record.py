@@ -1,0 +1,243 @@
+"""The record of what the quick suites made of each fault, and whether it still holds.
+
+1. A record has the outcome of the fault's first run and of its last one. The first is never replaced.
+2. It holds for what it was measured with: the sources that bear on a verdict, the cases, and the fault's own
+   patch and place. `stale` compares these by their digests, and runs nothing.
+3. The file ends with a digest of itself; one that was changed by hand is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from conformance import resources, runfile
+from conformance.errors import ConformanceError
+from conformance.faults.base import Fault
+from conformance.faults.places import CLASSES, Class, Layer, Level, Place, misplaced, places
+from conformance.loading import LoadedCase
+from conformance.records import Record
+
+_OF_NO_VERDICT = (
+    *("conformance/faults/", "conformance/commands/", "conformance/reporting/", "conformance/schemas/"),
+    *("conformance/service/", "conformance/store/", "conformance/workflows/", "conformance/backtests/"),
+    *("conformance/gates/", "conformance/targets/locks/", "conformance/report.py", "conformance/history.py"),
+    *("conformance/matrix.py", "conformance/covering.py", "conformance/execute.py", "conformance/cli.py"),
+    *(
+        "conformance/ray_executor.py",
+        "conformance/nightly",
+        "conformance/trials",
+        "conformance/comparison.py",
+        "conformance/resources.py",
+    ),
+)
+"""Beginnings of files whose change makes no record doubtful. Each fault's own patch counts by itself."""
+_SHORT = 16
+
+
+class RecordError(ConformanceError):
+    """A record cannot be read or written."""
+
+
+class Basis(Record):
+    """What an outcome rests on, as digests."""
+
+    sources: str
+    """Of the harness and the bundled implementation, as far as they bear on a verdict."""
+    cases: str
+    """Of the cases that were chosen."""
+    fault: str
+    """Of the fault's patch and place."""
+
+
+class Outcome(Record):
+    """What became of one run of the suites with a fault switched on."""
+
+    at: str
+    """ISO 8601, UTC."""
+    commit: str | None
+    basis: Basis
+    cases: int
+    """How many ran: those that pass without the fault."""
+    seconds: float
+    detected: bool
+    """Some case that passes without the fault failed by a rule; see `conformance.faults.run.notices`."""
+    crash_only: bool
+    """Cases came to no verdict, and none judged an answer."""
+    localised: bool
+    """A failing case of the lowest level pointed at the patched module."""
+    level: Level | None = None
+    """The lowest level at which a case noticed it."""
+    pointing: int = 0
+    """Cases that noticed it at that level and pointed at the patched module."""
+    levels: dict[Level, int] = Field(default_factory=dict)
+    """Cases that noticed it, by level."""
+    kinds: dict[str, int] = Field(default_factory=dict)
+    """The same, by kind of suite."""
+    reason: str = ""
+    """Why there is less than a whole run: its process died, or was ended at its limit."""
+
+
+class FaultRecord(Record):
+    """A fault, where it is, and what became of its first and its last run."""
+
+    fault: str
+    title: str
+    source: tuple[str, ...]
+    kind: str
+    fault_class: Class
+    area: str
+    layer: Layer
+    level: Level
+    """The lowest level at which it must be noticed."""
+    module: str
+    """The patched module's full name."""
+    first: Outcome
+    last: Outcome
+    noticed: dict[str, tuple[str, ...]]
+    """Addresses of the cases that noticed it in the last run, by area."""
+    crashed: tuple[str, ...] = ()
+    """Those that did not pass in the last run and have judged nothing."""
+    pointing: tuple[str, ...] = ()
+    """Those that noticed it at the lowest level and pointed at the module."""
+
+
+class Rates(Record):
+    """How many faults of a group were noticed, in their first runs and in their last."""
+
+    faults: int
+    detected_first: int
+    detected: int
+    localised_first: int
+    localised: int
+    crash_only: int
+
+
+class FaultsFile(Record):
+    """What `conformance faults measure` writes."""
+
+    schema_version: int = 1
+    selection: tuple[str, ...] = ()
+    """Cases that were asked for; empty for all quick ones."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Chosen cases that say nothing about faults here, by their verdict without any fault."""
+    faults: tuple[FaultRecord, ...] = ()
+    digest: str = ""
+    """SHA-256 of the file with this field empty."""
+
+    def of(self, fault: str) -> FaultRecord | None:
+        """The record of one fault."""
+        return next((record for record in self.faults if record.fault == fault), None)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def default_path() -> Path:
+    """The record that is committed."""
+    return resources.ci_dir() / "faults.json"
+
+
+def read(path: Path) -> FaultsFile:
+    """Read a record.
+
+    Raises:
+        RecordError: there is none, it is something else, or it was changed by hand.
+    """
+    try:
+        file = FaultsFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is not what `conformance faults measure` writes") from error
+    if file.digest != _digest_of(file):
+        raise RecordError(f"{path}: was changed by hand: its digest is not its own; measure the faults again")
+    return file
+
+
+def write(file: FaultsFile, path: Path) -> None:
+    """Write a record: readers see the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    text = file.model_copy(update={"digest": _digest_of(file)}).model_dump_json(indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _digest_of(file: FaultsFile) -> str:
+    return _sha(file.model_copy(update={"digest": ""}).model_dump_json())
+
+
+# --------------------------------------------------------------------------------- what outcomes rest on
+
+
+def basis(fault: Fault, cases: Sequence[LoadedCase]) -> Basis:
+    """What an outcome of today would rest on.
+
+    Raises:
+        RecordError: the fault's place is not written down, or disagrees with it.
+    """
+    wrong = misplaced(fault)
+    if wrong:
+        raise RecordError(f"the fault {fault.id} {wrong}")
+    place = place_of(fault).model_dump_json(exclude={"faults"})
+    pointed = places().points_at[fault.area]
+    return Basis(
+        sources=runfile.harness_digest(_OF_NO_VERDICT)[:_SHORT],
+        cases=_sha("\n".join(sorted(f"{case.address} {case.digest}" for case in cases)))[:_SHORT],
+        fault=_sha(f"{_source_of(fault)}\n{place}\n{pointed}")[:_SHORT],
+    )
+
+
+def place_of(fault: Fault) -> Place:
+    """Where a fault is."""
+    return places().by_fault[fault.id]
+
+
+def stale(record: FaultRecord | None, today: Basis) -> str:
+    """Why a record says nothing about today; empty if it does."""
+    if record is None:
+        return "was never measured"
+    last = record.last.basis
+    if last.fault != today.fault:
+        return "its patch or its place has changed since"
+    if last.cases != today.cases:
+        return "the cases have changed since"
+    return "the implementation or the harness has changed since" if last.sources != today.sources else ""
+
+
+def _source_of(fault: Fault) -> str:
+    spec = importlib.util.find_spec(fault.written_in)
+    assert spec is not None  # the fault came from there
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- rates
+
+
+def rates(records: Iterable[FaultRecord]) -> Rates:
+    """How many of some faults were noticed."""
+    chosen = tuple(records)
+    return Rates(
+        faults=len(chosen),
+        detected_first=sum(record.first.detected for record in chosen),
+        detected=sum(record.last.detected for record in chosen),
+        localised_first=sum(record.first.localised for record in chosen),
+        localised=sum(record.last.localised for record in chosen),
+        crash_only=sum(record.last.crash_only for record in chosen),
+    )
+
+
+def rates_by_class(records: Sequence[FaultRecord]) -> Mapping[Class, Rates]:
+    """The same by class, in the catalogue's order; classes without a record are left out."""
+    by_class = {name: [record for record in records if record.fault_class == name] for name in CLASSES}
+    return {name: rates(chosen) for name, chosen in by_class.items() if chosen}

@@ -1,0 +1,209 @@
+"""What a night consists of: its steps, each a command of this harness that can be repeated by hand.
+
+A step whose target, checkpoint or file is not there is planned with its reason, and counted as not run.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conformance.commands.selection import select
+from conformance.errors import ConformanceError
+from conformance.faults import record, registry
+from conformance.faults.record import FaultsFile
+from conformance.recording import new_run_id
+from conformance.targets import registry as targets
+
+LADDERS = ("vllm", "sglang-parsers", "transformers")
+"""Targets with releases, whose newest is asked each night."""
+KILLED = ("parser/*", "template/*")
+"""Cases of the run that is killed: they are quick, so that a kill hits between many results."""
+STEP_LIMIT = 6 * 3600.0
+"""Seconds that one step may take."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """What to run, and where to."""
+
+    folder: Path
+    database: str | None
+    record: Path
+    """Of faults; it grows night by night."""
+    cases: tuple[str, ...] = ()
+    """Cases of the suites; empty for all quick ones."""
+    targets: tuple[str, ...] = ()
+    """Empty for the defaults."""
+    tier: str = "nightly"
+    cells: tuple[str, ...] = ()
+    """Cells of the tier, by id or pattern; empty for all."""
+    matrix: Path | None = None
+    ladders: tuple[str, ...] = LADDERS
+    sample: int = 3
+    """Faults that are measured."""
+    clean_runs: int = 2
+    kills: int = 20
+    workers: int = 1
+    skip: frozenset[str] = frozenset()
+    """Names of steps that are left out."""
+    limit: float = STEP_LIMIT
+    today: dt.date = field(default_factory=lambda: dt.datetime.now(dt.UTC).date())
+
+    @property
+    def suites_file(self) -> Path:
+        """Run file of the suites."""
+        return self.folder / "suites.jsonl"
+
+    @property
+    def cells_folder(self) -> Path:
+        """Run files of cells."""
+        return self.folder / "cells"
+
+    def ladder_file(self, target: str) -> Path:
+        """Where the newest rung of a ladder is written."""
+        return self.folder / f"ladder-{target}.json"
+
+    @property
+    def site(self) -> Path:
+        """The dashboard."""
+        return self.folder / "site"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    """Of `conformance`; empty where there is nothing to run."""
+    reason: str = ""
+    """Why it cannot run."""
+
+
+STEPS = ("suites", "ladder", "matrix", "faults-check", "faults-sample", "clean", "kill", "merge", "report")
+"""Names that `--skip` takes; a ladder's step is called `ladder-TARGET`."""
+
+
+def steps(night: Night) -> list[Step]:
+    """The steps before the history is asked, in their order."""
+    several = ("-n", str(night.workers)) if night.workers > 1 else ()
+    asked = tuple(word for target in night.targets for word in ("-t", target))
+    where = "--resume" if night.suites_file.exists() else "--out"
+    matrix = ("--matrix", str(night.matrix)) if night.matrix is not None else ()
+    planned = [
+        Step(
+            "suites",
+            ("run", *night.cases, "--quick", *asked, *several, "--no-report", where, str(night.suites_file)),
+        ),
+        *(_ladder(night, target) for target in night.ladders),
+        Step(
+            "matrix",
+            (
+                *("matrix", "run", *night.cells, "--tier", night.tier, *matrix, *several),
+                *("--out", str(night.cells_folder), "--resume"),
+            ),
+        ),
+        *_faults(night, several),
+        Step(
+            "clean",
+            (
+                *("trial", "clean", *night.cases, "--runs", str(night.clean_runs), "--seed", _seed(night)),
+                *("--out", str(night.folder / "clean")),
+            ),
+        ),
+        Step(
+            "kill",
+            (
+                *("trial", "kill", *(night.cases or KILLED), "--times", str(night.kills)),
+                # A trial that was ended with its night is made anew.
+                *("--seed", _seed(night), "--out", str(night.folder / "kill" / new_run_id())),
+            ),
+        ),
+    ]
+    return [step for step in planned if step.name not in night.skip and _group(step) not in night.skip]
+
+
+def merge(night: Night) -> Step:
+    """Put the run files of the night into the history."""
+    files = [path for path in (night.suites_file,) if path.exists()]
+    files += sorted(night.cells_folder.glob("*.jsonl")) if night.cells_folder.is_dir() else []
+    if not files:
+        return Step("merge", reason="no run file was written")
+    return Step("merge", ("store", "merge", *map(str, files), *_database(night)))
+
+
+def report(night: Night) -> Step:
+    """Write the dashboard of the night, with a page for all that it ran."""
+    if not night.suites_file.exists():
+        return Step("report", reason="the suites have no run file")
+    options: list[str] = []
+    for target in night.ladders:
+        if night.ladder_file(target).exists():
+            options += ["--ladder", str(night.ladder_file(target))]
+    if night.cells_folder.is_dir() and any(night.cells_folder.glob("*.jsonl")):
+        options += ["--matrix", str(night.cells_folder)]
+    if night.record.exists():
+        options += ["--faults", str(night.record)]
+    options += [*_database(night), "--out", str(night.site)]
+    return Step("report", ("report", str(night.suites_file), *options))
+
+
+def _database(night: Night) -> tuple[str, ...]:
+    return ("--database", night.database) if night.database is not None else ()
+
+
+def _group(step: Step) -> str:
+    return step.name.partition("-")[0] if step.name.startswith("ladder-") else step.name
+
+
+def _seed(night: Night) -> str:
+    """Another one each night."""
+    return str(night.today.toordinal())
+
+
+def _ladder(night: Night, target: str) -> Step:
+    """The newest release, and the one before it if it is installed, for what the newest changed."""
+    name = f"ladder-{target}"
+    try:
+        every = targets.releases(target)
+    except ConformanceError as error:
+        return Step(name, reason=str(error))
+    reason = targets.unavailable(every[-1])
+    if reason:
+        return Step(name, reason=f"{every[-1]}: {reason}")
+    usable = [spec for spec in every[-2:] if not targets.unavailable(spec)]
+    rungs = tuple(word for spec in usable for word in ("--release", spec.partition("@")[2]))
+    return Step(name, ("ladder", "--target", target, *rungs, "--out", str(night.ladder_file(target))))
+
+
+def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
+    if {"faults-check", "faults-sample"} <= night.skip:
+        return ()  # what follows loads torch
+    if not night.record.exists():
+        source = record.default_path()
+        if source.is_file():
+            record.write(record.read(source), night.record)
+    check = Step("faults-check", ("faults", "check", str(night.record)))
+    if not night.record.exists():
+        check = Step("faults-check", reason=f"there is no record {night.record} yet")
+    if "faults-sample" in night.skip:
+        return (check,)
+    chosen = sample(night)
+    named = tuple(word for fault in chosen for word in ("--fault", fault))
+    work = ("--work", str(night.folder / "faults"))
+    measure = ("faults", "measure", *night.cases, *named, "--again", "--out", str(night.record), *work)
+    return check, Step("faults-sample", (*measure, *several))
+
+
+def sample(night: Night) -> list[str]:
+    """The faults of a night: those whose record does not hold first, else others each night."""
+    known = record.read(night.record) if night.record.exists() else FaultsFile()
+    cases = select(night.cases, quick=True).cases
+    faults = list(registry().values())
+    stale = [fault.id for fault in faults if record.stale(known.of(fault.id), record.basis(fault, cases))]
+    start = night.today.toordinal() * night.sample % len(faults)
+    others = [fault.id for fault in (*faults[start:], *faults[:start]) if fault.id not in stale]
+    return [*stale, *others][: night.sample]

@@ -1,0 +1,284 @@
+"""Faults are measured once each; the record says what noticed them, and whether it still holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conformance.commands.selection import select
+from conformance.errors import UsageError
+from conformance.execute import Ended, Job
+from conformance.faults import measure as measuring
+from conformance.faults import record, registry
+from conformance.faults.measure import Found, Plan, measure, passing, points_at, recorded
+from conformance.faults.places import LEVEL_OF_KIND
+from conformance.faults.record import Basis, FaultRecord, FaultsFile, RecordError
+from conformance.faults.run import Catch
+from conformance.results import Verdict
+from tests import run_fixtures as fixtures
+from tests.conftest import Run
+from tests.test_cli import validated
+
+TODAY = Basis(sources="s", cases="c", fault="f")
+QUICK = ("parser/reasoning::label-dropped", "template/turns::one-user-turn")
+
+
+def catch(
+    kind: str = "parser",
+    area: str = "reasoning",
+    verdict: Verdict = "fail",
+    module: str = "",
+    rule: str = "expected",
+) -> Catch:
+    return Catch(case=f"{kind}/x::y", kind=kind, area=area, verdict=verdict, rules=(rule,), module=module)
+
+
+def outcome(fault: str, *caught: Catch, earlier: FaultRecord | None = None) -> FaultRecord:
+    found = Found(fault=fault, basis=TODAY, cases=9, seconds=1.0, caught=caught)
+    return recorded(registry()[fault], found, TODAY, earlier)
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+
+def test_the_lowest_level_that_notices_decides_where_a_fault_is() -> None:
+    found = outcome("label-kept", catch(), catch("generation", "generation"), catch("parity", "text-model"))
+    assert found.last.level == "unit"
+    assert found.last.levels == {"unit": 1, "layer": 1, "model": 1}
+    assert found.last.kinds == {"generation": 1, "parity": 1, "parser": 1}
+    assert found.last.localised
+    # The same fault, if a unit of another area were first: what higher levels say does not mend that.
+    astray = outcome("label-kept", catch("template", "template"), catch("generation", "reasoning"))
+    assert astray.last.detected
+    assert not astray.last.localised
+
+
+@pytest.mark.parametrize(
+    ("fault", "module", "area", "points"),
+    [
+        ("no-value-norm", "layers.3.self_attn", "text-model", True),
+        ("no-value-norm", "layers.3.mlp", "text-model", False),
+        ("images-one-by-one", "", "media", True),  # no module differs, and the area points at it
+        ("images-one-by-one", "vision_tower", "media", False),
+        ("label-kept", "", "typing", False),
+    ],
+)
+def test_a_parity_case_points_by_the_module_it_names(
+    fault: str, module: str, area: str, points: bool
+) -> None:
+    assert points_at(registry()[fault], catch("parity", area, module=module)) is points
+
+
+def test_a_crash_is_no_detection_unless_the_fault_is_one() -> None:
+    crashed = outcome("label-kept", catch(verdict="error"), catch(rule="raised"))
+    assert not crashed.last.detected
+    assert crashed.last.crash_only
+    assert crashed.noticed == {}
+    assert crashed.crashed == ("parser/x::y", "parser/x::y")
+    shown = outcome("audio-tower-hard-coded", catch("lora", "lora-media", "error"))
+    assert shown.last.detected
+    assert shown.last.crash_only
+    judged = outcome("label-kept", catch(verdict="error"), catch())
+    assert judged.last.detected
+    assert not judged.last.crash_only
+
+
+def test_a_fault_that_nothing_notices_is_neither() -> None:
+    found = outcome("label-kept")
+    assert not found.last.detected
+    assert not found.last.crash_only
+    assert found.last.level is None
+
+
+def test_a_process_that_dies_noticed_by_a_crash_only() -> None:
+    found = recorded(registry()["label-kept"], None, TODAY, None, "its process was killed by SIGSEGV")
+    assert found.last.crash_only
+    assert not found.last.detected
+    assert found.last.reason == "its process was killed by SIGSEGV"
+
+
+def test_the_first_outcome_is_kept_and_rates_tell_both() -> None:
+    missed = outcome("label-kept")
+    caught = outcome("label-kept", catch(), earlier=missed)
+    assert caught.first == missed.last
+    assert caught.last.detected
+    other = outcome("double-bos", catch("template", "template"))
+    rates = record.rates_by_class([caught, other])
+    assert list(rates) == ["reasoning-parser", "template"]
+    assert rates["reasoning-parser"].model_dump() == {
+        "faults": 1, "detected_first": 0, "detected": 1, "crash_only": 0,
+        "localised_first": 0, "localised": 1,
+    }  # fmt: skip
+    assert record.rates([caught, other]).detected_first == 1
+
+
+# ------------------------------------------------------------------------------------------- staleness
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("sources", "implementation"), ("cases", "cases have changed"), ("fault", "patch or its place")],
+)
+def test_a_record_is_stale_when_what_it_rests_on_has_changed(part: str, says: str) -> None:
+    found = outcome("label-kept", catch())
+    assert record.stale(found, TODAY) == ""
+    assert says in record.stale(found, TODAY.model_copy(update={part: "other"}))
+    assert record.stale(None, TODAY) == "was never measured"
+
+
+def test_what_an_outcome_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = registry()["label-kept"]
+    one, two = select(QUICK[:1]).cases, select(QUICK).cases
+    before = record.basis(fault, one)
+    assert record.basis(fault, one) == before
+    assert record.basis(fault, two).cases != before.cases
+    assert record.basis(registry()["index-by-tool"], one).fault != before.fault  # another place
+    assert record.basis(replace(fault, written_in="conformance.faults.lora"), one).fault != before.fault
+    with pytest.raises(RecordError, match="no-such-fault has no entry"):
+        record.basis(replace(fault, id="no-such-fault"), one)
+
+
+def test_a_record_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "faults.json"
+    record.write(FaultsFile(faults=(outcome("label-kept"),)), path)
+    assert record.read(path).of("label-kept") is not None
+    data = json.loads(path.read_text())
+    data["faults"][0]["last"]["detected"] = True
+    path.write_text(json.dumps(data))
+    with pytest.raises(RecordError, match="was changed by hand"):
+        record.read(path)
+    path.write_text("{}x")
+    with pytest.raises(RecordError, match="is not what"):
+        record.read(path)
+    with pytest.raises(RecordError, match="cannot be read"):
+        record.read(tmp_path / "none.json")
+
+
+def test_the_committed_record_is_one_of_faults_that_exist() -> None:
+    """Whether it still holds is for `conformance faults check`, which the nightly run asks."""
+    file = record.read(record.default_path())
+    assert file.selection == ()
+    assert {found.fault for found in file.faults} <= registry().keys()
+    for found in file.faults:
+        assert found.level == LEVEL_OF_KIND[registry()[found.fault].kind]
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+
+class Processes:
+    """In place of an executor: writes what the process of a fault would, or nothing."""
+
+    def __init__(self, dead: Sequence[str] = ()) -> None:
+        self.dead = dead
+        self.started: list[str] = []
+
+    def __call__(self, workers: int = 1) -> Processes:
+        return self
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        for job in jobs:
+            self.started.append(job.name)
+            if job.name not in self.dead:
+                fault = registry()[job.name]
+                found = Found(
+                    fault=fault.id, basis=TODAY, cases=2, seconds=1.0, caught=(catch(fault.kind, fault.area),)
+                )
+                job.run_file.parent.mkdir(parents=True, exist_ok=True)
+                job.run_file.write_text(found.model_dump_json())
+            yield Ended(job, 0 if job.name not in self.dead else -11, 1.0, "the last words")
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    cases = select(QUICK).cases
+    monkeypatch.setattr(measuring, "clean_run", lambda plan, today: fixtures_run(tmp_path))
+    monkeypatch.setattr(measuring, "passing", lambda run, chosen: list(chosen))
+    faults = [registry()[name] for name in ("label-kept", "double-bos")]
+    return Plan(faults, QUICK, cases, tmp_path / "faults.json", tmp_path / "work")
+
+
+def fixtures_run(folder: Path) -> Path:
+    path = folder / "clean.jsonl"
+    run = fixtures.wide_run(1)
+    path.write_text("".join(line.model_dump_json() + "\n" for line in (run.header, *run.results)))
+    return path
+
+
+def test_a_fault_is_measured_once_and_again_when_asked(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes()
+    monkeypatch.setattr(measuring, "LocalExecutor", processes)
+    told: list[str] = []
+    file = measure(plan, progress=lambda found: told.append(found.fault))
+    assert processes.started == told == ["label-kept", "double-bos"]
+    assert [found.fault for found in file.faults] == ["label-kept", "double-bos"]
+    assert measure(plan).digest == file.digest
+    assert processes.started == told
+    measure(replace(plan, faults=plan.faults[:1], again=True))
+    assert processes.started == [*told, "label-kept"]
+    assert len(record.read(plan.out).faults) == 2
+
+
+def test_a_measurement_that_was_ended_goes_on_from_what_processes_found(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Processes()
+    monkeypatch.setattr(measuring, "LocalExecutor", first)
+    measure(plan)
+    plan.out.unlink()  # as if the record had not been written yet
+    second = Processes()
+    monkeypatch.setattr(measuring, "LocalExecutor", second)
+    file = measure(plan)
+    assert second.started == []
+    assert all(found.last.detected for found in file.faults)
+
+
+def test_a_process_that_dies_costs_its_own_fault(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "LocalExecutor", Processes(dead=("label-kept",)))
+    dead, alive = measure(plan).faults
+    assert dead.last.reason == "its process was killed by SIGSEGV: the last words"
+    assert dead.last.crash_only
+    assert alive.last.detected
+
+
+def test_without_a_case_that_passes_nothing_is_measured(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "passing", lambda run, chosen: [])
+    with pytest.raises(UsageError, match="no case passes without a fault"):
+        measure(plan)
+
+
+def test_only_cases_that_passed_as_they_are_now_count() -> None:
+    run = fixtures.realistic_run(fixtures.realistic_suites())
+    cases = [case for suite in fixtures.realistic_suites() for case in suite.cases]
+    passed = {f"{r.suite}::{r.case}" for r in run.latest().values() if r.verdict == "pass"}
+    assert {case.address for case in passing(run, cases)} == passed & {case.address for case in cases}
+    edited = [replace(case, digest="another") for case in cases]
+    assert passing(run, edited) == []
+
+
+def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
+    """Two real faults and one that these cases cannot notice, in processes, then checked and shown."""
+    common = ["--fault", "label-kept", "--fault", "no-soft-cap"]
+    done = run_conformance("faults", "measure", QUICK[0], *common, "--out", "f.json", "-n", 2, "--json")
+    assert done.returncode == 1, done.stderr
+    rows = {row["fault"]: row for row in validated("faults-measure", done)["faults"]}
+    assert rows["label-kept"]["last"]["detected"]
+    assert rows["label-kept"]["last"]["localised"]
+    assert rows["label-kept"]["last"]["kinds"] == {"parser": 1}
+    assert not rows["no-soft-cap"]["last"]["detected"]
+    assert "no-soft-cap: NOT NOTICED by 1 cases" in done.stderr
+    assert validated("faults-check", run_conformance("faults", "check", "f.json", *common, "--json")) == {
+        "file": "f.json", "faults": 2, "stale": [], "gone": [],
+    }  # fmt: skip
+    rest = run_conformance("faults", "check", "f.json", "--class", "reasoning-parser")
+    assert rest.returncode == 3
+    assert "6 to be measured, as each was never measured: label-flushed-at-end" in rest.stdout
+    shown = run_conformance("faults", "show", "f.json")
+    assert shown.returncode == 0
+    assert "no-soft-cap: NOT NOTICED" in shown.stdout
+    wrong = run_conformance("faults", "check", "f.json", "--fault", "label-kept", "--class", "lora")
+    assert wrong.returncode == 2

@@ -1,0 +1,254 @@
+"""A night: its steps, what is tolerated, and the text that says what broke and since when."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conformance import runfile
+from conformance.comparison import Compared, Comparison, Since
+from conformance.execute import Ended, Job
+from conformance.faults import record, registry
+from conformance.faults.record import FaultsFile
+from conformance.nightly import plan as plans
+from conformance.nightly import run as nights
+from conformance.nightly.plan import Night, sample, steps
+from conformance.nightly.run import NightResult, NotRun, StepResult
+from conformance.nightly.text import told
+from conformance.targets import registry as targets
+from tests import run_fixtures as fixtures
+from tests.conftest import Run as Command
+from tests.conftest import Suites
+from tests.test_cli import HONEST, validated
+from tests.test_fault_records import QUICK, catch, outcome
+
+DAY = dt.date(2026, 11, 22)
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Night:
+    return Night(
+        folder=tmp_path / "night",
+        database=f"sqlite:///{tmp_path}/h.sqlite",
+        record=tmp_path / "faults.json",
+        cases=QUICK,
+        today=DAY,
+    )
+
+
+def by_name(night: Night) -> dict[str, plans.Step]:
+    return {step.name: step for step in steps(night)}
+
+
+# ------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "")
+    found = by_name(replace(night, workers=4, targets=("reference",)))
+    assert list(found) == [
+        "suites", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers", "matrix",
+        "faults-check", "faults-sample", "clean", "kill",
+    ]  # fmt: skip
+    suites = found["suites"].arguments
+    assert suites[:4] == ("run", *QUICK, "--quick")
+    assert suites[-2:] == ("--out", str(night.suites_file))
+    assert found["ladder-vllm"].arguments[:7] == (
+        "ladder", "--target", "vllm", "--release", "0.31.0", "--release", "0.32.0",
+    )  # fmt: skip
+    assert "--tier" in found["matrix"].arguments
+    assert "-n" in found["faults-sample"].arguments
+
+
+def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "is not installed" if "vllm" in spec else "")
+    assert by_name(night)["ladder-vllm"].reason == "vllm@0.32.0: is not installed"
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "gone" if spec.endswith("0.31.0") else "")
+    assert by_name(night)["ladder-vllm"].arguments[3:5] == ("--release", "0.32.0")
+    assert (
+        "no target with versions"
+        in by_name(replace(night, ladders=("reference",)))["ladder-reference"].reason
+    )
+
+
+def test_steps_can_be_left_out(night: Night) -> None:
+    found = by_name(replace(night, skip=frozenset({"ladder", "matrix", "kill", "faults-check"})))
+    assert list(found) == ["suites", "faults-sample", "clean"]
+
+
+def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(night: Night) -> None:
+    faults = list(registry().values())
+    assert sample(night) == [fault.id for fault in faults[:3]]
+    cases = plans.select(QUICK, quick=True).cases
+    current = []
+    for fault in faults:
+        found = outcome(fault.id, catch())
+        basis = record.basis(fault, cases)
+        current.append(found.model_copy(update={"last": found.last.model_copy(update={"basis": basis})}))
+    record.write(FaultsFile(faults=tuple(current[:5] + current[6:])), night.record)
+    chosen = sample(night)
+    assert chosen[0] == faults[5].id, "it was never measured"
+    tomorrow = sample(replace(night, today=DAY + dt.timedelta(days=1)))
+    assert set(chosen[1:]).isdisjoint(tomorrow[1:])
+    assert len({*chosen, *tomorrow}) == 5
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+class Processes:
+    """In place of an executor: steps end as they are told to."""
+
+    def __init__(self, codes: dict[str, int | None]) -> None:
+        self.codes = codes
+        self.started: list[str] = []
+
+    def __call__(self, workers: int = 1) -> Processes:
+        return self
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        for job in jobs:
+            self.started.append(job.name)
+            if job.name == "suites":
+                stored = fixtures.wide_run(1)
+                path = Path(job.arguments[-1])
+                lines = [stored.header, *stored.results]
+                path.write_text("".join(line.model_dump_json() + "\n" for line in lines))
+            yield Ended(job, self.codes.get(job.name, 0), 1.0, f"much\nthe last words of {job.name}\n")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ({}, 0),
+        ({"faults-check": 3}, 3),
+        ({"clean": 1, "faults-check": 3}, 1),
+        ({"kill": None}, 1),
+        ({"matrix": -9}, 1),
+    ],
+)
+def test_the_worst_step_decides(
+    night: Night, monkeypatch: pytest.MonkeyPatch, codes: dict[str, int | None], code: int
+) -> None:
+    record.write(FaultsFile(), night.record)
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "is not installed")
+    monkeypatch.setattr(nights, "LocalExecutor", Processes(codes))
+    found = nights.run(night)
+    assert found.exit_code == code
+    states = {step.name: step for step in found.steps}
+    assert states["ladder-vllm"].state == "not run"
+    assert [row.what for row in found.not_run].count("ladder-vllm") == 1
+    if "kill" in codes:
+        assert states["kill"].reason == "not done within 21600 s"
+    if "clean" in codes:
+        assert states["clean"].reason == "the last words of clean"
+        assert states["clean"].repeat.startswith("conformance trial clean ")
+
+
+def test_a_night_that_was_ended_goes_on_behind_its_last_step(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.write(FaultsFile(), night.record)
+    first = Processes({"clean": 1})
+    monkeypatch.setattr(nights, "LocalExecutor", first)
+    found = nights.run(replace(night, skip=frozenset({"ladder", "kill"})))
+    second = Processes({})
+    monkeypatch.setattr(nights, "LocalExecutor", second)
+    again = nights.run(replace(night, skip=frozenset({"ladder"})))
+    assert second.started == ["kill", "merge", "report"]
+    assert [step.state for step in again.steps if step.name == "clean"] == ["bad"]
+    assert found.exit_code == again.exit_code == 1
+
+
+def test_what_could_not_run_is_counted_with_its_reason(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({}))
+    night.folder.mkdir()
+    found = nights.run(replace(night, skip=frozenset({"ladder", "matrix", "faults-check", "faults-sample"})))
+    skipped = [r for r in fixtures.wide_run(1).results if r.verdict == "skip"]
+    rows = [row for row in found.not_run if row.what == "suites"]
+    assert sum(row.count for row in rows) == len(skipped)
+    assert runfile.read(night.suites_file).header.manifest
+
+
+# ------------------------------------------------------------------------------------------- the text
+
+
+def compared(state: str, **changes: object) -> Compared:
+    base = Compared(
+        suite="parser/x", case="one", target="vllm@0.32.0", cell=None, area="reasoning", state="broken",
+        before="pass", after="fail", before_run="run-1", run="run-2", edited=False,
+        reason="expected: differs",
+    )  # fmt: skip
+    return base.model_copy(update={"state": state, **changes})
+
+
+def text_of(*entries: Compared, steps: Sequence[StepResult] = (), **changes: object) -> str:
+    comparison = Comparison(runs=("run-2",), before=("run-1",), entries=entries)
+    night = NightResult(folder="f", steps=tuple(steps), not_run=(), comparison=comparison, gates={})
+    return told(night.model_copy(update=changes))
+
+
+def test_the_text_says_what_broke_and_since_when() -> None:
+    since = Since(
+        run_id="run-0", started="2026-11-20T02:00:00+00:00", commit="c0", last_good="run-a", good_commit="ca"
+    )
+    text = text_of(
+        compared("broken", since=since.model_copy(update={"last_good": None})),
+        compared("still-broken", case="two", cell="vllm@0.32.0+pp2", since=since),
+        compared("mended", case="three", before="fail", after="pass"),
+        compared("new", case="four"),
+    )
+    assert text.splitlines()[0] == "1 broken, 1 still broken, 1 mended, 1 new: exit code 0"
+    assert "  parser/x::one [vllm@0.32.0]: pass -> fail: expected: differs\n" in text
+    assert "since 2026-11-20T02:00 (run run-0, commit c0); no earlier run" in text
+    assert "two [vllm@0.32.0+pp2]" in text
+    assert "since 2026-11-20T02:00 (run run-0, commit c0); last good in run run-a, commit ca" in text
+    assert "MENDED: 1" in text
+
+
+def test_the_text_is_short_whatever_happened() -> None:
+    many = [compared("broken", case=f"case-{n}", reason="x" * 5000) for n in range(500)]
+    reasons = tuple(NotRun(what="matrix", count=2, reason=f"reason {n}") for n in range(100))
+    text = text_of(*many, not_run=reasons, gates={"not run": 4})
+    assert "  and 480 more" in text
+    assert "NOT RUN: 200" in text
+    assert "  and 80 more reasons" in text
+    assert "GATES: 4 not run" in text
+    assert len(text) < 10_000
+
+
+def test_the_text_tells_failed_steps_and_a_history_that_was_not_asked() -> None:
+    step = StepResult(name="kill", state="bad", reason="LOST", exit_code=1, repeat="conformance trial kill")
+    text = text_of(steps=[step], comparison=None)
+    assert text.splitlines()[0].endswith("1 of 1 steps failed: exit code 1")
+    assert "kill (bad): LOST\n    repeat: conformance trial kill" in text
+    assert "nothing is known of earlier nights" in text
+
+
+# ------------------------------------------------------------------------------------------- command
+
+
+def test_two_nights_of_one_small_suite(run_conformance: Command, suites: Suites, tmp_path: Path) -> None:
+    """Real processes: suites, merge, comparison and dashboard; the second night breaks a case."""
+    suites.write("one", "two")
+    skipped = ["ladder", "matrix", "faults-check", "faults-sample", "clean", "kill"]
+    common = ["nightly", "suites", "-t", HONEST, "--database", f"sqlite:///{tmp_path}/h.sqlite", "--json"]
+    common += [word for name in skipped for word in ("--skip", name)]
+    first = run_conformance(*common, "--out", "n1")
+    assert first.returncode == 0, first.stderr
+    assert validated("nightly", first)["night"]["comparison"]["entries"][0]["state"] == "new"
+    second = run_conformance(*common, "--out", "n2", env={"LIES": "two"})
+    assert second.returncode == 1, second.stderr
+    night = validated("nightly", second)
+    states = {entry["case"]: entry["state"] for entry in night["night"]["comparison"]["entries"]}
+    assert states == {"case-one": "same", "case-two": "broken"}
+    assert "1 broken, 0 still broken, 0 mended, 0 new; 1 of 3 steps failed: exit code 1" in night["text"]
+    assert (tmp_path / "n2/nightly.txt").read_text() == night["text"]
+    assert (tmp_path / "n2/site/comparison.html").is_file()
+    assert (tmp_path / "n2/site/runs.html").is_file()

@@ -1,0 +1,179 @@
+"""Trials of the harness: varied runs without a fault raise no alarm, and killed runs lose nothing."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from conformance import runfile
+from conformance.results import Result, Run, Verdict
+from conformance.trials import clean as cleaning
+from conformance.trials import kill as killing
+from conformance.trials.clean import CleanPlan, clean, drawn
+from conformance.trials.kill import KillPlan, shown_result
+from tests import run_fixtures as fixtures
+from tests.conftest import Run as Command
+from tests.conftest import Suites
+from tests.test_cli import HONEST, SLOW, validated
+
+# ------------------------------------------------------------------------------------------- clean runs
+
+
+def test_circumstances_differ_and_can_be_had_again() -> None:
+    one, two, other = (list(itertools.islice(drawn(seed), 12)) for seed in (1, 1, 2))
+    assert one == two
+    assert one != other
+    assert one[0].options[:2] == ("--shuffle", str(one[0].order))
+    assert (one[0].threads, one[0].workers, one[0].chunkings) == (1, 0, 0)
+    for name in ("threads", "workers", "hash_seed", "order", "chunkings"):
+        assert len({getattr(found, name) for found in one}) > 1, name
+
+
+def test_varied_runs_of_an_honest_target_are_quiet(
+    run_conformance: Command, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("one", "two", "three")
+    done = run_conformance("trial", "clean", "suites", "-t", HONEST, "--runs", 3, "--out", "t", "--json")
+    assert done.returncode == 0, done.stderr
+    runs = validated("trial-clean", done)["runs"]
+    assert [run["counts"] for run in runs] == [{"pass": 3}] * 3
+    hashes = set()
+    for run in runs:
+        header = runfile.read(tmp_path / run["run_file"]).header
+        hashes.add(header.environment["env:PYTHONHASHSEED"])
+        assert header.environment["env:OMP_NUM_THREADS"] == str(run["circumstances"]["threads"])
+    assert len(hashes) == 3
+
+
+def test_every_alarm_is_listed_with_a_line_that_repeats_it(run_conformance: Command, suites: Suites) -> None:
+    suites.write("one", "two")
+    done = run_conformance(
+        "trial", "clean", "suites", "-t", HONEST, "--runs", 1, "--out", "t", env={"LIES": "two"}
+    )
+    assert done.returncode == 1
+    assert f"parser/demo::case-two [{HONEST}]: fail" in done.stdout
+    assert "repeat: env OMP_NUM_THREADS=1 PYTHONHASHSEED=" in done.stdout
+    assert done.stdout.count(": fail: ") == 1
+    assert "1 runs, 1 of them with an alarm" in done.stdout
+
+
+def written(folder: Path, name: str, verdicts: dict[str, Verdict], *, finished: bool = True) -> None:
+    """A run file in which cases have these verdicts."""
+    base = fixtures.wide_run(1)
+    (plan, result), *_ = [
+        (p, r) for p in base.header.manifest for r in base.results if (p.suite, p.case, p.target) == r.key
+    ]
+    header = base.header.model_copy(
+        update={"manifest": tuple(plan.model_copy(update={"case": case}) for case in ("one", "two"))}
+    )
+    lines: list[object] = [header]
+    for case, verdict in verdicts.items():
+        lines.append(result.model_copy(update={"case": case, "verdict": verdict, "reason": "because"}))
+    if finished:
+        lines.append(base.footer)
+    text = "".join(f"{line.model_dump_json()}\n" for line in lines)  # type: ignore[attr-defined]
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("second", "finished", "alarms", "reason"),
+    [
+        ({"one": "pass", "two": "skip"}, True, [], ""),
+        ({"one": "pass", "two": "fail"}, True, [("two", "fail", "skip")], ""),
+        ({"one": "skip", "two": "skip"}, True, [("one", "skip", "pass")], ""),  # no failure, and not the same
+        ({"one": "pass"}, False, [("two", None, "skip")], "its process ended with exit code 1: last words"),
+    ],
+)
+def test_what_is_an_alarm(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    second: dict[str, Verdict],
+    finished: bool,
+    alarms: list[tuple[str, Verdict | None, Verdict]],
+    reason: str,
+) -> None:
+    written(tmp_path, "clean-0-1.jsonl", {"one": "pass", "two": "skip"})
+    written(tmp_path, "clean-0-2.jsonl", second, finished=finished)
+
+    class Nothing:
+        def run(self, jobs):  # type: ignore[no-untyped-def]
+            yield cleaning.Ended(jobs[0], 1, 0.1, "last words")
+
+    monkeypatch.setattr(cleaning, "LocalExecutor", Nothing)
+    first, found = clean(CleanPlan((), ("engine-0@1.0.0",), tmp_path, runs=2))
+    assert first.quiet
+    assert [(alarm.address.split("::")[1], alarm.verdict, alarm.usual) for alarm in found.alarms] == alarms
+    assert found.reason == reason
+    assert found.quiet is not bool(alarms or reason)
+
+
+# ------------------------------------------------------------------------------------------- killed runs
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("pass parser/a-b::case-1 [reference]", ("parser/a-b", "case-1", "reference")),
+        ("skip parser/a::b [vllm@0.32.0]: is not installed", ("parser/a", "b", "vllm@0.32.0")),
+        ("parser/a::b on lying_targets:Lying failed: expected", ("parser/a", "b", "lying_targets:Lying")),
+        ("14 cases on reference", None),
+        ("  expected: pass parser/a::b [x]", None),
+    ],
+)
+def test_results_are_read_from_what_a_run_shows(line: str, key: tuple[str, str, str] | None) -> None:
+    assert shown_result(line + " ") == key
+
+
+def test_a_run_that_is_killed_five_times_loses_nothing(
+    run_conformance: Command, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write(*(f"out{n}" for n in range(12)))
+    common = ["suites", "-t", "reference", "-t", SLOW, "--times", 5, "--seed", 3, "--out", "t", "--json"]
+    done = run_conformance("trial", "kill", *common, env={"FAKE_SECONDS": "0.1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    trial = validated("trial-kill", done)["trial"]
+    assert trial["planned"] == 24
+    assert len(trial["kills"]) == 5
+    assert trial["kills"][-1]["shown"] > 0
+    assert all(kill["lost"] == [] for kill in trial["kills"])
+    whole = runfile.read(tmp_path / trial["undisturbed"])
+    cut = runfile.read(tmp_path / trial["run_file"])
+    verdicts = [{key: result.verdict for key, result in run.latest().items()} for run in (whole, cut)]
+    assert verdicts[0] == verdicts[1]
+
+
+def test_what_is_lost_differs_or_was_thrown_away_is_told() -> None:
+    run = fixtures.wide_run(1)
+    first, second = (result for result in list(run.latest().values())[:2])
+    results: list[Result] = [r.model_copy(update={"verdict": "pass"}) for r in run.results]
+    whole = run.model_copy(update={"results": tuple(results)})
+    changed = [r.model_copy(update={"verdict": "fail"}) if r.key == first.key else r for r in results]
+    again = [r for r in results if r.key == second.key]
+    ended: Run = run.model_copy(update={"results": (*changed, *again)})
+    found = killing._compared(whole, ended, {second.key}, [], Path("a"), Path("b"))
+    assert [name.split(": ")[1] for name in found.differing] == ["fail, undisturbed pass"]
+    assert found.twice == (f"{second.suite}::{second.case} [{second.target}]",)
+    assert not found.sound
+    same = killing._compared(whole, whole, set(), [], Path("a"), Path("b"))
+    assert same.sound
+    lost = killing.Killed(after=1, shown=2, stored=1, lost=("x",), torn=False)
+    assert not same.model_copy(update={"kills": (lost,)}).sound
+
+
+def test_a_result_that_was_shown_and_is_not_in_the_file_is_lost(tmp_path: Path) -> None:
+    written(tmp_path, "cut.jsonl", {"one": "pass"}, finished=False)
+    (stored,) = runfile.read(tmp_path / "cut.jsonl").results
+    missing = (stored.suite, "two", stored.target)
+    assert killing._look(tmp_path / "cut.jsonl", 1, {stored.key}).lost == ()
+    found = killing._look(tmp_path / "cut.jsonl", 2, {stored.key, missing})
+    assert found.lost == (f"{stored.suite}::two [{stored.target}]",)
+
+
+def test_a_run_too_short_to_be_killed_so_often_is_refused(run_conformance: Command, suites: Suites) -> None:
+    suites.write("one", "two")
+    done = run_conformance("trial", "kill", "suites", "-t", HONEST, "--times", 2, "--out", "t")
+    assert done.returncode == 2
+    assert "a run of 2 cases cannot be killed 2 times" in done.stderr
+    assert KillPlan(("a",), ("b",), Path(), 1, workers=2).asked[-4:] == ("-n", "2", "--no-report", "-v")
