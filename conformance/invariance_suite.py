@@ -92,6 +92,8 @@ class DrawnPrompts(Strict):
     """All begin with the same tokens, so many of them."""
     carried: int = Field(default=0, ge=0, le=256)
     """Each begins with the last tokens of the one before it, so many of them."""
+    stops: int = Field(default=0, ge=0, le=64)
+    """So many of the 128 tokens, drawn too, end an answer."""
     seed: int = 0
 
 

@@ -138,7 +138,7 @@ class Engine:
         draft = request.options.speculation is not None
         return Generation(
             token_ids=tuple(tokens),
-            finish_reason="length",
+            finish_reason="stop" if tokens[-1] in request.stop_ids else "length",
             logprobs=tuple(logprobs),
             top=tuple(top) if request.top_logprobs else (),
             accepted=self.accepted(asked) if draft else (),

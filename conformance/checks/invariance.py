@@ -170,6 +170,7 @@ class _Pair:
         problems = [self._token_problem(base, turn, each, noise) for turn, each in failures[:_SHOWN]]
         if len(failures) > _SHOWN:
             problems.append(Problem(rule="tokens", message=f"{len(failures) - _SHOWN} more such differences"))
+        problems += self._ending_problems(found)
         limit = self.case.factor * noise.floor
         if farthest.value > limit:
             place = f"place {farthest.place} of the answer to {self.prompts.names[farthest.prompt]}"
@@ -198,16 +199,31 @@ class _Pair:
 
     def _token_problem(self, base: Answers, turn: int, each: Difference, noise: Noise) -> Problem:
         again = f" when asked for time {turn + 1}" if turn else ""
-        got = "the end" if each.got is None else f"token {each.got}"
-        layer = self._layer(base, each.prompt, each.place)
-        return Problem(
-            rule="tokens",
-            message=f"the answer to {self.prompts.names[each.prompt]} has {got} at place {each.place}"
-            f"{again}, not token {each.expected}, which is likelier than any other by {each.gap:.3g} (near "
-            f"ties are up to {noise.near:.3g}); {layer}",
-            expected=each.expected,
-            got=each.got,
+        got, expected = (
+            "the end" if token is None else f"token {token}" for token in (each.got, each.expected)
         )
+        message = (
+            f"the answer to {self.prompts.names[each.prompt]} has {got} at place {each.place}{again}, "
+            f"not {expected}"
+        )
+        if each.got is not None and each.expected is not None:
+            message += (
+                f", which is likelier than any other by {each.gap:.3g} (near ties are up to {noise.near:.3g})"
+                f"; {self._layer(base, each.prompt, each.place)}"
+            )
+        return Problem(rule="tokens", message=message, expected=each.expected, got=each.got)
+
+    def _ending_problems(self, found: Sequence[Comparison]) -> Iterator[Problem]:
+        endings = [(turn, each) for turn, one in enumerate(found) for each in one.endings]
+        for turn, each in endings[:_SHOWN]:
+            again = f" when asked for time {turn + 1}" if turn else ""
+            yield Problem(
+                rule="ending",
+                message=f"the answer to {self.prompts.names[each.prompt]} has ended{again} for the reason "
+                f"{each.got!r} and not {each.expected!r}",
+                expected=each.expected,
+                got=each.got,
+            )
 
     def _layer(self, base: Answers, number: int, place: int) -> str:
         if "states" not in self.features:

@@ -13,11 +13,14 @@ from conformance.faults.base import Collection, Patch, replace
 from model_impl.config import AttentionKind
 from model_impl.runtime import blocks, engine, paged, prefix, runner, scheduler
 from model_impl.runtime.blocks import FIRST, BlockPool, Digest
+from model_impl.runtime.engine import Engine
 from model_impl.runtime.masks import Blocks, visible
 from model_impl.runtime.paged import Place
 from model_impl.runtime.prefix import FULL, BlockTables, Content, Span
+from model_impl.runtime.request import Output
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import Sampling
+from model_impl.runtime.scheduler import SequenceState
 from model_impl.speculative import proposer, verify
 from model_impl.speculative.assistant import TargetKV
 from model_impl.speculative.proposer import Grown
@@ -119,6 +122,23 @@ def _accepted() -> Patch:
         return (*drafted, chosen[len(drafted)])
 
     return replace(engine, "verify_greedy", all_of_them)
+
+
+@draft("stop-token-among-drafts-overlooked", source=("S01",), module=engine)
+def _past_the_stop() -> Patch:
+    """Of the tokens of a round only the last one ends an answer, which so goes on behind a stop token."""
+    original = Engine._take
+
+    def take(self: Engine, sequence: SequenceState, tokens: Sequence[int], logits: Tensor) -> list[Output]:
+        request, last = sequence.request, len(tokens) - 1
+        sequence.request = changed(request, stop_ids=frozenset())
+        outputs = original(self, sequence, tokens[:last], logits[:last])
+        sequence.request = request
+        if sequence.left > 0:
+            outputs += original(self, sequence, tokens[last:], logits[last:])
+        return outputs
+
+    return replace(Engine, "_take", take)
 
 
 @draft("draft-fed-the-token-before", source=("S01", "S10"), module=proposer)
