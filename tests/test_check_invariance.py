@@ -359,10 +359,18 @@ def test_a_draft_that_is_right_too_seldom(oracles: Oracles) -> None:
     outcome = judged(seldom, oracles, change=change, acceptance=floor)
     assert rules(outcome) == ["acceptance"]
     assert outcome.evidence.got["tokens_a_round"] == [1.25, 1.25, 1.25]
-    untold = Engine(accepted=lambda _asked: ())
-    assert judged(untold, oracles, change=change, acceptance=floor).verdict == "pass"
+    untold = judged(Engine(accepted=lambda _asked: None), oracles, change=change, acceptance=floor)
+    assert (untold.verdict, untold.evidence.got["rounds_with_a_draft"]) == ("pass", "not told")
     uncertain = Engine(accepted=lambda asked: (2, 2) if asked.prompt < 2 else (0, 0))
     assert judged(uncertain, oracles, change=change, acceptance=floor).verdict == "pass"
+
+
+@pytest.mark.parametrize("fields", [{}, {"acceptance": {"at_least": 1.5}}])
+def test_a_target_that_tells_that_it_never_drafts_fails(fields: dict[str, Any], oracles: Oracles) -> None:
+    never = judged(Engine(accepted=lambda _asked: ()), oracles, change={"eagle3": {}}, **fields)
+    assert rules(never) == ["no-drafts"]
+    some = Engine(accepted=lambda asked: (2, 1) if asked.prompt == 1 else ())
+    assert judged(some, oracles, change={"eagle3": {}}, **fields).verdict == "pass"
 
 
 def test_the_same_draft_guesses_the_same(oracles: Oracles) -> None:

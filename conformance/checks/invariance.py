@@ -243,6 +243,10 @@ class _Pair:
     def _acceptance_problems(self, answers: Answers) -> Iterator[Problem]:
         if self.case.changed.draft is None:
             return
+        rounds = acceptance.rounds(answers.rounds[0])
+        self.found.facts["rounds_with_a_draft"] = "not told" if rounds is None else rounds
+        if rounds == 0:
+            yield Problem(rule="no-drafts", message="no round of any answer had a draft", got=0)
         length = acceptance.length(answers.rounds[0])
         if length is None:
             return
@@ -271,8 +275,8 @@ class _Pair:
                         rule="rounds",
                         message=f"of the drafts for {self.prompts.names[number]}{again}, others were "
                         "accepted than before the change: the draft model has not read the same",
-                        expected=list(rounds),
-                        got=list(made.accepted),
+                        expected=list(rounds or ()),
+                        got=list(made.accepted or ()),
                     )
                     return
 

@@ -141,6 +141,18 @@ def _past_the_stop() -> Patch:
     return replace(Engine, "_take", take)
 
 
+@draft("no-draft-ever-made", source=("S01",), module=proposer)
+def _never() -> tuple[Patch, ...]:
+    """A draft model is loaded, and no token is ever drafted."""
+
+    def nothing(_self: object, _states: States, grown: Sequence[Grown]) -> list[verify.Draft]:
+        return [verify.Draft() for _ in grown]
+
+    return tuple(
+        replace(kind, "propose", nothing) for kind in (proposer.Eagle3Proposer, proposer.AssistantProposer)
+    )
+
+
 @draft("draft-fed-the-token-before", source=("S01", "S10"), module=proposer)
 def _one_behind() -> Patch:
     """A draft head reads each state beside the token that the state is of, not beside the next one."""

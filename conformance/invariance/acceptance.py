@@ -23,27 +23,29 @@ class Length:
     """Of the drafts at each place of a round, the part that was accepted."""
 
 
-def length(answers: Sequence[Generation]) -> Length | None:
-    """Of answers to different prompts; None where the target does not tell.
+def rounds(answers: Sequence[Generation]) -> int | None:
+    """How many rounds had a draft; None where the target does not tell."""
+    told = [answer.accepted for answer in answers if answer.accepted is not None]
+    return sum(map(len, told)) if told else None
 
-    Args:
-        answers: At least two.
-    """
+
+def length(answers: Sequence[Generation]) -> Length | None:
+    """Of answers to different prompts; None where fewer than two tell of rounds that had a draft."""
     told = [answer for answer in answers if answer.accepted]
     if len(told) < 2:
         return None
     import numpy as np
     from scipy import stats  # it takes a while to import, and most suites have no statistics
 
-    accepted = np.array([sum(answer.accepted) for answer in told], dtype=float)
-    rounds = np.array([len(answer.accepted) for answer in told], dtype=float)
+    accepted = np.array([sum(answer.accepted or ()) for answer in told], dtype=float)
+    turns = np.array([len(answer.accepted or ()) for answer in told], dtype=float)
 
     def mean(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
         result: np.ndarray = 1 + part.sum(axis=axis) / whole.sum(axis=axis)
         return result
 
     found = stats.bootstrap(
-        (accepted, rounds),
+        (accepted, turns),
         mean,
         paired=True,
         vectorized=True,
@@ -53,11 +55,11 @@ def length(answers: Sequence[Generation]) -> Length | None:
         rng=np.random.default_rng(0),
     )
     limits = found.confidence_interval
-    return Length(float(mean(accepted, rounds)), float(limits.low), float(limits.high), _by_place(told))
+    return Length(float(mean(accepted, turns)), float(limits.low), float(limits.high), _by_place(told))
 
 
 def _by_place(answers: Sequence[Generation]) -> tuple[float, ...]:
-    pairs = [pair for answer in answers for pair in zip(answer.accepted, answer.drafted, strict=False)]
+    pairs = [pair for answer in answers for pair in zip(answer.accepted or (), answer.drafted, strict=False)]
     found = []
     for place in range(max((drafted for _, drafted in pairs), default=0)):
         tried = sum(drafted > place for _, drafted in pairs)
