@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from conformance.invariance.models import DrawnModel
 from conformance.media import PicturePrompt
-from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase
+from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 from conformance.targets.protocol import DType, EngineOptions, Sampling, Speculation
 
 DRAWS = 10_000
@@ -136,8 +136,9 @@ class InvarianceCase(CaseBase):
     """Answers are drawn, and it is their distribution that must not change. Needs a `top_k` of 2 to 8."""
     draws: int = Field(default=DRAWS, ge=DRAWS, le=100_000)
     """Of each prompt, where there is `sampling`."""
-    or_refused: bool = False
-    """The target may refuse the change: what it must not do is to give another answer."""
+    or_refused: Words | None = None
+    """The target may refuse the change, in words that hold this pattern: what it must not do is to give
+    another answer, or to break."""
     finds: bool = False
     """The changed side must find tokens of prompts in its prefix cache."""
     acceptance: Acceptance | None = None

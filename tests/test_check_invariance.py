@@ -305,16 +305,35 @@ def test_a_baseline_of_another_dtype_is_an_error(oracles: Oracles) -> None:
 
 
 def refuses_chunks(request: GenerateRequest) -> str:
-    return "ValueError: no chunks" if request.options.prefill_chunk is not None else ""
+    return "ValueError: prompts come in no chunks" if request.options.prefill_chunk is not None else ""
 
 
 def test_a_refusal_fails_unless_it_is_allowed(oracles: Oracles) -> None:
     outcome = judged(Engine(refuses=refuses_chunks), oracles)
     assert rules(outcome) == ["raised"]
     assert "no chunks" in outcome.problems[0].message
-    allowed = judged(Engine(refuses=refuses_chunks), oracles, or_refused=True)
-    assert (allowed.verdict, allowed.evidence.got["refused"]) == ("pass", "ValueError: no chunks")
-    assert judged(Engine(other_token()), oracles, or_refused=True).verdict == "fail"
+    allowed = judged(Engine(refuses=refuses_chunks), oracles, or_refused="(?i)chunks")
+    assert (allowed.verdict, allowed.evidence.got["refused"]) == (
+        "pass",
+        "ValueError: prompts come in no chunks",
+    )
+    assert judged(Engine(other_token()), oracles, or_refused="chunks").verdict == "fail"
+
+
+def test_a_crash_is_no_refusal(oracles: Oracles) -> None:
+    crashed = judged(Engine(refuses=refuses_chunks), oracles, or_refused="pipeline")
+    assert rules(crashed) == ["raised"]
+    assert "no refusal in words such as 'pipeline'" in crashed.problems[0].message
+
+    class Exiting(Engine):
+        def generate(self, request: GenerateRequest) -> Any:
+            if request.options.prefill_chunk is not None:
+                raise EngineError("SystemExit: chunks", exited=True)
+            return super().generate(request)
+
+    left = judged(Exiting(), oracles, or_refused="chunks")
+    assert rules(left) == ["raised"]
+    assert "meant to end its process" in left.problems[0].message
 
 
 def test_a_baseline_that_is_refused_is_the_engines_error(oracles: Oracles) -> None:
@@ -424,6 +443,8 @@ def test_what_a_target_cannot_do_is_skipped(
         ({"sampling": {"top_k": 20}}, "needs a `top_k` of 2 to 8"),
         ({"acceptance": {"at_least": 1.5}}, "is of a draft"),
         ({"finds": True}, "needs `prefix_cache: true`"),
+        ({"or_refused": "(chunks"}, "is no regular expression"),
+        ({"or_refused": True}, "valid string"),
         ({"change": {"eagle3": {}, "assistant": {}}}, "one draft model"),
         ({"change": {"pipeline_parallel": 2, "pipeline_split": [1, 1, 1]}}, "as many numbers"),
     ],

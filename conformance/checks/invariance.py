@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, no_refusal, refuses
 from conformance.errors import EngineError
 from conformance.invariance import acceptance, drawing, localising
 from conformance.invariance.asking import Answers, Asker, Prompts
@@ -342,10 +342,12 @@ class _Pair:
 
     def _refused(self, error: EngineError) -> CheckOutcome:
         self.found.facts["refused"] = str(error)
-        if self.case.or_refused:
+        wanted = self.case.or_refused
+        if wanted is not None and refuses(error, wanted):
             return self._outcome("pass")
+        message = f"generation raised {error}{no_refusal(error, wanted)}"
         return self._outcome(
-            "fail", [Problem(rule="raised", message=f"generation raised {error}", got=str(error))]
+            "fail", [Problem(rule="raised", message=message, expected=wanted, got=str(error))]
         )
 
     def _unasked(self, answers: Answers) -> CheckOutcome:

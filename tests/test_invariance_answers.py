@@ -1,4 +1,4 @@
-"""The check of invariance: how answers end."""
+"""The check of invariance: how answers end, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 
+from conformance import resources
+from conformance.checks.base import refuses
+from conformance.errors import EngineError
+from conformance.invariance.asking import Asker
 from conformance.invariance.pairs import compare
-from conformance.invariance_suite import DrawnPrompts
+from conformance.invariance.prompting import checkpoint_of, prompts_of
+from conformance.invariance_suite import DrawnPrompts, InvarianceCase
+from conformance.loading import load_suites
 from conformance.oracles import Oracles
 from conformance.targets.protocol import GenerateRequest, Generation
+from conformance.targets.reference import ReferenceTarget
 from tests.invariance_cases import LENGTHS, judged, rules
 from tests.lying_engines import Engine
 
@@ -108,3 +115,23 @@ def test_what_goes_on_after_a_near_tie_ends_where_a_stop_token_does() -> None:
     assert resumed(stopped, generation(3, 4, reason="stop")) == ([], 0)
     assert resumed(stopped, generation(3, 4, 5, 6)) == ([5], 0)
     assert resumed(stopped, generation(3, 4)) == ([], 1)
+
+
+MAY_BE_REFUSED = [
+    loaded.case
+    for loaded in load_suites([resources.suites_dir() / "invariance"]).cases
+    if isinstance(loaded.case, InvarianceCase) and loaded.case.or_refused is not None
+]
+
+
+@pytest.mark.parametrize("case", MAY_BE_REFUSED, ids=lambda case: case.id)
+def test_the_reference_refuses_nothing_that_it_can_do(case: InvarianceCase, oracles: Oracles) -> None:
+    asker = Asker(ReferenceTarget(), oracles, checkpoint_of(case, oracles))
+    prompt = prompts_of(case, oracles).pick([0])
+    if case.id != "tp-3":
+        assert asker.greedy(case.changed, prompt, 2).wrong == ()
+        return
+    with pytest.raises(EngineError) as caught:
+        asker.greedy(case.changed, prompt, 2)
+    assert case.or_refused is not None
+    assert refuses(caught.value, case.or_refused)
