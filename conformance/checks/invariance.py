@@ -292,6 +292,7 @@ class _Pair:
         problems: list[Problem] = []
         self.found.facts |= {"draws": case.draws, "alpha": drawing.ALPHA}
         limit = places + 1  # so that what is tested comes in a round of several drafts
+        sides: list[tuple[str, Answers]] = []
         for rule, way in (("base-distribution", case.base), ("distribution", case.changed)):
             try:
                 answers = self.asker.drawn(way, self.prompts, case.sampling, limit, case.draws)
@@ -302,11 +303,14 @@ class _Pair:
             self.found.effective = answers.effective
             if answers.wrong:
                 return self._unasked(answers)
-            verdict = drawing.compare_draws(laws, answers.rounds, places)
+            sides.append((rule, answers))
+        verdicts = [drawing.compare_draws(laws, answers.rounds, places) for _, answers in sides]
+        alpha = drawing.alpha_of_each(verdicts)
+        for (rule, answers), verdict in zip(sides, verdicts, strict=True):
             self.found.facts[rule] = [f"{fit.p_value:.2g}" for fit in verdict.fits]
-            problems += self._distribution_problems(rule, verdict)
+            problems += self._distribution_problems(rule, verdict, alpha)
             control = drawing.compare_draws([drawing.shifted(law) for law in laws], answers.rounds, places)
-            if not problems and not control.rejected:
+            if not problems and not control.rejected(alpha):
                 reason = (
                     "the control was not noticed: draws do not tell their own distribution from one in "
                     f"which the likeliest token has {drawing.SHIFT:g} less"
@@ -320,7 +324,7 @@ class _Pair:
         flat = tuple(made for each in answers.rounds for made in each)
         return self._acceptance_problems(Answers((flat,)))
 
-    def _distribution_problems(self, rule: str, verdict: drawing.Verdict) -> Iterator[Problem]:
+    def _distribution_problems(self, rule: str, verdict: drawing.Verdict, alpha: float) -> Iterator[Problem]:
         for number, place, token in verdict.impossible[:_SHOWN]:
             yield Problem(
                 rule=rule,
@@ -328,13 +332,13 @@ class _Pair:
                 f"{self.prompts.names[number]}, and top_k and top_p leave it out",
                 got=token,
             )
-        for fit in verdict.rejected[:_SHOWN]:
+        for fit in verdict.rejected(alpha)[:_SHOWN]:
             yield Problem(
                 rule=rule,
                 message=f"what was drawn at place {fit.place} of the answers to "
                 f"{self.prompts.names[fit.prompt]} is not distributed as the log-probabilities say: G "
                 f"{fit.statistic:.4g} with {fit.freedom} degrees of freedom, p {fit.p_value:.2g}, below "
-                f"{verdict.alpha:.2g}",
+                f"{alpha:.2g}",
                 got=f"{fit.p_value:.2g}",
             )
 
