@@ -377,7 +377,8 @@ def test_a_draft_that_is_right_too_seldom(oracles: Oracles) -> None:
     seldom = Engine(accepted=lambda _asked: (0, 0, 1, 0))
     outcome = judged(seldom, oracles, change=change, acceptance=floor)
     assert rules(outcome) == ["acceptance"]
-    assert outcome.evidence.got["tokens_a_round"] == [1.25, 1.25, 1.25]
+    assert outcome.evidence.got["tokens_a_round"] == 1.25
+    assert outcome.evidence.got["tokens_a_round_interval"] == [1.25, 1.25]
     untold = judged(Engine(accepted=lambda _asked: None), oracles, change=change, acceptance=floor)
     assert (untold.verdict, untold.evidence.got["rounds_with_a_draft"]) == ("pass", "not told")
     uncertain = Engine(accepted=lambda asked: (2, 2) if asked.prompt < 2 else (0, 0))

@@ -250,14 +250,21 @@ class _Pair:
         length = acceptance.length(answers.rounds[0])
         if length is None:
             return
-        self.found.facts["tokens_a_round"] = [_short(v) for v in (length.low, length.mean, length.high)]
+        self.found.facts["tokens_a_round"] = _short(length.mean)
         self.found.facts["accepted_by_place"] = [_short(part) for part in length.by_place]
-        floor = self.case.acceptance.at_least if self.case.acceptance is not None else 0
-        if length.high < floor:
+        if self.case.acceptance is None:
+            return
+        floor = self.case.acceptance.at_least
+        limits = acceptance.interval(answers.rounds[0])
+        if limits is None:
+            return
+        low, high = limits
+        self.found.facts["tokens_a_round_interval"] = [_short(low), _short(high)]
+        if high < floor:
             yield Problem(
                 rule="acceptance",
-                message=f"a round brings {length.mean:.3g} tokens ({length.low:.3g} to {length.high:.3g} at "
-                f"99 %), which is below {floor:g}: the draft does not guess as it can",
+                message=f"a round brings {length.mean:.3g} tokens ({low:.3g} to {high:.3g} at 99 %), which "
+                f"is below {floor:g}: the draft does not guess as it can",
                 expected=floor,
                 got=_short(length.mean),
             )

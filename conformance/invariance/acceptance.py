@@ -9,6 +9,8 @@ from conformance.targets.protocol import Generation
 
 CONFIDENCE = 0.99
 _RESAMPLES = 2000
+_BATCH = 50
+"""Resamples in memory at a time: a drawn case has some ten thousand answers."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,6 @@ class Length:
     """Mean tokens a round: one of the target, and those of the draft that it accepted."""
 
     mean: float
-    low: float
-    high: float
-    """Limits of a bootstrap interval at 99 %, by prompt: rounds of one answer are not independent."""
     by_place: tuple[float, ...]
     """Of the drafts at each place of a round, the part that was accepted."""
 
@@ -30,7 +29,18 @@ def rounds(answers: Sequence[Generation]) -> int | None:
 
 
 def length(answers: Sequence[Generation]) -> Length | None:
-    """Of answers to different prompts; None where fewer than two tell of rounds that had a draft."""
+    """Of all answers together; None where none tells of a round that had a draft."""
+    told = [answer.accepted for answer in answers if answer.accepted]
+    if not told:
+        return None
+    return Length(1 + sum(map(sum, told)) / sum(map(len, told)), _by_place(answers))
+
+
+def interval(answers: Sequence[Generation]) -> tuple[float, float] | None:
+    """Limits of the mean's bootstrap interval at 99 %; None where fewer than two answers tell of a round.
+
+    By answer, as the rounds of one are not independent.
+    """
     told = [answer for answer in answers if answer.accepted]
     if len(told) < 2:
         return None
@@ -52,10 +62,11 @@ def length(answers: Sequence[Generation]) -> Length | None:
         method="percentile",
         confidence_level=CONFIDENCE,
         n_resamples=_RESAMPLES,
+        batch=_BATCH,
         rng=np.random.default_rng(0),
     )
     limits = found.confidence_interval
-    return Length(float(mean(accepted, turns)), float(limits.low), float(limits.high), _by_place(told))
+    return float(limits.low), float(limits.high)
 
 
 def _by_place(answers: Sequence[Generation]) -> tuple[float, ...]:
