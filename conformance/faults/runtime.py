@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
 from model_impl.config import AttentionKind
-from model_impl.runtime import blocks, engine, paged, prefix, runner, scheduler
+from model_impl.runtime import blocks, engine, generate, paged, prefix, runner, scheduler
 from model_impl.runtime.blocks import FIRST, BlockPool, Digest
 from model_impl.runtime.engine import Engine
 from model_impl.runtime.masks import Blocks, visible
@@ -42,6 +42,17 @@ def _torn() -> Patch:
         return stop
 
     return replace(scheduler, "chunk_end", anywhere)
+
+
+@cache("image-torn-in-a-batch", source=("M09",), module=generate)
+def _torn_in_a_batch() -> Patch:
+    """Where prompts run as one batch without blocks, a chunk ends within a picture."""
+
+    def anywhere(self: generate._Batch, chunk: int | None) -> list[int]:
+        longest = max(map(len, self.prompts))
+        return [*range(0, longest, chunk or longest), longest]
+
+    return replace(generate._Batch, "_cuts", anywhere)
 
 
 @cache("hit-not-aligned-between-groups", source=("check 16",), module=prefix)
