@@ -36,6 +36,9 @@ class Fault:
     """Pattern of the module that a parity case must name first; empty for other kinds."""
     alarm: Literal["fail", "error"] = "fail"
     """How the cases that notice it come out: an answer is judged, or there is none to be judged."""
+    in_ranks: bool = False
+    """It is one of `conformance.faults.ranks`, and in the processes of a layout too, which are started while
+    it is on."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -43,7 +46,16 @@ class Fault:
         with ExitStack() as stack:
             for make in self.patches:
                 stack.enter_context(make())
+            if self.in_ranks:
+                stack.enter_context(_in_ranks(self.id))
             yield
+
+
+def _in_ranks(fault_id: str) -> AbstractContextManager[object]:
+    from model_impl.parallel import group  # with torch, which faults of parsers and templates do without
+    from model_impl.parallel.messages import Preparation
+
+    return patch.object(group, "PREPARATION", Preparation("conformance.faults.ranks", "switch_on", fault_id))
 
 
 def replace(owner: object, name: str, new: object) -> Patch:
@@ -67,6 +79,7 @@ class Collection:
         module: object,
         where: str = "",
         alarm: Literal["fail", "error"] = "fail",
+        in_ranks: bool = False,
     ) -> Callable[[Callable[[], Patch | tuple[Patch, ...]]], None]:
         """Register the decorated function: its docstring is the title, its result the patch."""
 
@@ -75,6 +88,8 @@ class Collection:
             title = (make.__doc__ or "").strip()
             name = getattr(module, "__name__", "")
             patches = made if isinstance(made, tuple) else (made,)
-            self.faults.append(Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm))
+            self.faults.append(
+                Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm, in_ranks)
+            )
 
         return register
