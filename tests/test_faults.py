@@ -113,7 +113,8 @@ def test_faults_of_layouts_are_on_in_processes_started_meanwhile() -> None:
     assert {fault.id for fault in there} == {fault.id for fault in ranks.faults.faults}
     for fault in there:
         with fault.applied():
-            assert group.PREPARATION == Preparation("conformance.faults.ranks", "switch_on", fault.id)
+            expected = Preparation("conformance.faults.ranks", "switch_on", fault.id)
+            assert expected == group.PREPARATION
         assert group.PREPARATION is None
     with pytest.raises(LookupError, match="label-kept"):
         ranks.switch_on("label-kept")
