@@ -30,6 +30,7 @@ CAUGHT_BY = {
     "per-layer-inputs-from-the-first-layer": ("e2b-before-the-sources", {"shape", "empty", "output"}),
     "empty-payload-without-layers": ("e2b-before-the-sources", {"empty"}),
     "empty-payload-in-float32": ("dense-four-stages-bfloat16", {"empty"}),
+    "payload-sent-in-float32": ("dense-four-stages-bfloat16", {"bytes"}),
     "states-by-index-within-stage": (
         "dense-states-of-all-stages",
         {"missing", "empty", "draft-count", "draft-states"},
