@@ -230,9 +230,9 @@ def _neighbour() -> Patch:
     return replace(LocalRunner, "kept", rolled)
 
 
-@draft("states-before-the-final-norm", source=("S08",), module=proposer)
-def _unnormed() -> Patch:
-    """An assistant reads the target's states as they are before the final norm."""
+@draft("states-without-the-norms-weight", source=("S08",), module=proposer)
+def _unweighted() -> Patch:
+    """An assistant reads the target's states without the weight of the final norm."""
     original = proposer.AssistantProposer.propose
 
     def propose(
