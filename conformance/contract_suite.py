@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from conformance.suitebase import CaseBase, CaseId, SuiteBase
+from conformance.suitebase import CaseBase, CaseId, SuiteBase, Words
 from conformance.targets.protocol import DType
 
 
@@ -30,15 +30,15 @@ class ContractCase(CaseBase):
     tolerance: float = Field(default=1e-5, gt=0)
     """How far a tensor may be from that of one process, relative to its largest element; in bfloat16 so too,
     as a pipeline computes nothing in another order."""
-    refused: bool = False
-    """The target must refuse the request."""
-    may_refuse: bool = False
-    """The target may refuse the split, as engines do whose stages must hold both a layer and the one whose
-    keys and values it reads."""
+    refused: Words | None = None
+    """The target must refuse the request, in words that hold this pattern."""
+    may_refuse: Words | None = None
+    """The target may refuse the split in such words, as engines do whose stages must hold both a layer and
+    the one whose keys and values it reads."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ContractCase:
-        if self.refused and self.may_refuse:
+        if self.refused is not None and self.may_refuse is not None:
             raise ValueError("`refused` and `may_refuse` are two cases")
         if self.prefill is not None and self.prefill >= self.tokens:
             raise ValueError(

@@ -46,7 +46,7 @@ class Job:
     name: str
     """What it is for: the id of a cell, or of a fault."""
     arguments: tuple[str, ...]
-    """Of `conformance`, with `{}` where the file that it writes is named and `{matrix}` where the matrix is."""
+    """Of `conformance`; `{}` stands for the file that it writes, `{matrix}` for the file of the matrix."""
     run_file: Path
     limit: float = CELL_LIMIT
     matrix: Path | None = None

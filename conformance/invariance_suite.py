@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from conformance.invariance.models import DrawnModel
 from conformance.media import PicturePrompt
-from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase
+from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 from conformance.targets.protocol import DType, EngineOptions, Sampling, Speculation
 
 DRAWS = 10_000
@@ -92,6 +92,8 @@ class DrawnPrompts(Strict):
     """All begin with the same tokens, so many of them."""
     carried: int = Field(default=0, ge=0, le=256)
     """Each begins with the last tokens of the one before it, so many of them."""
+    stops: int = Field(default=0, ge=0, le=64)
+    """So many of the 128 tokens, drawn too, end an answer."""
     seed: int = 0
 
 
@@ -134,8 +136,9 @@ class InvarianceCase(CaseBase):
     """Answers are drawn, and it is their distribution that must not change. Needs a `top_k` of 2 to 8."""
     draws: int = Field(default=DRAWS, ge=DRAWS, le=100_000)
     """Of each prompt, where there is `sampling`."""
-    or_refused: bool = False
-    """The target may refuse the change: what it must not do is to give another answer."""
+    or_refused: Words | None = None
+    """The target may refuse the change, in words that hold this pattern: what it must not do is to give
+    another answer, or to break."""
     finds: bool = False
     """The changed side must find tokens of prompts in its prefix cache."""
     acceptance: Acceptance | None = None
@@ -162,13 +165,35 @@ class InvarianceCase(CaseBase):
             raise ValueError("two dtypes differ by right; set `dtype` in `base`, for both sides")
         if (self.model == "scripted") != isinstance(self.prompts, ScriptedPrompts):
             raise ValueError("`lines` and `pictures` are for the scripted checkpoint, and for it alone")
-        if self.sampling is not None and (self.sampling.top_k is None or not 2 <= self.sampling.top_k <= 8):
-            raise ValueError("`sampling` needs a `top_k` of 2 to 8, so that all that can be drawn is known")
+        self._check_drawn()
         if self.acceptance is not None and self.changed.draft is None:
             raise ValueError("`acceptance` is of a draft; change `eagle3` or `assistant`")
         if self.finds and not self.changed.prefix_cache:
             raise ValueError("`finds` needs `prefix_cache: true` in `change`")
         return self
+
+    def _check_drawn(self) -> None:
+        """Refuse what would be ignored: with `sampling` what is of greedy answers, without it `draws`."""
+        if self.sampling is None:
+            if "draws" in self.model_fields_set:
+                raise ValueError("`draws` is how often `sampling` draws; add that, or leave it out")
+            return
+        if self.sampling.top_k is None or not 2 <= self.sampling.top_k <= 8:
+            raise ValueError("`sampling` needs a `top_k` of 2 to 8, so that all that can be drawn is known")
+        ways = (self.base, self.changed)
+        ignored = {
+            "given": any(way.given != "together" for way in ways),
+            "repeat": any(way.repeat > 1 for way in ways),
+            "finds": self.finds,
+            "max_new_tokens": "max_new_tokens" in self.model_fields_set,
+            "factor": "factor" in self.model_fields_set,
+            "stops": isinstance(self.prompts, DrawnPrompts) and self.prompts.stops > 0,
+        }
+        if names := [name for name, is_asked in ignored.items() if is_asked]:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in names)} would be ignored where answers are drawn: they "
+                "are asked for once, all together, and their first three tokens are judged; leave it out"
+            )
 
 
 class InvarianceSuite(SuiteBase):

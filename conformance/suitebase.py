@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 CaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{1,79}$")]
 SuiteId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)+$")]
@@ -18,6 +19,18 @@ SourceRef = Annotated[
 ]
 """Where a case comes from: a catalogue id (`R05`, `X11`), a section of the fact sheet (`spec 6.5`),
 a cross-cutting check (`check 7`), an issue (`vllm-project/vllm#38855`) or a URL."""
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+Words = Annotated[str, StringConstraints(min_length=3), AfterValidator(_compiles)]
+"""Regular expression that the message of a refusal must hold, so that a crash is told from it."""
 
 
 class Strict(BaseModel):

@@ -21,8 +21,9 @@ def case_of(**fields: Any) -> InvarianceCase:
         "model": "dense",
         "prompts": DrawnPrompts(lengths=LENGTHS),
         "change": CHUNKS,
-        "max_new_tokens": 12,
     }
+    if "sampling" not in fields:
+        usual["max_new_tokens"] = 12
     return InvarianceCase.model_validate(usual | fields)
 
 

@@ -68,7 +68,7 @@ class Engine:
     refuses: Callable[[GenerateRequest], str] = lambda _request: ""
     perturbable: bool = True
     cached: int | None = 4
-    accepted: Callable[[Asked], tuple[int, ...]] = lambda _asked: (2, 1, 2, 1)
+    accepted: Callable[[Asked], tuple[int, ...] | None] = lambda _asked: (2, 1, 2, 1)
     alternatives: int = 20
     wrong_layer: int | None = None
     """From this layer on, states of prompts that come in chunks are others."""
@@ -138,11 +138,11 @@ class Engine:
         draft = request.options.speculation is not None
         return Generation(
             token_ids=tuple(tokens),
-            finish_reason="length",
+            finish_reason="stop" if tokens[-1] in request.stop_ids else "length",
             logprobs=tuple(logprobs),
             top=tuple(top) if request.top_logprobs else (),
-            accepted=self.accepted(asked) if draft else (),
-            drafted=tuple(3 for _ in self.accepted(asked)) if draft else (),
+            accepted=self.accepted(asked) if draft else None,
+            drafted=tuple(3 for _ in self.accepted(asked) or ()) if draft else (),
             cached_tokens=self.cached,
         )
 

@@ -206,6 +206,20 @@ class Raises(Honest):
         raise EngineError("AssertionError: intermediate tensors are None")
 
 
+class Refuses(Honest):
+    rules = frozenset({"raised"})
+
+    def change(self, result: StagesResult, request: StagesRequest) -> StagesResult:
+        raise EngineError("ValueError: layers that share keys and values must be in one stage with these")
+
+
+class Exits(Honest):
+    rules = frozenset({"raised"})
+
+    def change(self, result: StagesResult, request: StagesRequest) -> StagesResult:
+        raise EngineError("SystemExit: layers share keys across stages", exited=True)
+
+
 class TakesAnything(Honest):
     """Drops what it does not understand."""
 
@@ -219,5 +233,5 @@ class TakesAnything(Honest):
 LIARS: tuple[type[Any], ...] = (
     Residual, Unasked, NothingButHidden, Flat, Doubled, Widened, EmptyOfOneToken, EmptyWithoutKeys, HoldsAll,
     RanOtherwise, StreamOff, OutputOff, OutputNotFinite, NoOutput, StatesSwapped, OneStateTooFew, Bare,
-    Raises, TakesAnything,
+    Raises, Refuses, Exits, TakesAnything,
 )  # fmt: skip

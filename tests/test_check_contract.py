@@ -10,13 +10,14 @@ import pytest
 
 from conformance import resources
 from conformance.checks import CheckOutcome, judge
-from conformance.errors import SuiteError
+from conformance.errors import EngineError, SuiteError
 from conformance.faults import registry
 from conformance.loading import LoadedSuite, load_suite, load_suites
 from conformance.oracles import Oracles
 from conformance.suites import ContractCase, ContractSuite
 from conformance.targets.protocol import Target, TargetInfo
 from conformance.targets.reference import ReferenceTarget
+from conformance.targets.stages import StagesRequest, StagesResult
 from tests.lying_stages import LIARS, Honest
 
 SUITE = resources.suites_dir() / "contract" / "stages.yaml"
@@ -29,6 +30,7 @@ CAUGHT_BY = {
     "per-layer-inputs-from-the-first-layer": ("e2b-before-the-sources", {"shape", "empty", "output"}),
     "empty-payload-without-layers": ("e2b-before-the-sources", {"empty"}),
     "empty-payload-in-float32": ("dense-four-stages-bfloat16", {"empty"}),
+    "payload-sent-in-float32": ("dense-four-stages-bfloat16", {"bytes"}),
     "states-by-index-within-stage": (
         "dense-states-of-all-stages",
         {"missing", "empty", "draft-count", "draft-states"},
@@ -72,6 +74,8 @@ def test_the_bundled_stages_pass_and_no_file_is_left(suite: LoadedSuite, oracles
         assert isinstance(case, ContractCase)
         outcome = judged(suite, case, target, oracles)
         assert outcome.verdict == "pass", (case.id, outcome.problems)
+        refused = outcome.evidence.got is not None
+        assert refused == (case.refused is not None), "what may be refused is answered"
     assert not list(oracles.output().parent.glob("*.safetensors"))
 
 
@@ -80,8 +84,8 @@ def test_the_suite_has_what_it_promises(suite: LoadedSuite) -> None:
     assert {case.config for case in cases} == {"e2b-like", "dense", "moe"}
     assert {len(case.pipeline) for case in cases} == {2, 3, 4}
     assert any(max(case.pipeline) - min(case.pipeline) > 1 for case in cases), "uneven"
-    assert {len(case.aux_layers) for case in cases if not case.refused} >= {0, 1, 3}
-    assert sum(case.refused for case in cases) >= 2
+    assert {len(case.aux_layers) for case in cases if case.refused is None} >= {0, 1, 3}
+    assert sum(case.refused is not None for case in cases) >= 2
 
 
 @pytest.mark.parametrize("liar", LIARS, ids=lambda liar: liar.__name__)
@@ -90,7 +94,7 @@ def test_a_lie_breaks_its_own_rule_and_no_other(
 ) -> None:
     found = set()
     for case_id in ("e2b-halves", "dense-states-of-all-stages", "dense-state-twice"):
-        case = case_of(suite, case_id).model_copy(update={"may_refuse": False})
+        case = case_of(suite, case_id).model_copy(update={"may_refuse": None})
         outcome = judged(suite, case, liar(), oracles)
         found |= {problem.rule for problem in outcome.problems}
         assert outcome.verdict == ("fail" if outcome.problems else "pass")
@@ -110,9 +114,23 @@ def test_an_honest_target_passes_and_one_that_cannot_is_skipped(suite: LoadedSui
 
 
 def test_a_split_may_be_refused_where_the_case_says_so(suite: LoadedSuite, oracles: Oracles) -> None:
-    (raises,) = (liar for liar in LIARS if liar.__name__ == "Raises")
-    assert judged(suite, case_of(suite, "e2b-halves"), raises(), oracles).verdict == "pass"
-    assert judged(suite, case_of(suite, "e2b-before-the-sources"), raises(), oracles).verdict == "fail"
+    by_name = {liar.__name__: liar for liar in LIARS}
+    may, must_not = case_of(suite, "e2b-halves"), case_of(suite, "e2b-before-the-sources")
+    assert judged(suite, may, by_name["Refuses"](), oracles).verdict == "pass"
+    assert judged(suite, must_not, by_name["Refuses"](), oracles).verdict == "fail"
+    for name in ("Raises", "Exits"):
+        outcome = judged(suite, may, by_name[name](), oracles)
+        assert [problem.rule for problem in outcome.problems] == ["raised"], "a crash is no refusal"
+
+
+def test_a_request_that_must_be_refused_must_be_so_by_name(suite: LoadedSuite, oracles: Oracles) -> None:
+    class Breaks(Honest):
+        def stages(self, request: StagesRequest) -> StagesResult:
+            raise EngineError("KeyError: 7")
+
+    outcome = judged(suite, case_of(suite, "dense-state-beyond"), Breaks(), oracles)
+    assert [problem.rule for problem in outcome.problems] == ["raised"]
+    assert "no refusal in words such as" in outcome.problems[0].message
 
 
 def test_a_wrong_state_is_named_by_what_it_is(suite: LoadedSuite, oracles: Oracles) -> None:
@@ -141,7 +159,7 @@ def test_each_fault_is_caught_by_name(fault: Any, suite: LoadedSuite, oracles: O
         ("pipeline: [3, 3]", "pipeline: [6]", "at least 2"),
         ("config: dense\n", "config: none\n", "no configuration 'none' in this suite"),
         ("prefill: 10", "prefill: 14", "leaves none of the 14 tokens"),
-        ("aux_layers: [2, 2]\n", "aux_layers: [2, 2]\n    may_refuse: true\n", "are two cases"),
+        ("aux_layers: [2, 2]\n", "aux_layers: [2, 2]\n    may_refuse: shared\n", "are two cases"),
     ],
 )
 def test_a_bad_case_is_refused_with_its_line(old: str, new: str, message: str, tmp_path: Path) -> None:

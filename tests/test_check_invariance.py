@@ -305,16 +305,35 @@ def test_a_baseline_of_another_dtype_is_an_error(oracles: Oracles) -> None:
 
 
 def refuses_chunks(request: GenerateRequest) -> str:
-    return "ValueError: no chunks" if request.options.prefill_chunk is not None else ""
+    return "ValueError: prompts come in no chunks" if request.options.prefill_chunk is not None else ""
 
 
 def test_a_refusal_fails_unless_it_is_allowed(oracles: Oracles) -> None:
     outcome = judged(Engine(refuses=refuses_chunks), oracles)
     assert rules(outcome) == ["raised"]
     assert "no chunks" in outcome.problems[0].message
-    allowed = judged(Engine(refuses=refuses_chunks), oracles, or_refused=True)
-    assert (allowed.verdict, allowed.evidence.got["refused"]) == ("pass", "ValueError: no chunks")
-    assert judged(Engine(other_token()), oracles, or_refused=True).verdict == "fail"
+    allowed = judged(Engine(refuses=refuses_chunks), oracles, or_refused="(?i)chunks")
+    assert (allowed.verdict, allowed.evidence.got["refused"]) == (
+        "pass",
+        "ValueError: prompts come in no chunks",
+    )
+    assert judged(Engine(other_token()), oracles, or_refused="chunks").verdict == "fail"
+
+
+def test_a_crash_is_no_refusal(oracles: Oracles) -> None:
+    crashed = judged(Engine(refuses=refuses_chunks), oracles, or_refused="pipeline")
+    assert rules(crashed) == ["raised"]
+    assert "no refusal in words such as 'pipeline'" in crashed.problems[0].message
+
+    class Exiting(Engine):
+        def generate(self, request: GenerateRequest) -> Any:
+            if request.options.prefill_chunk is not None:
+                raise EngineError("SystemExit: chunks", exited=True)
+            return super().generate(request)
+
+    left = judged(Exiting(), oracles, or_refused="chunks")
+    assert rules(left) == ["raised"]
+    assert "meant to end its process" in left.problems[0].message
 
 
 def test_a_baseline_that_is_refused_is_the_engines_error(oracles: Oracles) -> None:
@@ -358,11 +377,20 @@ def test_a_draft_that_is_right_too_seldom(oracles: Oracles) -> None:
     seldom = Engine(accepted=lambda _asked: (0, 0, 1, 0))
     outcome = judged(seldom, oracles, change=change, acceptance=floor)
     assert rules(outcome) == ["acceptance"]
-    assert outcome.evidence.got["tokens_a_round"] == [1.25, 1.25, 1.25]
-    untold = Engine(accepted=lambda _asked: ())
-    assert judged(untold, oracles, change=change, acceptance=floor).verdict == "pass"
+    assert outcome.evidence.got["tokens_a_round"] == 1.25
+    assert outcome.evidence.got["tokens_a_round_interval"] == [1.25, 1.25]
+    untold = judged(Engine(accepted=lambda _asked: None), oracles, change=change, acceptance=floor)
+    assert (untold.verdict, untold.evidence.got["rounds_with_a_draft"]) == ("pass", "not told")
     uncertain = Engine(accepted=lambda asked: (2, 2) if asked.prompt < 2 else (0, 0))
     assert judged(uncertain, oracles, change=change, acceptance=floor).verdict == "pass"
+
+
+@pytest.mark.parametrize("fields", [{}, {"acceptance": {"at_least": 1.5}}])
+def test_a_target_that_tells_that_it_never_drafts_fails(fields: dict[str, Any], oracles: Oracles) -> None:
+    never = judged(Engine(accepted=lambda _asked: ()), oracles, change={"eagle3": {}}, **fields)
+    assert rules(never) == ["no-drafts"]
+    some = Engine(accepted=lambda asked: (2, 1) if asked.prompt == 1 else ())
+    assert judged(some, oracles, change={"eagle3": {}}, **fields).verdict == "pass"
 
 
 def test_the_same_draft_guesses_the_same(oracles: Oracles) -> None:
@@ -414,8 +442,17 @@ def test_what_a_target_cannot_do_is_skipped(
         ({"prompts": {"lines": ["plain"]}}, "for the scripted checkpoint"),
         ({"sampling": {"top_p": 0.9}}, "needs a `top_k` of 2 to 8"),
         ({"sampling": {"top_k": 20}}, "needs a `top_k` of 2 to 8"),
+        ({"sampling": {"top_k": 4}, "change": {"given": "alone"}}, "`given` would be ignored"),
+        ({"sampling": {"top_k": 4}, "base": {"repeat": 2}, "change": {"threads": 2}}, "`repeat` would be"),
+        ({"sampling": {"top_k": 4}, "change": {"prefix_cache": True}, "finds": True}, "`finds` would be"),
+        ({"sampling": {"top_k": 4}, "max_new_tokens": 20}, "`max_new_tokens` would be"),
+        ({"sampling": {"top_k": 4}, "factor": 5}, "`factor` would be"),
+        ({"sampling": {"top_k": 4}, "prompts": {"stops": 3}}, "`stops` would be"),
+        ({"draws": 20_000}, "`draws` is how often"),
         ({"acceptance": {"at_least": 1.5}}, "is of a draft"),
         ({"finds": True}, "needs `prefix_cache: true`"),
+        ({"or_refused": "(chunks"}, "is no regular expression"),
+        ({"or_refused": True}, "valid string"),
         ({"change": {"eagle3": {}, "assistant": {}}}, "one draft model"),
         ({"change": {"pipeline_parallel": 2, "pipeline_split": [1, 1, 1]}}, "as many numbers"),
     ],

@@ -14,12 +14,14 @@ from conformance.cli import invoke
 from conformance.commands import faults as commands
 from conformance.errors import UsageError
 from conformance.expectations import Expectations
-from conformance.faults import registry, select
+from conformance.faults import ranks, registry, select
 from conformance.faults.base import Fault
 from conformance.faults.run import REQUEST_SECONDS, BaselineError, Detection, detect
 from conformance.loading import LoadedSuite, LoadedSuites, load_suites
 from conformance.runner import TargetPool
 from conformance.targets import registry as targets
+from model_impl.parallel import group
+from model_impl.parallel.messages import Preparation
 
 FAULTS = list(registry().values())
 FEW = {"parity": 3, "mask": 4, "processor": 4, "invariance": 4}
@@ -104,6 +106,18 @@ def members() -> dict[tuple[str, ...], int]:
             if isinstance(value, type) and value.__module__ == module_name:
                 found |= {(module_name, name, member): id(held) for member, held in vars(value).items()}
     return found
+
+
+def test_faults_of_layouts_are_on_in_processes_started_meanwhile() -> None:
+    there = [fault for fault in FAULTS if fault.in_ranks]
+    assert {fault.id for fault in there} == {fault.id for fault in ranks.faults.faults}
+    for fault in there:
+        with fault.applied():
+            expected = Preparation("conformance.faults.ranks", "switch_on", fault.id)
+            assert expected == group.PREPARATION
+        assert group.PREPARATION is None
+    with pytest.raises(LookupError, match="label-kept"):
+        ranks.switch_on("label-kept")
 
 
 def test_a_case_passes_cleanly_once_for_all_faults(

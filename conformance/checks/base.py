@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from conformance.errors import EngineError
 from conformance.results import Evidence, Problem, Verdict
 
 Search = Literal["none", "bounded", "full"]
@@ -28,3 +30,17 @@ class CheckOutcome:
     def from_problems(cls, problems: list[Problem], evidence: Evidence) -> CheckOutcome:
         """`fail` if any rule is broken, else `pass`."""
         return cls("fail" if problems else "pass", tuple(problems), evidence)
+
+
+def refuses(error: EngineError, words: str) -> bool:
+    """Whether an error is a refusal in words that hold a pattern, and not a crash or an attempt to exit."""
+    return not error.exited and re.search(words, str(error)) is not None
+
+
+def no_refusal(error: EngineError, words: str | None) -> str:
+    """Why an error is not the refusal that was allowed, as the end of a sentence; empty if none was."""
+    if words is None:
+        return ""
+    if error.exited:
+        return ", and meant to end its process"
+    return f", which is no refusal in words such as {words!r}"

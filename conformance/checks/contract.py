@@ -21,6 +21,7 @@ Rules of what comes out:
   draft-states   the states for a draft are not those after so many layers of the whole model
   draft-form     the states for a draft come in another form than when more are asked for
   accepted       a request was answered that must be refused
+  raised         an error that is not the refusal that the case allows or wants
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, no_refusal, refuses
 from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.errors import EngineError
 from conformance.oracles import Oracles
@@ -70,11 +71,14 @@ def judge(case: ContractCase, suite: ContractSuite, target: Target, oracles: Ora
     try:
         result = target.stages(request)
     except EngineError as error:
-        if case.refused or case.may_refuse:
+        evidence = evidence.model_copy(update={"got": {"refused": str(error)}})
+        wanted = case.refused or case.may_refuse
+        if wanted is not None and refuses(error, wanted):
             return CheckOutcome.from_problems([], evidence)
-        problem = Problem(rule="raised", message=f"the stages raised {error}", got=str(error))
+        message = f"the stages raised {error}{no_refusal(error, wanted)}"
+        problem = Problem(rule="raised", message=message, expected=wanted, got=str(error))
         return CheckOutcome.from_problems([problem], evidence)
-    if case.refused:
+    if case.refused is not None:
         Path(result.path).unlink(missing_ok=True)
         message = f"states after {list(case.aux_layers)} layers were asked for and {result.aux} were given"
         return CheckOutcome.from_problems([Problem(rule="accepted", message=message)], evidence)

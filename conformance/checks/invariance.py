@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, no_refusal, refuses
 from conformance.errors import EngineError
 from conformance.invariance import acceptance, drawing, localising
 from conformance.invariance.asking import Answers, Asker, Prompts
@@ -170,6 +170,7 @@ class _Pair:
         problems = [self._token_problem(base, turn, each, noise) for turn, each in failures[:_SHOWN]]
         if len(failures) > _SHOWN:
             problems.append(Problem(rule="tokens", message=f"{len(failures) - _SHOWN} more such differences"))
+        problems += self._ending_problems(found)
         limit = self.case.factor * noise.floor
         if farthest.value > limit:
             place = f"place {farthest.place} of the answer to {self.prompts.names[farthest.prompt]}"
@@ -198,16 +199,31 @@ class _Pair:
 
     def _token_problem(self, base: Answers, turn: int, each: Difference, noise: Noise) -> Problem:
         again = f" when asked for time {turn + 1}" if turn else ""
-        got = "the end" if each.got is None else f"token {each.got}"
-        layer = self._layer(base, each.prompt, each.place)
-        return Problem(
-            rule="tokens",
-            message=f"the answer to {self.prompts.names[each.prompt]} has {got} at place {each.place}"
-            f"{again}, not token {each.expected}, which is likelier than any other by {each.gap:.3g} (near "
-            f"ties are up to {noise.near:.3g}); {layer}",
-            expected=each.expected,
-            got=each.got,
+        got, expected = (
+            "the end" if token is None else f"token {token}" for token in (each.got, each.expected)
         )
+        message = (
+            f"the answer to {self.prompts.names[each.prompt]} has {got} at place {each.place}{again}, "
+            f"not {expected}"
+        )
+        if each.got is not None and each.expected is not None:
+            message += (
+                f", which is likelier than any other by {each.gap:.3g} (near ties are up to {noise.near:.3g})"
+                f"; {self._layer(base, each.prompt, each.place)}"
+            )
+        return Problem(rule="tokens", message=message, expected=each.expected, got=each.got)
+
+    def _ending_problems(self, found: Sequence[Comparison]) -> Iterator[Problem]:
+        endings = [(turn, each) for turn, one in enumerate(found) for each in one.endings]
+        for turn, each in endings[:_SHOWN]:
+            again = f" when asked for time {turn + 1}" if turn else ""
+            yield Problem(
+                rule="ending",
+                message=f"the answer to {self.prompts.names[each.prompt]} has ended{again} for the reason "
+                f"{each.got!r} and not {each.expected!r}",
+                expected=each.expected,
+                got=each.got,
+            )
 
     def _layer(self, base: Answers, number: int, place: int) -> str:
         if "states" not in self.features:
@@ -227,17 +243,28 @@ class _Pair:
     def _acceptance_problems(self, answers: Answers) -> Iterator[Problem]:
         if self.case.changed.draft is None:
             return
+        rounds = acceptance.rounds(answers.rounds[0])
+        self.found.facts["rounds_with_a_draft"] = "not told" if rounds is None else rounds
+        if rounds == 0:
+            yield Problem(rule="no-drafts", message="no round of any answer had a draft", got=0)
         length = acceptance.length(answers.rounds[0])
         if length is None:
             return
-        self.found.facts["tokens_a_round"] = [_short(v) for v in (length.low, length.mean, length.high)]
+        self.found.facts["tokens_a_round"] = _short(length.mean)
         self.found.facts["accepted_by_place"] = [_short(part) for part in length.by_place]
-        floor = self.case.acceptance.at_least if self.case.acceptance is not None else 0
-        if length.high < floor:
+        if self.case.acceptance is None:
+            return
+        floor = self.case.acceptance.at_least
+        limits = acceptance.interval(answers.rounds[0])
+        if limits is None:
+            return
+        low, high = limits
+        self.found.facts["tokens_a_round_interval"] = [_short(low), _short(high)]
+        if high < floor:
             yield Problem(
                 rule="acceptance",
-                message=f"a round brings {length.mean:.3g} tokens ({length.low:.3g} to {length.high:.3g} at "
-                f"99 %), which is below {floor:g}: the draft does not guess as it can",
+                message=f"a round brings {length.mean:.3g} tokens ({low:.3g} to {high:.3g} at 99 %), which "
+                f"is below {floor:g}: the draft does not guess as it can",
                 expected=floor,
                 got=_short(length.mean),
             )
@@ -255,8 +282,8 @@ class _Pair:
                         rule="rounds",
                         message=f"of the drafts for {self.prompts.names[number]}{again}, others were "
                         "accepted than before the change: the draft model has not read the same",
-                        expected=list(rounds),
-                        got=list(made.accepted),
+                        expected=list(rounds or ()),
+                        got=list(made.accepted or ()),
                     )
                     return
 
@@ -272,6 +299,7 @@ class _Pair:
         problems: list[Problem] = []
         self.found.facts |= {"draws": case.draws, "alpha": drawing.ALPHA}
         limit = places + 1  # so that what is tested comes in a round of several drafts
+        sides: list[tuple[str, Answers]] = []
         for rule, way in (("base-distribution", case.base), ("distribution", case.changed)):
             try:
                 answers = self.asker.drawn(way, self.prompts, case.sampling, limit, case.draws)
@@ -282,11 +310,14 @@ class _Pair:
             self.found.effective = answers.effective
             if answers.wrong:
                 return self._unasked(answers)
-            verdict = drawing.compare_draws(laws, answers.rounds, places)
+            sides.append((rule, answers))
+        verdicts = [drawing.compare_draws(laws, answers.rounds, places) for _, answers in sides]
+        alpha = drawing.alpha_of_each(verdicts)
+        for (rule, answers), verdict in zip(sides, verdicts, strict=True):
             self.found.facts[rule] = [f"{fit.p_value:.2g}" for fit in verdict.fits]
-            problems += self._distribution_problems(rule, verdict)
+            problems += self._distribution_problems(rule, verdict, alpha)
             control = drawing.compare_draws([drawing.shifted(law) for law in laws], answers.rounds, places)
-            if not problems and not control.rejected:
+            if not problems and not control.rejected(alpha):
                 reason = (
                     "the control was not noticed: draws do not tell their own distribution from one in "
                     f"which the likeliest token has {drawing.SHIFT:g} less"
@@ -300,7 +331,7 @@ class _Pair:
         flat = tuple(made for each in answers.rounds for made in each)
         return self._acceptance_problems(Answers((flat,)))
 
-    def _distribution_problems(self, rule: str, verdict: drawing.Verdict) -> Iterator[Problem]:
+    def _distribution_problems(self, rule: str, verdict: drawing.Verdict, alpha: float) -> Iterator[Problem]:
         for number, place, token in verdict.impossible[:_SHOWN]:
             yield Problem(
                 rule=rule,
@@ -308,13 +339,13 @@ class _Pair:
                 f"{self.prompts.names[number]}, and top_k and top_p leave it out",
                 got=token,
             )
-        for fit in verdict.rejected[:_SHOWN]:
+        for fit in verdict.rejected(alpha)[:_SHOWN]:
             yield Problem(
                 rule=rule,
                 message=f"what was drawn at place {fit.place} of the answers to "
                 f"{self.prompts.names[fit.prompt]} is not distributed as the log-probabilities say: G "
                 f"{fit.statistic:.4g} with {fit.freedom} degrees of freedom, p {fit.p_value:.2g}, below "
-                f"{verdict.alpha:.2g}",
+                f"{alpha:.2g}",
                 got=f"{fit.p_value:.2g}",
             )
 
@@ -322,10 +353,12 @@ class _Pair:
 
     def _refused(self, error: EngineError) -> CheckOutcome:
         self.found.facts["refused"] = str(error)
-        if self.case.or_refused:
+        wanted = self.case.or_refused
+        if wanted is not None and refuses(error, wanted):
             return self._outcome("pass")
+        message = f"generation raised {error}{no_refusal(error, wanted)}"
         return self._outcome(
-            "fail", [Problem(rule="raised", message=f"generation raised {error}", got=str(error))]
+            "fail", [Problem(rule="raised", message=message, expected=wanted, got=str(error))]
         )
 
     def _unasked(self, answers: Answers) -> CheckOutcome:

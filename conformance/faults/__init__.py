@@ -19,6 +19,7 @@ def registry() -> dict[str, Fault]:
         media,
         parser,
         processing,
+        ranks,
         runtime,
         template,
     )
@@ -31,6 +32,7 @@ def registry() -> dict[str, Fault]:
         masks.faults,
         processing.faults,
         layouts.faults,
+        ranks.faults,
         runtime.faults,
         lora.faults,
     )

@@ -38,6 +38,9 @@ class Fault:
     """How the cases that notice it come out: an answer is judged, or there is none to be judged."""
     written_in: str = __name__
     """Dotted name of the module of `conformance.faults` that holds the patch."""
+    in_ranks: bool = False
+    """It is one of `conformance.faults.ranks`, and in the processes of a layout too, which are started while
+    it is on."""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -45,7 +48,16 @@ class Fault:
         with ExitStack() as stack:
             for make in self.patches:
                 stack.enter_context(make())
+            if self.in_ranks:
+                stack.enter_context(_in_ranks(self.id))
             yield
+
+
+def _in_ranks(fault_id: str) -> AbstractContextManager[object]:
+    from model_impl.parallel import group  # with torch, which faults of parsers and templates do without
+    from model_impl.parallel.messages import Preparation
+
+    return patch.object(group, "PREPARATION", Preparation("conformance.faults.ranks", "switch_on", fault_id))
 
 
 def replace(owner: object, name: str, new: object) -> Patch:
@@ -69,6 +81,7 @@ class Collection:
         module: object,
         where: str = "",
         alarm: Literal["fail", "error"] = "fail",
+        in_ranks: bool = False,
     ) -> Callable[[Callable[[], Patch | tuple[Patch, ...]]], None]:
         """Register the decorated function: its docstring is the title, its result the patch."""
 
@@ -79,7 +92,7 @@ class Collection:
             patches = made if isinstance(made, tuple) else (made,)
             here = make.__module__
             self.faults.append(
-                Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm, here)
+                Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm, here, in_ranks)
             )
 
         return register

@@ -11,6 +11,7 @@ from torch import Tensor
 from conformance.faults.base import Collection, Patch, replace
 from model_impl.parallel import payload as payloads
 from model_impl.parallel import stage as stages
+from model_impl.parallel import wire
 from model_impl.parallel.payload import Payload, Slot
 from model_impl.parallel.stage import Stage
 
@@ -88,6 +89,16 @@ def _empty_payload_of_another_dtype() -> Patch:
         return Payload.of({name: torch.zeros(slot.shape) for name, slot in spec.items()})
 
     return replace(Payload, "empty", empty)
+
+
+@stage("payload-sent-in-float32", source=("P02",), module=wire)
+def _sent_in_float32() -> Patch:
+    """Whatever the model computes in, the wire carries float32."""
+
+    def widened(payload: Payload) -> dict[str, Tensor]:
+        return {name: tensor.float().contiguous() for name, tensor in payload.named().items()}
+
+    return replace(wire, "outgoing", widened)
 
 
 @stage("states-by-index-within-stage", source=("spec 8.2", "spec 9"), module=stages)

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
 from model_impl.config import AttentionKind
-from model_impl.runtime import blocks, engine, paged, prefix, runner, scheduler
+from model_impl.runtime import blocks, engine, generate, paged, prefix, runner, scheduler
 from model_impl.runtime.blocks import FIRST, BlockPool, Digest
+from model_impl.runtime.engine import Engine
 from model_impl.runtime.masks import Blocks, visible
 from model_impl.runtime.paged import Place
 from model_impl.runtime.prefix import FULL, BlockTables, Content, Span
+from model_impl.runtime.request import Output
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import Sampling
+from model_impl.runtime.scheduler import SequenceState
 from model_impl.speculative import proposer, verify
 from model_impl.speculative.assistant import TargetKV
 from model_impl.speculative.proposer import Grown
@@ -39,6 +42,17 @@ def _torn() -> Patch:
         return stop
 
     return replace(scheduler, "chunk_end", anywhere)
+
+
+@cache("image-torn-in-a-batch", source=("M09",), module=generate)
+def _torn_in_a_batch() -> Patch:
+    """Where prompts run as one batch without blocks, a chunk ends within a picture."""
+
+    def anywhere(self: generate._Batch, chunk: int | None) -> list[int]:
+        longest = max(map(len, self.prompts))
+        return [*range(0, longest, chunk or longest), longest]
+
+    return replace(generate._Batch, "_cuts", anywhere)
 
 
 @cache("hit-not-aligned-between-groups", source=("check 16",), module=prefix)
@@ -121,6 +135,35 @@ def _accepted() -> Patch:
     return replace(engine, "verify_greedy", all_of_them)
 
 
+@draft("stop-token-among-drafts-overlooked", source=("S01",), module=engine)
+def _past_the_stop() -> Patch:
+    """Of the tokens of a round only the last one ends an answer, which so goes on behind a stop token."""
+    original = Engine._take
+
+    def take(self: Engine, sequence: SequenceState, tokens: Sequence[int], logits: Tensor) -> list[Output]:
+        request, last = sequence.request, len(tokens) - 1
+        sequence.request = changed(request, stop_ids=frozenset())
+        outputs = original(self, sequence, tokens[:last], logits[:last])
+        sequence.request = request
+        if sequence.left > 0:
+            outputs += original(self, sequence, tokens[last:], logits[last:])
+        return outputs
+
+    return replace(Engine, "_take", take)
+
+
+@draft("no-draft-ever-made", source=("S01",), module=proposer)
+def _never() -> tuple[Patch, ...]:
+    """A draft model is loaded, and no token is ever drafted."""
+
+    def nothing(_self: object, _states: States, grown: Sequence[Grown]) -> list[verify.Draft]:
+        return [verify.Draft() for _ in grown]
+
+    return tuple(
+        replace(kind, "propose", nothing) for kind in (proposer.Eagle3Proposer, proposer.AssistantProposer)
+    )
+
+
 @draft("draft-fed-the-token-before", source=("S01", "S10"), module=proposer)
 def _one_behind() -> Patch:
     """A draft head reads each state beside the token that the state is of, not beside the next one."""
@@ -187,9 +230,9 @@ def _neighbour() -> Patch:
     return replace(LocalRunner, "kept", rolled)
 
 
-@draft("states-before-the-final-norm", source=("S08",), module=proposer)
-def _unnormed() -> Patch:
-    """An assistant reads the target's states as they are before the final norm."""
+@draft("states-without-the-norms-weight", source=("S08",), module=proposer)
+def _unweighted() -> Patch:
+    """An assistant reads the target's states without the weight of the final norm."""
     original = proposer.AssistantProposer.propose
 
     def propose(

@@ -5,9 +5,9 @@
 2. A G-test for each prompt and place compares the draws with that, given what was drawn before; the
    statistics of all beginnings are summed, and so are their degrees of freedom. Cells that expect fewer
    than five draws are pooled. As G of a joint distribution is the sum of these, no place is tested twice.
-3. A case tests all its prompts and places at one alpha of 0.001: each at its part of that (Bonferroni), so
-   that a right target fails a case at most once in a thousand seeds. A token that cannot be drawn at all
-   fails by itself.
+3. A case tests all prompts and places of both its sides at one alpha of 0.001: each at its part of that
+   (Bonferroni), so that a right target fails a case at most once in a thousand seeds. A token that cannot be
+   drawn at all fails by itself.
 4. The control: the same draws must be rejected where the likeliest token has 0.03 less.
 """
 
@@ -53,15 +53,14 @@ class Verdict:
     impossible: tuple[tuple[int, int, int], ...] = ()
     """Prompt, place and token of draws that have no probability."""
 
-    @property
-    def alpha(self) -> float:
-        """Of each test."""
-        return ALPHA / max(1, len(self.fits))
+    def rejected(self, alpha: float) -> tuple[Fit, ...]:
+        """Tests that fail, each at an alpha of its own."""
+        return tuple(fit for fit in self.fits if fit.p_value < alpha)
 
-    @property
-    def rejected(self) -> tuple[Fit, ...]:
-        """Tests that fail."""
-        return tuple(fit for fit in self.fits if fit.p_value < self.alpha)
+
+def alpha_of_each(verdicts: Sequence[Verdict]) -> float:
+    """The alpha of each test, where `verdicts` are of all sides of a case."""
+    return ALPHA / max(1, sum(len(verdict.fits) for verdict in verdicts))
 
 
 def law_of(asker: Asker, way: Way, prompts: Prompts, sampling: Sampling, places: int) -> list[Law]:

@@ -3,17 +3,21 @@
 1. Tokens are compared up to the first that differ. There the gap between the baseline's two likeliest tokens
    decides: where rounding explains it, it is a near tie, and comparison goes on with the baseline's token in
    both; else it is a failure, and nothing behind it is compared.
-2. At all places that were compared, and so have the same tokens before them, log-probabilities must agree.
+2. An answer must end where the baseline's does, and for the same reason; no rounding explains another end.
+3. At all places that were compared, and so have the same tokens before them, log-probabilities must agree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Literal
 
 from conformance.targets.protocol import Generation
+
+FinishReason = Literal["stop", "length"]
 
 Resume = Callable[[Sequence[tuple[int, int]]], Sequence[Generation]]
 """Prompts, each with how many of the baseline's tokens are given, to the answers that go on from there."""
@@ -26,11 +30,22 @@ class Difference:
     prompt: int
     place: int
     """Among the tokens of the answer."""
-    expected: int
+    expected: int | None
+    """None: the baseline's answer has ended there."""
     got: int | None
     """None: the answer has ended there."""
     gap: float
-    """Between the log-probabilities of the baseline's two likeliest tokens."""
+    """Between the log-probabilities of the baseline's two likeliest tokens; infinite where either answer has
+    ended, as one that ends by a token shows that token."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """An answer of the baseline's tokens that has ended for another reason."""
+
+    prompt: int
+    expected: FinishReason
+    got: FinishReason
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Comparison:
 
     failures: list[Difference] = field(default_factory=list)
     near_ties: list[Difference] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
     farthest: Distance = field(default_factory=Distance)
     places: int = 0
     """At which tokens were compared."""
@@ -82,6 +98,7 @@ def compare(
         for number, start, answer in left:
             difference = _follow(found, number, base[number], start, answer)
             if difference is None:
+                found.endings += _other_reason(number, base[number], start, answer)
                 continue
             if not difference.gap <= near:  # NaN is no near tie
                 found.failures.append(difference)
@@ -106,8 +123,25 @@ def _follow(
             _measure(found, number, place, base, other, own)
         got = None if ended else other.token_ids[own]
         if got != base.token_ids[place]:
-            return Difference(number, place, base.token_ids[place], got, _gap(base, place))
+            gap = math.inf if ended else _gap(base, place)
+            return Difference(number, place, base.token_ids[place], got, gap)
+    end = len(base.token_ids)
+    if len(other.token_ids) > end - start and _ends_with(base, start):
+        return Difference(number, end, None, other.token_ids[end - start], math.inf)
     return None
+
+
+def _ends_with(base: Generation, start: int) -> bool:
+    """Whether an answer that was asked for from a place on must end with the baseline's.
+
+    One that goes on after a near tie has as many tokens as the whole, so only a stop token ends it there.
+    """
+    return start == 0 or base.finish_reason == "stop"
+
+
+def _other_reason(number: int, base: Generation, start: int, other: Generation) -> Iterator[Ending]:
+    if _ends_with(base, start) and other.finish_reason != base.finish_reason:
+        yield Ending(number, base.finish_reason, other.finish_reason)
 
 
 def _measure(

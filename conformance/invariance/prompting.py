@@ -42,7 +42,9 @@ def _drawn(spec: DrawnPrompts) -> Prompts:
     for length in spec.lengths:
         carried = ids[-1][-spec.carried :] if spec.carried and ids else ()
         ids.append((*beginning, *carried, *tokens(length)))
-    return Prompts(tuple(ids), names=tuple(f"{len(each)} tokens" for each in ids))
+    # Last, so that prompts are those of the same case without.
+    stop_ids = tuple(draw.sample(range(_RESERVED, VOCAB_SIZE), spec.stops))
+    return Prompts(tuple(ids), stop_ids=stop_ids, names=tuple(f"{len(each)} tokens" for each in ids))
 
 
 def _scripted(spec: ScriptedPrompts, oracles: Oracles) -> Prompts:

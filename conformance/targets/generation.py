@@ -192,9 +192,9 @@ class Generation(Model):
     top: tuple[dict[int, float], ...] = ()
     """The likeliest tokens at each position with their log-probabilities, as many as were asked for or one
     more; empty where none were."""
-    accepted: tuple[int, ...] = ()
-    """Tokens of the draft that were accepted, in each round that had one; empty where the target does not
-    tell."""
+    accepted: tuple[int, ...] | None = None
+    """Tokens of the draft that were accepted, in each round that had one; empty where none had. None where
+    the target does not tell."""
     drafted: tuple[int, ...] = ()
     """Tokens that were drafted, in each of these rounds."""
     cached_tokens: int | None = None

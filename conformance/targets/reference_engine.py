@@ -143,7 +143,7 @@ class PagedEngine:
                 finish_reason=made.finish_reason,
                 logprobs=made.logprobs or (),
                 top=made.top or (),
-                accepted=made.acceptance.accepted,
+                accepted=made.acceptance.accepted if self._options.speculation is not None else None,
                 drafted=made.acceptance.drafted,
                 cached_tokens=made.cached_tokens,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +11,7 @@ from torch import Tensor
 from conformance.targets.reference_forward import DTYPES
 from conformance.targets.stages import Boundary, Crossed, StagesRequest, StagesResult
 from conformance.worker.adapters.recording import spans
+from model_impl.parallel import wire
 from model_impl.parallel.layout import Layout, Place
 from model_impl.parallel.loading import Weights, load_stage
 from model_impl.parallel.payload import Payload
@@ -44,8 +45,8 @@ def stages(request: StagesRequest) -> StagesResult:
     rows = len(request.input_ids)
     boundaries = [
         Boundary(
-            first_pass=_named(payload.named()),
-            empty=_named(stage.empty(rows, 0, request.aux_layers).named()),
+            first_pass=_crossed(payload),
+            empty=_crossed(stage.empty(rows, 0, request.aux_layers)),
         )
         for payload, stage in zip(crossed[0], ranks[1:], strict=True)
     ]
@@ -97,12 +98,14 @@ def _tensors(given: object) -> Iterator[Tensor]:
     yield from given
 
 
-def _named(tensors: Mapping[str, Tensor]) -> dict[str, Crossed]:
+def _crossed(payload: Payload) -> dict[str, Crossed]:
+    """The form of what a stage hands over, with the bytes that the wire would send of it."""
+    sent = {name: tensor.nbytes for name, tensor in wire.outgoing(payload).items()}
     return {
         _NAMES.get(name, name): Crossed(
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
-            nbytes=tensor.numel() * tensor.itemsize,
+            nbytes=sent.get(name, 0),
         )
-        for name, tensor in tensors.items()
+        for name, tensor in payload.named().items()
     }

@@ -19,11 +19,13 @@ from types import TracebackType
 from model_impl.errors import ModelError
 from model_impl.parallel.layout import Layout
 from model_impl.parallel.loading import Weights, check_folder
-from model_impl.parallel.messages import Close, Done, Failed, Loaded, Reply, Request, Start
+from model_impl.parallel.messages import Close, Done, Failed, Loaded, Preparation, Reply, Request, Start
 from model_impl.parallel.wire import Board
 
 DEADLINE = 60.0
 """Seconds, unless given: for the start, and for each request."""
+PREPARATION: Preparation | None = None
+"""What ranks do first, of groups that are made from now on; a harness sets it."""
 _GRACE = 2.0
 """Seconds for the rank that went wrong to say so, once another has lost touch with it."""
 
@@ -131,7 +133,7 @@ class Group:
         try:
             self._processes.started(deadline)
             for rank, connection in enumerate(self._processes.connections):
-                connection.send(Start(layout, rank, weights, folder, threads, deadline))
+                connection.send(Start(layout, rank, weights, folder, threads, deadline, PREPARATION))
             answers = self._collect(set(range(layout.ranks)))
         except BaseException:
             self._finalizer()

@@ -15,6 +15,16 @@ from model_impl.text import SoftTokens
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """A function that a rank calls before it loads anything: what a harness sets up in its processes."""
+
+    module: str
+    """Dotted name."""
+    function: str
+    argument: str
+
+
+@dataclass(frozen=True)
 class Start:
     """The first message of a rank: what it is."""
 
@@ -26,6 +36,7 @@ class Start:
     threads: int
     deadline: float
     """Seconds that a rank waits for another."""
+    preparation: Preparation | None = None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ class Board:
         return self._bytes[rank] == _WAITING
 
 
+def outgoing(payload: Payload) -> dict[str, Tensor]:
+    """What is sent of a payload, by name: each tensor in one piece; one without elements is not."""
+    return {name: tensor.contiguous() for name, tensor in payload.named().items() if tensor.numel()}
+
+
 class Wire:
     """One rank's connections: to the ranks of its stage, and to the stages before and behind.
 
@@ -130,10 +135,9 @@ class Wire:
         """
         payload.check(spec)
         to = self._neighbour(1)
-        for tensor in payload.named().values():
-            if tensor.numel():
-                with self._board.waiting(self._rank, [to]):
-                    dist.send(tensor.contiguous(), to)
+        for tensor in outgoing(payload).values():
+            with self._board.waiting(self._rank, [to]):
+                dist.send(tensor, to)
 
     def receive(self, spec: Mapping[str, Slot]) -> Payload:
         """Receive what the stage before sends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def serve(connection: Connection[Reply, Start | Request]) -> None:
         start = connection.recv()
         assert isinstance(start, Start)
         torch.set_num_threads(start.threads)
+        if (prepare := start.preparation) is not None:
+            getattr(importlib.import_module(prepare.module), prepare.function)(prepare.argument)
         with torch.inference_mode():
             rank = Rank(start)
             with rank.board.working(rank.number):
