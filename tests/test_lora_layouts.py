@@ -1,11 +1,10 @@
-"""Adapters beside layouts, drafts and a paged cache: every rank has its own part, and every row its own adapter."""
+"""Adapters beside layouts, drafts and a paged cache: each rank has its own part, each row its own adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from model_impl.runtime.generate import generate
 from model_impl.runtime.runner import LocalRunner
 from model_impl.text import TextModel
 from tests.engines import AUX, asked, proposer, said, sizes
-from tests.lora_adapters import write
 from tests.model_configs import DENSE, E2B, MOE, TINY, build, distance, random_ids, tensors
 from tests.ranks_in_threads import Divided
 
@@ -302,7 +300,7 @@ def test_requests_of_an_engine_use_their_own_adapters(drafter: str | None) -> No
             adapt=lambda rows: adapters.rows([WANTED[row] for row in rows]),
         )
     ]
-    assert len({ids for ids in expected[:3]}) == 3, "adapters matter"
+    assert len(set(expected[:3])) == 3, "adapters matter"
     for _ in range(2):
         results = made.run(requests)
         assert said(results) == expected

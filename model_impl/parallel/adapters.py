@@ -1,9 +1,9 @@
 """Adapters of a model whose layers run in other processes: who holds which part, and which rows use them.
 
 An adapter is read and judged once, here, and each rank is sent what belongs to its own modules: the pairs of
-its stage's layers, and of each pair what its shard of the weight takes. A weight whose outputs are divided has
-its part of B; one whose inputs are divided has its part of A, and the ranks add up. What belongs to no rank is
-an error before any rank hears of the adapter, as what a rank refuses ends it.
+its stage's layers, and of each pair what its shard of the weight takes. Where outputs are divided that is a
+part of B; where inputs are, a part of A, and the ranks add up. What belongs to no rank is an error before any
+rank hears of the adapter, as what a rank refuses ends it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class ParallelAdapters:
         if outside:
             raise AdapterError(
                 f"{adapter.where}: these processes hold the text model, and {', '.join(outside[:_LISTED])} "
-                "are not in it; add `adapter.only` of the text model here, and the rest where media are encoded"
+                "are not in it; add the parts of the text model here, and the rest where media are encoded"
             )
         found: dict[int, Parts] = {}
         for rank, loaded in self._group.loaded.items():
