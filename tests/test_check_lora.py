@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from conformance.errors import EngineError
 from conformance.expectations import Expectations
 from conformance.faults import registry
 from conformance.loading import LoadedSuites, load_suites
+from conformance.lora_suite import LoraCase
 from conformance.results import Result
 from conformance.runner import TargetPool, run_case
+from conformance.targets import reference_generate
+from model_impl.runtime.prefix import BlockTables
 
 torch.set_num_threads(1)
 
@@ -42,6 +48,15 @@ CAUGHT = {
     "connectors-not-adapted": ("media::all-parts", "numbers"),
     "layers-of-towers-dropped": ("media::all-parts", "numbers"),
     "media-of-another-request": ("media::different-media", "numbers"),
+    "first-stage-alone": ("beside::pipeline", "numbers"),
+    "last-stage-alone": ("beside::pipeline", "numbers"),
+    "first-part-of-outputs": ("beside::tensor", "numbers"),
+    "first-part-of-inputs": ("beside::tensor", "numbers"),
+    "parts-of-experts-not-cut": ("beside::tensor-experts", "numbers"),
+    "experts-counted-within-a-rank": ("beside::whole-experts", "numbers"),
+    "prefixes-of-another-adapter": ("beside::prefixes", "numbers"),
+    "dropped-in-verification": ("beside::eagle3", "numbers"),
+    "rows-of-the-pass-before": ("beside::prefixes", "numbers"),
 }
 """Fault to the case that must notice it, and a rule that it must break."""
 CRASHES = {"audio-tower-hard-coded": "media::mapping-text-names"}
@@ -92,3 +107,54 @@ def test_a_fault_is_noticed_by_name(fault: str, suites: LoadedSuites, pool: Targ
 def test_a_fault_after_which_nothing_answers(fault: str, suites: LoadedSuites, pool: TargetPool) -> None:
     with registry()[fault].applied():
         assert run(CRASHES[fault], suites, pool).verdict == registry()[fault].alarm
+
+
+# ---------------------------------------------------------------------------- settings beside adapters
+
+
+def test_a_layout_that_does_not_run_is_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_generate, "spread", lambda _request: None)
+    result = run("beside::tensor", suites, pool)
+    assert {problem.rule for problem in result.problems} == {"wrong-tensor-parallel"}
+
+
+def test_prefixes_that_are_never_found_are_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockTables, "longest_hit", lambda _self, _content: 0)
+    result = run("beside::prefixes", suites, pool)
+    assert {problem.rule for problem in result.problems} == {"nothing-found"}
+
+
+def test_only_what_may_be_refused_may_be(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_request: object) -> None:
+        raise EngineError("no stages here")
+
+    monkeypatch.setattr(reference_generate, "spread", refuse)
+    assert run("beside::pipeline-shared-keys", suites, pool).verdict == "pass"
+    result = run("beside::pipeline", suites, pool)
+    assert [problem.rule for problem in result.problems] == ["raised"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"way": {"given": "alone"}}, "are given together"),
+        ({"way": {"repeat": 2}, "judge": "mapping", "adapters": []}, "`repeat` is for"),
+        ({"way": {"dtype": "bfloat16"}}, "are computed in float32"),
+        ({"shared": 24}, "a text of more than 24 tokens"),
+        ({"plain": True, "judge": "mapping", "adapters": []}, "`plain` is for `numbers`"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
+    case = {
+        "id": "a", "title": "A title.", "source": ["spec 7.1"], "config": "e2b", "judge": "numbers",
+        "adapters": [{"modules": ["q_proj"]}],
+    }  # fmt: skip
+    LoraCase.model_validate(case)
+    with pytest.raises(ValidationError, match=message):
+        LoraCase.model_validate({**case, **wrong})
