@@ -152,7 +152,7 @@ def test_only_what_may_be_refused_may_be(
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
     case = {
-        "id": "a", "title": "A title.", "source": ["spec 7.1"], "config": "e2b", "judge": "numbers",
+        "id": "some", "title": "A title.", "source": ["spec 7.1"], "config": "e2b", "judge": "numbers",
         "adapters": [{"modules": ["q_proj"]}],
     }  # fmt: skip
     LoraCase.model_validate(case)

@@ -398,13 +398,13 @@ def _first_part_of_inputs() -> Patch:
     return _first_part(lambda name, cut, _layout: ".experts." not in name and cut.axis == 1)
 
 
-@beside("parts-of-experts-not-cut", source=("spec 8.3", "L02"), module=over_ranks)
+@beside("parts-of-experts-not-cut", source=("L02",), module=over_ranks)
 def _parts_of_experts() -> Patch:
     """Where each rank has a part of every expert, each uses the adapter's part for the first rank."""
     return _first_part(lambda name, _cut, layout: ".experts." in name and not layout.expert)
 
 
-@beside("experts-counted-within-a-rank", source=("spec 8.3", "L02"), module=over_ranks)
+@beside("experts-counted-within-a-rank", source=("L02",), module=over_ranks)
 def _experts_within_a_rank() -> Patch:
     """Where each rank has some experts whole, an adapter's are counted from the rank's first one."""
     return _first_part(lambda name, _cut, layout: ".experts." in name and layout.expert)
