@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.peers import Peer
-from conformance.targets import environments, registry
-from model_impl.random_weights import write_checkpoint
+from bench.generation import PROMPT, THREADS, Row, measure, memory_bandwidth
 
-THREADS = 2
-PROMPT = 512
-PEER = Path(__file__).with_name("text_model_peer.py")
-_BANDWIDTH_BYTES = 1 << 30
+PEERS = ("generate", "transformers")
 
 _S, _F = "sliding_attention", "full_attention"
 _COMMON: dict[str, Any] = {
@@ -82,27 +70,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model at one batch size."""
-
-    model: str
-    parameters: int
-    batch: int
-    prefill: dict[str, float]
-    """Seconds for a prompt of `PROMPT` tokens in each row and the first token after it, per peer."""
-    decode: dict[str, float]
-    """Seconds for each further step."""
-    memory: dict[str, int]
-    """Largest resident size so far, in bytes."""
-    bandwidth: float
-    """Part of the measured memory bandwidth that reading the used weights once a step amounts to."""
-
-    def ratio(self, what: dict[str, float]) -> float:
-        """How many times faster the reference is."""
-        return what["transformers"] / what["reference"]
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -115,71 +82,20 @@ def main() -> None:
     rows = [
         row
         for model, config in MODELS.items()
-        for row in measure(model, config, arguments.batches, arguments.rounds, arguments.steps, bandwidth)
+        for row in measure(
+            PEERS,
+            model,
+            config,
+            batches=arguments.batches,
+            rounds=arguments.rounds,
+            steps=arguments.steps,
+            bandwidth=bandwidth,
+        )
     ]
     if arguments.json:
         print(json.dumps({"bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
         show(rows, bandwidth)
-
-
-def memory_bandwidth() -> float:
-    """Bytes a second that `THREADS` threads read: the best of five sums over a gibibyte."""
-    torch.set_num_threads(THREADS)
-    data = torch.ones(_BANDWIDTH_BYTES // 4)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - started)
-    return _BANDWIDTH_BYTES / min(times)
-
-
-def measure(
-    model: str, config: dict[str, Any], batches: Sequence[int], rounds: int, steps: int, bandwidth: float
-) -> Iterator[Row]:
-    """One row per batch size."""
-    spec = registry.resolve("transformers")
-    oracle = environments.status(spec)
-    if oracle.reason:
-        raise SystemExit(f"{spec}: {oracle.reason}")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_checkpoint(config, folder, seed=1)
-        python = oracle.path / "bin" / "python"
-        peers = [
-            stack.enter_context(_open("reference", sys.executable, folder)),
-            stack.enter_context(_open("transformers", python, folder)),
-        ]
-        for batch in batches:
-            prefill: dict[str, list[float]] = {peer.name: [] for peer in peers}
-            decode: dict[str, list[float]] = {peer.name: [] for peer in peers}
-            about: dict[str, dict[str, Any]] = {}
-            for number in range(rounds + 1):
-                for peer in peers:
-                    about[peer.name] = peer.ask(batch=batch, prompt=PROMPT, steps=steps)
-                    if number:  # the first turn warms up
-                        prefill[peer.name].append(about[peer.name]["prefill"])
-                        decode[peer.name].append(about[peer.name]["decode"])
-            step = {name: statistics.median(times) for name, times in decode.items()}
-            yield Row(
-                model=model,
-                parameters=about["reference"]["parameters"],
-                batch=batch,
-                prefill={name: statistics.median(times) for name, times in prefill.items()},
-                decode=step,
-                memory={name: about[name]["memory"] for name in about},
-                bandwidth=about["reference"]["read_per_step"] / step["reference"] / bandwidth,
-            )
-
-
-@contextmanager
-def _open(name: str, python: Path | str, folder: Path) -> Iterator[Peer]:
-    peer = Peer(name, [python, PEER, name, folder, str(THREADS)])
-    try:
-        yield peer
-    finally:
-        peer.close()
 
 
 def show(rows: Sequence[Row], bandwidth: float) -> None:
@@ -195,11 +111,11 @@ def show(rows: Sequence[Row], bandwidth: float) -> None:
             row.model,
             f"{row.parameters / 1e6:.0f} M",
             str(row.batch),
-            f"{row.prefill['reference']:.2f} : {row.prefill['transformers']:.2f}",
-            f"{row.ratio(row.prefill):.2f}",
-            f"{row.decode['reference'] * 1e3:.1f} : {row.decode['transformers'] * 1e3:.1f}",
-            f"{row.ratio(row.decode):.2f}",
-            f"{row.memory['reference'] / 1e6:.0f} : {row.memory['transformers'] / 1e6:.0f}",
+            f"{row.prefill['generate']:.2f} : {row.prefill['transformers']:.2f}",
+            f"{row.ratios(row.prefill)[0]:.2f}",
+            f"{row.decode['generate'] * 1e3:.1f} : {row.decode['transformers'] * 1e3:.1f}",
+            f"{row.ratios(row.decode)[0]:.2f}",
+            f"{row.memory['generate'] / 1e6:.0f} : {row.memory['transformers'] / 1e6:.0f}",
             f"{row.bandwidth:.0%}" if row.batch == 1 else "",
         )
     Console().print(table)

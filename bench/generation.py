@@ -1,0 +1,132 @@
+"""Implementations that generate from one checkpoint beside each other, in one run: prefill, decoding, memory.
+
+Each is a process of its own, in float32 with two threads, greedy; they take turns, and medians count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.peers import Peer
+from conformance.targets import environments, registry
+from model_impl.random_weights import write_checkpoint
+
+THREADS = 2
+PROMPT = 512
+OWN = ("generate", "engine")
+"""The bundled implementation: one batch from beginning to end, and the engine that requests join."""
+_PEER = Path(__file__).with_name("generation_peer.py")
+_BANDWIDTH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch size; first the peer that the others are compared with."""
+
+    model: str
+    parameters: int
+    batch: int
+    prefill: dict[str, float]
+    """Seconds for a prompt of `PROMPT` tokens in each row and the first token after it, per peer."""
+    decode: dict[str, float]
+    """Seconds for each further step."""
+    memory: dict[str, int]
+    """Largest resident size so far, in bytes."""
+    bandwidth: float
+    """Part of the measured memory bandwidth that reading the used weights once a step amounts to."""
+
+    @staticmethod
+    def ratios(what: dict[str, float]) -> list[float]:
+        """How many times faster the first peer is than each of the others."""
+        first, *others = what.values()
+        return [other / first for other in others]
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that `THREADS` threads read: the best of five sums over a gibibyte."""
+    torch.set_num_threads(THREADS)
+    data = torch.ones(_BANDWIDTH_BYTES // 4)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - started)
+    return _BANDWIDTH_BYTES / min(times)
+
+
+def measure(
+    names: Sequence[str],
+    model: str,
+    config: dict[str, Any],
+    *,
+    batches: Sequence[int],
+    rounds: int,
+    steps: int,
+    bandwidth: float,
+) -> Iterator[Row]:
+    """One row per batch size.
+
+    Args:
+        names: Peers; the first is one of `OWN`, the others may be targets with environments of their own.
+        model: What rows call it.
+        config: Configuration of a text model; its weights are drawn.
+        batches: Prompts at a time.
+        rounds: Turns of each peer that count.
+        steps: Tokens after the first one.
+        bandwidth: From `memory_bandwidth`.
+
+    Raises:
+        SystemExit: a peer is not installed.
+    """
+    first = names[0]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_checkpoint(config, folder, seed=1)
+        peers = [stack.enter_context(_open(name, folder)) for name in names]
+        for batch in batches:
+            prefill: dict[str, list[float]] = {name: [] for name in names}
+            decode: dict[str, list[float]] = {name: [] for name in names}
+            about: dict[str, dict[str, Any]] = {}
+            for number in range(rounds + 1):
+                for peer in peers:
+                    about[peer.name] = peer.ask(batch=batch, prompt=PROMPT, steps=steps)
+                    if number:  # the first turn warms up
+                        prefill[peer.name].append(about[peer.name]["prefill"])
+                        decode[peer.name].append(about[peer.name]["decode"])
+            step = {name: statistics.median(times) for name, times in decode.items()}
+            yield Row(
+                model=model,
+                parameters=about[first]["parameters"],
+                batch=batch,
+                prefill={name: statistics.median(times) for name, times in prefill.items()},
+                decode=step,
+                memory={name: about[name]["memory"] for name in about},
+                bandwidth=about[first]["read_per_step"] / step[first] / bandwidth,
+            )
+
+
+@contextmanager
+def _open(name: str, folder: Path) -> Iterator[Peer]:
+    python: Path | str = sys.executable
+    import_paths: tuple[Path, ...] = ()
+    if name not in OWN:
+        spec = registry.resolve(name)
+        environment = environments.status(spec)
+        if reason := environment.reason or "; ".join(environment.lacking.values()):
+            raise SystemExit(f"{spec}: {reason}")
+        python, import_paths = environment.python, environment.import_paths
+    peer = Peer(name, [python, _PEER, name, folder, str(THREADS)], import_paths)
+    try:
+        yield peer
+    finally:
+        peer.close()

@@ -1,0 +1,77 @@
+"""The engine beside transformers' `generate` and vLLM's engine, in one run: prefill, decoding, memory.
+
+All load the same seeded checkpoint in float32 and generate greedily with two threads, each in a process of
+its own, taking turns. Columns: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.generation import PROMPT, THREADS, Row, measure, memory_bandwidth
+from bench.text_model import MODELS
+
+PEERS = ("engine", "generate", "transformers", "vllm")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each peer; the median counts")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=PEERS[1:], help="beside the engine")
+    parser.add_argument("--model", choices=MODELS, default="per-layer embeddings")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    bandwidth = memory_bandwidth()
+    rows = list(
+        measure(
+            [PEERS[0], *arguments.peers],
+            arguments.model,
+            MODELS[arguments.model],
+            batches=arguments.batches,
+            rounds=arguments.rounds,
+            steps=arguments.steps,
+            bandwidth=bandwidth,
+        )
+    )
+    if arguments.json:
+        print(json.dumps({"bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        show(rows, bandwidth)
+
+
+def show(rows: Sequence[Row], bandwidth: float) -> None:
+    """Print a table: a line for each peer at each batch size."""
+    about = f"{rows[0].model}, {rows[0].parameters / 1e6:.0f} M parameters"
+    table = Table(title=f"{about}; float32, {THREADS} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
+    for column in (
+        "batch", "peer", f"prefill {PROMPT}, s", "the engine is faster", "decode, ms", "the engine is faster",
+        "memory, MB", "of bandwidth",
+    ):  # fmt: skip
+        table.add_column(column)
+    for row in rows:
+        prefill, decode = ([1.0, *row.ratios(what)] for what in (row.prefill, row.decode))
+        for place, peer in enumerate(row.decode):
+            table.add_row(
+                str(row.batch),
+                peer,
+                f"{row.prefill[peer]:.2f}",
+                f"{prefill[place]:.2f}" if place else "",
+                f"{row.decode[peer] * 1e3:.1f}",
+                f"{decode[place]:.2f}" if place else "",
+                f"{row.memory[peer] / 1e6:.0f}",
+                f"{row.bandwidth:.0%}" if not place and row.batch == 1 else "",
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
