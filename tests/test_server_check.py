@@ -37,6 +37,13 @@ SUITES = [suite for suite in load_suites() if isinstance(suite.suite, ServerSuit
 CASES = {case.address.removeprefix("server/"): case for suite in SUITES for case in suite.cases}
 
 
+class Adapted(OpenAITarget):
+    """A server that is known to have the adapter."""
+
+    def describe(self) -> TargetInfo:
+        return super().describe().model_copy(update={"features": ("lora",)})
+
+
 def server_case(loaded: LoadedCase) -> ServerCase:
     assert isinstance(loaded.case, ServerCase)
     return loaded.case
@@ -45,6 +52,8 @@ def server_case(loaded: LoadedCase) -> ServerCase:
 CAUGHT: dict[str, tuple[str, str]] = {
     # lie: the case that is asked, and the rule that it must break
     "marker-leaked": ("text::plain", "marker-leak"),
+    "adapter-not-used": ("tuned::by-name", "adapter-ignored"),
+    "adapter-for-neighbours": ("tuned::side-by-side", "requests-mixed"),
     "marker-leaked-streamed": ("text::plain", "marker-leak"),
     "marker-in-arguments": ("tools::call", "marker-leak"),
     "streamed-differs": ("text::plain", "stream-equals-whole"),
@@ -139,8 +148,16 @@ NO_RULE = {
 
 def judge(server: LyingServer, name: str, limits: Limits = PATIENT) -> CheckOutcome:
     loaded = CASES[name]
-    target = OpenAITarget(Endpoint(server.url, MODEL), limits=limits, key=KEY)
+    target = Adapted(Endpoint(server.url, MODEL), limits=limits, key=KEY)
     return checks.judge(loaded.case, loaded.suite.suite, target)
+
+
+def test_a_server_without_the_adapter_is_not_asked_for_it(honest: LyingServer) -> None:
+    loaded = CASES["tuned::by-name"]
+    target = OpenAITarget(Endpoint(honest.url, MODEL), limits=PATIENT, key=KEY)
+    outcome = checks.judge(loaded.case, loaded.suite.suite, target)
+    assert outcome.verdict == "skip"
+    assert "serves no adapter 'another-line'" in outcome.reason
 
 
 def rules(outcome: CheckOutcome) -> set[str]:
