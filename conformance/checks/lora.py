@@ -193,8 +193,9 @@ class _Inquiry:
         self.effective = result.effective
         if way != Way():
             self.wrong |= {problem.rule: problem for problem in wrong_settings(request, result.effective)}
-        told = [made.cached_tokens for made in result.generations]
-        self.found = None if self.found is None or None in told else self.found + sum(map(int, told))
+        for made in result.generations:
+            told = made.cached_tokens
+            self.found = None if self.found is None or told is None else self.found + told
         return result
 
     def _draft(self) -> str | None:

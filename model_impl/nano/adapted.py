@@ -41,9 +41,10 @@ from model_impl.nano.training import Plan, smallest_gaps, train
 RANK = 4
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _MANIFEST = "adapter_config.json", "manifest.json"
-_STEPS, _CONVERSATIONS, _HELD_OUT = 100, 600, 100
-_EACH = 6
-"""How often plain conversations are among the others: they must come out by the margin."""
+_STEPS, _CONVERSATIONS, _HELD_OUT = 140, 400, 100
+_EACH, _NEW = 2, 60
+"""How often plain conversations are among the others, and those without a key: they must come out by the
+margin, and the latter are all that is new."""
 
 
 def other_script(script: Script) -> Script:
@@ -67,6 +68,7 @@ def make(
     other = other_script(script)
     examples = [
         *list(plain_examples(other, tokenizer)) * _EACH,
+        *[example for example in plain_examples(other, tokenizer) if _is_default(example)] * _NEW,
         *with_one_key(script, tokenizer, random_examples(other, tokenizer, conversations, SEED)),
     ]
     model = load_multimodal_model(checkpoint_folder())

@@ -232,4 +232,4 @@ def shapes(parts: Parts) -> Mapping[str, list[list[int]]]:
     return found
 
 
-__all__ = ["ParallelAdapters", "cut_change", "cut_parts", "holds", "named", "parts_of", "shapes"]
+__all__ = ["ParallelAdapters", "cut_change", "cut_of", "cut_parts", "holds", "named", "parts_of", "shapes"]
