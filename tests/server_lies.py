@@ -514,7 +514,7 @@ def adapter_not_used(e: Exchange) -> None:
 
 
 @lie
-def adapter_for_neighbours(e: Exchange) -> None:
+def requests_given_the_adapter(e: Exchange) -> None:
     """Beside a request for the adapter, the others are answered with it too."""
     if e.beside is not None and e.beside.body.get("model") == ADAPTER != e.body.get("model"):
         answer(adapted := Exchange(e.body | {"model": ADAPTER}, ""), 0)
