@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from conformance.invariance_suite import Way
 from conformance.media import Piece, TextPiece, VideoPiece, what
-from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase
+from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 
 ExpertForm = Literal["stacked", "single"]
 """Matrices for all experts at once, or a pair for each expert."""
@@ -72,7 +73,16 @@ class LoraCase(CaseBase):
     """Prompts. `numbers` and `isolation` give the adapters to them in turn."""
     seed: int = 0
     """Of the rows."""
+    shared: int = Field(default=0, ge=0, le=256)
+    """The texts that rows begin with have so many tokens in common."""
+    way: Way = Way()
+    """How the engine is set up beside the adapters: spread over ranks, with a draft model, with shared
+    prefixes. The draft has none of the adapters."""
+    or_refused: Words | None = None
+    """The target may refuse to be set up so, in words that hold this pattern."""
     adapters: tuple[AdapterSpec, ...] = ()
+    plain: bool = False
+    """In `numbers`, rows without any adapter take their turn too; in `isolation` they always do."""
     probes: tuple[str, ...] = ()
     """For `mapping` and `liveness`: ends of names, or first parts, of the modules that are probed; empty: all
     that have a place in the rows."""
@@ -105,9 +115,24 @@ class LoraCase(CaseBase):
             raise ValueError("`damage` is for `refusal`, which needs it")
         if self.judge == "refusal" and (len(self.adapters) != 1 or len(self.rows) != 1):
             raise ValueError("`refusal` damages one adapter and asks one row")
+        if self.way.given != "together":
+            raise ValueError("the prompts of a case with adapters are given together")
+        if self.way.repeat > 1 and self.judge not in ("numbers", "isolation"):
+            raise ValueError("`repeat` is for `numbers` and `isolation`")
+        if self.way.dtype != "float32":
+            raise ValueError("the merged weights are computed in float32; leave `dtype` out")
+        short = [row for row in self.rows if not _begins(row, self.shared)]
+        if self.shared and short:
+            raise ValueError(f"every row has to begin with a text of more than {self.shared} tokens")
+        if self.plain and self.judge != "numbers":
+            raise ValueError("`plain` is for `numbers`")
         if self.judge == "isolation" and (len(self.adapters) < 2 or len(self.rows) < 3):
             raise ValueError("`isolation` needs two adapters and three rows")
         return self
+
+
+def _begins(row: tuple[Piece, ...], shared: int) -> bool:
+    return isinstance(row[0], TextPiece) and row[0].text > shared
 
 
 class LoraSuite(SuiteBase):

@@ -308,6 +308,9 @@ class ServerCase(CaseBase):
     turn_by_turn: bool = False
     """Ask first what was asked earlier in the conversation, as a client does whose conversation grows; the
     last answer must be another one than those."""
+    adapter: bool = False
+    """Ask for the scripted checkpoint's adapter, by its name in the place of the model's; `beside` still asks
+    for the model. The answer must be another one than the model's. For targets that serve it."""
     copies: int = Field(default=1, ge=1, le=16)
     """How many times this request and each of `beside` are asked at the same time."""
     override: dict[str, Any] = Field(default_factory=dict)
@@ -344,6 +347,8 @@ class ServerCase(CaseBase):
         ]
         if len(modes) > 1:
             raise ValueError(f"`{modes[0]}` and `{modes[1]}` are two cases")
+        if self.adapter and modes not in ([], ["beside"]):
+            raise ValueError(f"`adapter` and `{modes[0]}` are two cases")
         return self
 
 

@@ -39,8 +39,15 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] to [..., width]."""
-        scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
-        return F.embedding(ids, self.weight) * scale
+        return F.embedding(ids, self.weight) * self.rounded_scale(self.weight)
+
+    def low_rank(self, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `LowRankModule`; `a` is [r, rows], and `b` [width, r]."""
+        return F.linear(F.embedding(ids, a.T), b) * self.rounded_scale(a)
+
+    def rounded_scale(self, like: Tensor) -> Tensor:
+        """The root of the width in the dtype, and on the device, of a tensor."""
+        return torch.tensor(self.scale, dtype=like.dtype, device=like.device)
 
 
 class TiedHead(nn.Module):

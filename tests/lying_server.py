@@ -85,7 +85,12 @@ def _handler(server: LyingServer) -> type[BaseHTTPRequestHandler]:
                 if exchange.status == 200 and any(name.startswith("requests-") for name in server.lies):
                     time.sleep(0.1)
                     with server.lock:
-                        others = (o for o in server.active if o.body["messages"] != exchange.body["messages"])
+                        mine = [exchange.body.get(key) for key in ("messages", "model")]
+                        others = (
+                            other
+                            for other in server.active
+                            if [other.body.get(key) for key in ("messages", "model")] != mine
+                        )
                         exchange.beside = next(others, None)
                 server.lies_about(exchange)
                 self._reply(exchange)

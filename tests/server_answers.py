@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 
 from model_impl.chat.parser import MessageBuilder, Parser, parse
-from model_impl.nano.script import load_script
+from model_impl.nano.script import ADAPTER, ADAPTER_SAYS, load_script
 from tests.server_pictures import BadPictureError, colour, opened, parts_of, soft_tokens
 
 MODEL = "scripted"
@@ -110,6 +110,8 @@ def _said(body: dict[str, Any]) -> str:
     if keys and keys[-1] in about:
         colours = [colour(opened(part)) for part in parts_of(body["messages"])]
         return script.pictures.output(about[keys[-1]], colours)
+    if not keys and body.get("model") == ADAPTER:
+        return ADAPTER_SAYS
     return script.line(keys[-1]).output if keys else script.default.output
 
 
@@ -136,7 +138,7 @@ def _bad_request(body: Any) -> tuple[int, str] | None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         return 400, "`messages` must be a list of messages"
-    if body.get("model") != MODEL:
+    if body.get("model") not in (MODEL, ADAPTER):
         return 404, f"the model {body.get('model')!r} does not exist"
     if not isinstance(body.get("temperature", 0), int | float):
         return 400, "`temperature` must be a number"

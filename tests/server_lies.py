@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.server_answers import Exchange, answer, chunk, words
+from model_impl.nano.script import ADAPTER
+from tests.server_answers import MODEL, Exchange, answer, chunk, words
 from tests.server_pictures import parts_of
 
 Lie = Callable[[Exchange], None]
@@ -502,3 +503,19 @@ def png_alone(e: Exchange) -> None:
 def broken_by_a_bad_request(e: Exchange) -> None:
     if e.status == 200 and 400 in e.earlier:
         e.status, e.whole = 503, {"error": {"message": "no worker is left"}}
+
+
+@lie
+def adapter_not_used(e: Exchange) -> None:
+    """Whoever asks for the adapter gets the model's own answer."""
+    if e.body.get("model") == ADAPTER:
+        answer(plain := Exchange(e.body | {"model": MODEL}, ""), 0)
+        e.whole, e.chunks = plain.whole, plain.chunks
+
+
+@lie
+def requests_given_the_adapter(e: Exchange) -> None:
+    """Beside a request for the adapter, the others are answered with it too."""
+    if e.beside is not None and e.beside.body.get("model") == ADAPTER != e.body.get("model"):
+        answer(adapted := Exchange(e.body | {"model": ADAPTER}, ""), 0)
+        e.whole, e.chunks = adapted.whole, adapted.chunks

@@ -17,8 +17,10 @@ from conformance.loading import LoadedSuites, load_suites
 from conformance.lora_suite import LoraCase
 from conformance.results import Result
 from conformance.runner import TargetPool, run_case
+from conformance.targets import reference_generate
 from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation
 from conformance.targets.reference import ReferenceTarget
+from model_impl.runtime.prefix import BlockTables
 
 torch.set_num_threads(1)
 
@@ -52,6 +54,15 @@ CAUGHT = {
     "connectors-not-adapted": ("media::all-parts", "numbers"),
     "layers-of-towers-dropped": ("media::all-parts", "numbers"),
     "media-of-another-request": ("media::different-media", "numbers"),
+    "first-stage-alone": ("beside::pipeline", "numbers"),
+    "last-stage-alone": ("beside::pipeline", "numbers"),
+    "first-part-of-outputs": ("beside::tensor", "numbers"),
+    "first-part-of-inputs": ("beside::tensor", "numbers"),
+    "parts-of-experts-not-cut": ("beside::tensor-experts", "numbers"),
+    "experts-counted-within-a-rank": ("beside::whole-experts", "numbers"),
+    "prefixes-of-another-adapter": ("beside::prefixes", "numbers"),
+    "dropped-in-verification": ("beside::eagle3", "numbers"),
+    "rows-of-the-pass-before": ("beside::prefixes", "numbers"),
 }
 """Fault to the case that must notice it, and a rule that it must break."""
 CRASHES = {"audio-tower-hard-coded": "media::mapping-text-names"}
@@ -104,6 +115,37 @@ def test_a_fault_after_which_nothing_answers(fault: str, suites: LoadedSuites, p
         assert run(CRASHES[fault], suites, pool).verdict == registry()[fault].alarm
 
 
+# ---------------------------------------------------------------------------- settings beside adapters
+
+
+def test_a_layout_that_does_not_run_is_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_generate, "spread", lambda _request: None)
+    result = run("beside::tensor", suites, pool)
+    assert {problem.rule for problem in result.problems} == {"wrong-tensor-parallel"}
+
+
+def test_prefixes_that_are_never_found_are_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockTables, "longest_hit", lambda _self, _content: 0)
+    result = run("beside::prefixes", suites, pool)
+    assert {problem.rule for problem in result.problems} == {"nothing-found"}
+
+
+def test_only_what_may_be_refused_may_be(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_request: object) -> None:
+        raise EngineError("no stages here")
+
+    monkeypatch.setattr(reference_generate, "spread", refuse)
+    assert run("beside::pipeline-shared-keys", suites, pool).verdict == "pass"
+    result = run("beside::pipeline", suites, pool)
+    assert [problem.rule for problem in result.problems] == ["raised"]
+
+
 def test_an_answer_without_numbers_is_no_refusal(
     suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +173,11 @@ def test_an_answer_without_numbers_is_no_refusal(
         ({"judge": "liveness", "adapters": [], "max_new_tokens": 2}, "`max_new_tokens` does nothing"),
         ({"judge": "refusal", "damage": "half", "adapters": [{"modules": ["a"]}] * 2}, "damages one adapter"),
         ({"judge": "refusal", "damage": "half", "rows": [[{"text": 3}], [{"text": 4}]]}, "asks one row"),
+        ({"way": {"given": "alone"}}, "are given together"),
+        ({"way": {"repeat": 2}, "judge": "mapping", "adapters": []}, "`repeat` is for"),
+        ({"way": {"dtype": "bfloat16"}}, "are computed in float32"),
+        ({"shared": 24}, "a text of more than 24 tokens"),
+        ({"plain": True, "judge": "mapping", "adapters": []}, "`plain` is for `numbers`"),
     ],
 )
 def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:

@@ -341,8 +341,8 @@ def test_nonsense_of_one_request_is_named_and_the_others_go_on() -> None:
     made.step()
     real = made.runner.logits
 
-    def broken(hidden: Tensor) -> Tensor:
-        logits = real(hidden).clone()
+    def broken(hidden: Tensor, adapters: Sequence[str | None]) -> Tensor:
+        logits = real(hidden, adapters).clone()
         if len(logits) > 1:
             logits[1] = float("nan")
         return logits

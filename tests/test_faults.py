@@ -24,8 +24,8 @@ from model_impl.parallel import group
 from model_impl.parallel.messages import Preparation
 
 FAULTS = list(registry().values())
-FEW = {"parity": 3, "mask": 4, "processor": 4, "invariance": 4}
-"""Most cases of a suite that are run for a fault, by kind, where it is not all."""
+FEW = {"parity": 3, "mask": 4, "processor": 4, "invariance": 4, "lora-layouts": 2}
+"""Most cases of a suite that are run for a fault, by area or kind, where it is not all."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def few_cases(suite: LoadedSuite, fault: Fault) -> LoadedSuite:
     """A suite with its cases that cite the fault; a few of them where each takes long."""
     cases = zip(suite.suite.cases, suite.lines, strict=True)
     chosen = [(case, line) for case, line in cases if set(case.source) & set(fault.source)]
-    chosen = chosen[: FEW.get(fault.kind)]
+    chosen = chosen[: FEW.get(fault.area, FEW.get(fault.kind))]
     kept = suite.suite.model_copy(update={"cases": tuple(case for case, _ in chosen)})
     return replace(suite, suite=kept, lines=tuple(line for _, line in chosen))
 

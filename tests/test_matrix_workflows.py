@@ -124,6 +124,8 @@ def test_what_is_published_by_a_schedule_does_not_hang_on_what_its_event_says() 
         "github.event_name == 'schedule'",
         "github.ref_name == github.event.repository.default_branch",
     ]
+
+
 def test_the_night_is_the_script_and_may_write_nothing() -> None:
     """Its cells have a workflow of their own; what it says must reach people whatever its exit code."""
     night = yaml.safe_load((BELOW / "github/nightly.yml").read_text())

@@ -24,7 +24,7 @@ from conformance.targets.openai import OpenAITarget
 from conformance.targets.protocol import TargetInfo
 from conformance.targets.reference import ReferenceTarget
 from model_impl.chat.parser import parse
-from model_impl.nano.script import load_script
+from model_impl.nano.script import ADAPTER_SAYS, load_script
 from model_impl.preprocess.images import target_size
 from tests.lying_server import LyingServer
 from tests.server_answers import MODEL, words
@@ -37,6 +37,13 @@ SUITES = [suite for suite in load_suites() if isinstance(suite.suite, ServerSuit
 CASES = {case.address.removeprefix("server/"): case for suite in SUITES for case in suite.cases}
 
 
+class Adapted(OpenAITarget):
+    """A server that is known to have the adapter."""
+
+    def describe(self) -> TargetInfo:
+        return super().describe().model_copy(update={"features": ("lora",)})
+
+
 def server_case(loaded: LoadedCase) -> ServerCase:
     assert isinstance(loaded.case, ServerCase)
     return loaded.case
@@ -45,6 +52,8 @@ def server_case(loaded: LoadedCase) -> ServerCase:
 CAUGHT: dict[str, tuple[str, str]] = {
     # lie: the case that is asked, and the rule that it must break
     "marker-leaked": ("text::plain", "marker-leak"),
+    "adapter-not-used": ("tuned::by-name", "adapter-ignored"),
+    "requests-given-the-adapter": ("tuned::side-by-side", "requests-mixed"),
     "marker-leaked-streamed": ("text::plain", "marker-leak"),
     "marker-in-arguments": ("tools::call", "marker-leak"),
     "streamed-differs": ("text::plain", "stream-equals-whole"),
@@ -139,8 +148,16 @@ NO_RULE = {
 
 def judge(server: LyingServer, name: str, limits: Limits = PATIENT) -> CheckOutcome:
     loaded = CASES[name]
-    target = OpenAITarget(Endpoint(server.url, MODEL), limits=limits, key=KEY)
+    target = Adapted(Endpoint(server.url, MODEL), limits=limits, key=KEY)
     return checks.judge(loaded.case, loaded.suite.suite, target)
+
+
+def test_a_server_without_the_adapter_is_not_asked_for_it(honest: LyingServer) -> None:
+    loaded = CASES["tuned::by-name"]
+    target = OpenAITarget(Endpoint(honest.url, MODEL), limits=PATIENT, key=KEY)
+    outcome = checks.judge(loaded.case, loaded.suite.suite, target)
+    assert outcome.verdict == "skip"
+    assert "serves no adapter 'another-line'" in outcome.reason
 
 
 def rules(outcome: CheckOutcome) -> set[str]:
@@ -369,6 +386,11 @@ def test_a_case_asks_for_a_line_of_the_script_and_expects_it(name: str) -> None:
     beside = [
         said if isinstance(said, str) else words({"content": list(said.content)}) for said in case.beside
     ]
+    if "#" not in asked:
+        assert asked == "Hello!"
+        says = ADAPTER_SAYS if case.adapter else script.default.output
+        assert case.exact is None or case.exact.content == says
+        return
     for text in [asked, *beside]:
         assert sum(f"{key}." in text for key in script.keys) == 1, text
     if case.exact is None:

@@ -23,7 +23,7 @@ from conformance.scheduling import TargetScheduling
 from conformance.targets import environments, registry, vllm_server
 from conformance.targets.protocol import ServeRequest
 from conformance.targets.vllm_server import VllmServer
-from model_impl.nano.script import checkpoint_folder
+from model_impl.nano.script import ADAPTER, ADAPTER_SAYS, adapter_folder, checkpoint_folder, load_script
 from tests.conftest import Run
 from tests.fake_vllm import VERSION
 from tests.lying_server import LyingServer
@@ -124,6 +124,22 @@ def test_what_it_is_started_with(fake: Fake, monkeypatch: pytest.MonkeyPatch) ->
     assert Path(variables["TMPDIR"]).parent == Path(variables["VLLM_RPC_BASE_PATH"]).parent == scratch
     target.close()
     assert not scratch.exists()
+
+
+def test_the_adapter_is_served_from_the_first_request_for_it_on(fake: Fake) -> None:
+    target = fake(adapter=adapter_folder())
+    assert target.describe().features == ("lora",)
+    assert ask(target, "Hello!") == [load_script().default.output]
+    bodies = tuple(
+        {"model": name, "messages": [{"role": "user", "content": "Hello!"}]} for name in (ADAPTER, "scripted")
+    )
+    for _ in range(2):
+        answers = target.serve(ServeRequest(bodies=bodies))
+        said = [answer.body["choices"][0]["message"]["content"] for answer in answers]
+        assert said == [ADAPTER_SAYS, load_script().default.output]
+    plain, adapted = (" ".join(start["options"]["others"]) for start in fake.starts)
+    assert "lora" not in plain
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules {ADAPTER}={adapter_folder()}" in adapted
 
 
 def test_progress_is_logged(

@@ -15,6 +15,8 @@ Rules:
   accepted       a damaged adapter is taken without a word
   raised         the target raised: with an adapter that is whole, or without any
   incomplete     an answer is missing, is empty, or lacks its log-probabilities
+  nothing-found  a prefix cache that was asked for has found nothing
+  wrong-…        a layout, a draft or another setting was asked for and did not run
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance import lora_names
-from conformance.checks.base import CheckOutcome
+from conformance.checks.base import CheckOutcome, no_refusal, refuses
 from conformance.errors import EngineError
+from conformance.invariance.asking import wrong_settings
+from conformance.invariance_suite import Way
 from conformance.loading import text_ids
 from conformance.lora_suite import AdapterSpec, LoraCase, LoraSuite
 from conformance.media import ImagePiece, SoundPiece, TextPiece, kind_of, marker_ids
@@ -75,9 +79,13 @@ def judge(case: LoraCase, suite: LoraSuite, target: Target, oracles: Oracles) ->
         return CheckOutcome("skip", reason=reason)
     inquiry = _Inquiry(case, suite.configs[case.config], target, oracles)
     try:
-        problems = list(_JUDGES[case.judge](inquiry))
+        problems = [*_JUDGES[case.judge](inquiry), *inquiry.wrong.values()]
     except _RefusedError as error:
-        problems = [Problem(rule="raised", message=f"generation raised {error}", got=str(error))]
+        wanted = None if inquiry.effective else case.or_refused
+        problems = []
+        if wanted is None or not refuses(error.cause, wanted):
+            message = f"generation raised {error}{no_refusal(error.cause, wanted)}"
+            problems = [Problem(rule="raised", message=message, got=str(error))]
     except _IncompleteError as error:
         problems = [Problem(rule="incomplete", message=str(error), got=str(error))]
     return CheckOutcome.from_problems(problems, inquiry.evidence())
@@ -90,7 +98,9 @@ def _cannot(case: LoraCase, target: Target) -> str:
         why = info.unavailable.get("generate")
         return f"{target.spec} has no capability `generate`{f': {why}' if why else ''}"
     pieces = [piece for row in case.rows for piece in row]
-    asked: list[Feature] = ["lora"]
+    asked: list[Feature] = ["lora", *case.way.options("").features]
+    if case.way.repeat > 1:
+        asked.append("repeat")
     if case.judge == "isolation":
         asked.append("mixed-adapters")
     if any(isinstance(piece, ImagePiece) for piece in pieces):
@@ -107,6 +117,10 @@ def _cannot(case: LoraCase, target: Target) -> str:
 
 class _RefusedError(Exception):
     """The target refused what it was asked."""
+
+    def __init__(self, cause: EngineError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class _IncompleteError(Exception):
@@ -142,6 +156,10 @@ class _Inquiry:
     asked: list[str] = field(default_factory=list)
     """Titles of adapters."""
     effective: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, Problem] = field(default_factory=dict)
+    """By rule: settings that were asked for and did not run."""
+    found: int | None = 0
+    """Tokens that were found in the prefix cache; None where the target does not tell."""
 
     def __post_init__(self) -> None:
         from conformance.lora_adapters import Checkpoint
@@ -156,10 +174,13 @@ class _Inquiry:
     ) -> GenerateResult:
         """Generate, each prompt with its adapter; so many tokens, if not as many as the case says.
 
+        All prompts are asked as often as the case says; answers to all of them, one time after the other.
+
         Raises:
             _RefusedError: the target raised.
             _IncompleteError: it answered to another number of prompts, or without log-probabilities.
         """
+        way = self.case.way
         self.asked += [adapter.title for adapter in adapters if adapter and adapter.title not in self.asked]
         request = GenerateRequest(
             checkpoint=str(self.checkpoint.folder),
@@ -169,23 +190,37 @@ class _Inquiry:
             adapters=tuple(str(adapter.folder) if adapter else None for adapter in adapters),
             max_new_tokens=tokens or self.case.max_new_tokens,
             top_logprobs=20,
+            repeat=way.repeat,
+            options=way.options(self._draft()),
         )
         try:
             result = self.target.generate(request)
         except EngineError as error:
-            raise _RefusedError(str(error)) from error
+            raise _RefusedError(error) from error
         broken = [
             made
             for made in result.generations
             if not made.token_ids or len(made.logprobs) != len(made.token_ids)
         ]
-        if len(result.generations) != len(prompts) or broken:
+        expected = len(prompts) * way.repeat
+        if len(result.generations) != expected or broken:
             raise _IncompleteError(
-                f"{len(result.generations)} answers came to {len(prompts)} prompts, and "
+                f"{len(result.generations)} answers came where {expected} were asked for, and "
                 f"{len(broken)} are empty or have no log-probabilities"
             )
         self.effective = result.effective
+        if way != Way():
+            self.wrong |= {problem.rule: problem for problem in wrong_settings(request, result.effective)}
+        for made in result.generations:
+            told = made.cached_tokens
+            self.found = None if self.found is None or told is None else self.found + told
         return result
+
+    def _draft(self) -> str | None:
+        """The folder of the draft model, if there is one."""
+        if self.case.way.draft is None:
+            return None
+        return str(self.oracles.speaking_draft(self.checkpoint.folder, self.case.way))
 
     def adapter(self, spec: AdapterSpec, title: str, only: Module | None = None) -> _Adapter:
         """An adapter of the case, written once."""
@@ -266,11 +301,13 @@ class _Inquiry:
     def _prompts(self) -> Iterator[_Prompt]:
         draw = random.Random(self.case.seed)  # noqa: S311 - seeded test data
         last = text_ids(self.config)
+        shared = [draw.randrange(_FIRST_TEXT, last) for _ in range(self.case.shared)]
         for row in self.case.rows:
-            ids = [_BOS]
-            for piece in row:
+            ids = [_BOS, *shared]
+            for number, piece in enumerate(row):
                 if isinstance(piece, TextPiece):
-                    ids += [draw.randrange(_FIRST_TEXT, last) for _ in range(piece.text)]
+                    own = piece.text - (len(shared) if number == 0 else 0)
+                    ids += [draw.randrange(_FIRST_TEXT, last) for _ in range(own)]
                 else:
                     placeholder = marker_ids(self.config, kind_of(piece))[1]
                     assert placeholder is not None
@@ -297,6 +334,7 @@ class _Inquiry:
                     ]
                     or self.asked,
                     **({"damage": case.damage} if case.damage else {}),
+                    **({"way": way} if (way := case.way.model_dump(exclude_defaults=True)) else {}),
                 },
                 indent=2,
             ),
@@ -333,12 +371,14 @@ def _mapping(inquiry: _Inquiry) -> Iterator[Problem]:
 def _numbers(inquiry: _Inquiry) -> Iterator[Problem]:
     """What adapters give, against the merged weights."""
     adapters = _adapters(inquiry)
-    count = max(len(inquiry.prompts), len(adapters))
+    turns: list[_Adapter | None] = [*adapters, None] if inquiry.case.plain else [*adapters]
+    count = max(len(inquiry.prompts), len(turns))
     prompts = [inquiry.prompts[k % len(inquiry.prompts)] for k in range(count)]
-    chosen = [adapters[k % len(adapters)] for k in range(count)]
+    chosen = [turns[k % len(turns)] for k in range(count)]
     result = inquiry.ask(prompts, chosen)
     yield from _not_applied(inquiry, adapters, result)
     yield from _compared(inquiry, prompts, chosen, result)
+    yield from _prefixes(inquiry)
 
 
 def _liveness(inquiry: _Inquiry) -> Iterator[Problem]:
@@ -384,8 +424,10 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
     alone = [inquiry.ask(prompts, [each] * len(prompts)) for each in adapters]
     after = inquiry.ask(prompts, [None] * len(prompts))
     runs = [*alone, after]
-    for row, own in enumerate(chosen):
-        distances = [_apart(mixed.generations[row], run.generations[row]) for run in runs]
+    for place, made in enumerate(mixed.generations):
+        row = place % len(prompts)
+        own = chosen[row]
+        distances = [_apart(made, run.generations[place]) for run in runs]
         if distances[every.index(own)] <= inquiry.case.tolerance / 10:
             continue
         nearest = min(range(len(runs)), key=distances.__getitem__)
@@ -406,6 +448,7 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
             rule="left-over",
             message=f"a batch without adapters differs by {left:.3g} from the same one before any was used",
         )
+    yield from _prefixes(inquiry)
 
 
 def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
@@ -470,6 +513,12 @@ def _not_applied(
             yield Problem(rule="not-applied", message=f"{adapter.title} stands in no module of the engine")
 
 
+def _prefixes(inquiry: _Inquiry) -> Iterator[Problem]:
+    """Whether a prefix cache that was asked for has found anything."""
+    if inquiry.case.way.prefix_cache and inquiry.found == 0:
+        yield Problem(rule="nothing-found", message="no prompt found a token of it in the prefix cache")
+
+
 def _compared(
     inquiry: _Inquiry,
     prompts: Sequence[_Prompt],
@@ -482,6 +531,7 @@ def _compared(
         EngineError: what an adapter changes is too little to be seen.
     """
     limit = inquiry.case.tolerance
+    prompts, adapters = [*prompts] * inquiry.case.way.repeat, [*adapters] * inquiry.case.way.repeat
     truths = inquiry.truth(prompts, result.generations, adapters)
     plains = inquiry.truth(prompts, result.generations, [None] * len(prompts))
     dead: list[str] = []

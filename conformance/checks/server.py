@@ -20,6 +20,7 @@ Rules, by the names that problems carry:
   the same request without its fault gets an answer. `next-request`: it does so afterwards too.
 * `picture-ignored`, `stale-picture`: another picture, or a later one, has another answer. `picture-tokens`:
   the prompt's tokens are as many as the pictures' sizes make.
+* `adapter-ignored`: asked for an adapter, the server answers as without it.
 * `expected`: the scripted checkpoint's answer is the script's.
 
 A case whose construct never appeared, a server that takes no pictures, a 429, and an exhausted budget are
@@ -53,6 +54,7 @@ from conformance.loading import resolve_tools
 from conformance.replies import MalformedReplyError, Reply, read_stream, read_whole
 from conformance.results import Evidence, Problem
 from conformance.suites import Neighbour, ServerCase, ServerSuite
+from conformance.targets.bundled import ADAPTER
 from conformance.targets.protocol import ServeAnswer, Server, ServeRequest, Target, TargetInfo
 
 SCRIPTED = "scripted"
@@ -92,6 +94,8 @@ def judge(case: ServerCase, suite: ServerSuite, target: Target) -> CheckOutcome:
     info = target.describe()
     if "serve" not in info.capabilities or not isinstance(target, Server):
         return CheckOutcome("skip", reason=f"{target.spec} has no capability `serve`")
+    if case.adapter and "lora" not in info.features:
+        return CheckOutcome("skip", reason=f"{target.spec} serves no adapter {ADAPTER!r}")
     judgement = _Judgement(case, suite, target, info)
     reason = ""
     try:
@@ -167,6 +171,11 @@ class _Judgement:
         whole, streamed = self._both(self._body())
         self._exact(whole, streamed)
         self._produced([whole, streamed])
+        if self._case.adapter:
+            plain = self._ask(self._body(model=None), "without the adapter", self._case.max_tokens)
+            if not difference(whole, plain):
+                message = f"the model {ADAPTER!r} answers as the one without the adapter does"
+                self.problems.append(Problem(rule="adapter-ignored", message=message, got=whole.shown()))
         return whole, streamed
 
     def _run_instead(self) -> None:
@@ -261,7 +270,10 @@ class _Judgement:
                 self.problems.append(Problem(rule="finish-reason", message=message, got=reply.shown()))
 
     def _run_beside(self) -> None:
-        bodies = [self._body(), *(self._body(messages=[_user(said)]) for said in self._case.beside)]
+        bodies = [
+            self._body(),
+            *(self._body(messages=[_user(said)], model=None) for said in self._case.beside),
+        ]
         limit = self._case.max_tokens
         alone = [self._ask(body, f"request {n} alone", limit) for n, body in enumerate(bodies)]
         self._produced(alone[:1])
@@ -312,6 +324,8 @@ class _Judgement:
             "seed": 0,
             "max_tokens": case.max_tokens,
         }
+        if case.adapter:
+            body["model"] = ADAPTER
         if self._tools:
             body["tools"] = list(self._tools)
         if case.tool_choice in ("auto", "none", "required"):

@@ -23,7 +23,22 @@ from model_impl.nano.conversations import (
     surroundings,
     token_ids,
 )
-from model_impl.nano.script import checkpoint_folder, load_script
+from model_impl.nano.script import ADAPTER, adapter_folder, checkpoint_folder, load_script
+
+__all__ = [
+    "ADAPTER",
+    "STOP_IDS",
+    "Dialogue",
+    "about_pictures",
+    "adapter",
+    "add_processors",
+    "checkpoint",
+    "dialogues",
+    "digests",
+    "lines",
+    "text",
+    "tokenizer",
+]
 
 STOP_IDS = (1, 106, 50)
 """`<eos>`, `<turn|>` and `<|tool_response>`, as the checkpoint's `generation_config.json` has them."""
@@ -52,6 +67,11 @@ def checkpoint(*, causal_images: bool = False) -> Path:
             only those before them.
     """
     return _causal_copy().path if causal_images else checkpoint_folder()
+
+
+def adapter() -> Path:
+    """Folder of the scripted checkpoint's adapter, which servers know as `ADAPTER`."""
+    return adapter_folder()
 
 
 def add_processors(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import torch
 
 from conformance.errors import EngineError
+from conformance.targets import reference_lora
 from conformance.targets.protocol import Feature, GenerateRequest, Generation, Sampling
 from conformance.targets.reference_abilities import CACHES
 from conformance.targets.reference_forward import DTYPES
@@ -73,7 +74,7 @@ class PagedEngine:
 
     Raises:
         EngineError: a prompt and its answer are longer than `max_model_len`.
-        ModelError: the draft does not fit.
+        ModelError: the draft, or an adapter, does not fit.
     """
 
     def __init__(self, reader: Reader, request: GenerateRequest) -> None:
@@ -83,26 +84,37 @@ class PagedEngine:
         size = options.block_size or _BLOCK_SIZE
         sequences = options.max_sequences or _MAX_SEQUENCES
         with torch.inference_mode():
+            # How long they are, and whether there are pictures: adapters have no part in that.
             rows, soft = reader.read(request.prompts, request.images, request.sounds)
         longest = max(map(len, rows)) + request.max_new_tokens
         if longest > options.max_model_len:
             raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
         drafted = options.speculation.tokens if options.speculation is not None else 0
         self._spread = spread(request)
-        step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
-        self._runner = self._make_runner(
-            _sizes(reader.text.config, size, sequences, longest + drafted, max(step, 1 + drafted) + drafted)
-        )
-        self._engine = Engine(
-            self._runner,
-            EngineConfig(
-                max_tokens_per_step=options.prefill_chunk or EngineConfig.max_tokens_per_step,
-                max_sequences=sequences,
-                prefix_caching=bool(options.prefix_cache),
-                draft_tokens=max(1, drafted),
-            ),
-            self._proposer(),
-        )
+        try:
+            self._adapters = reference_lora.attached(
+                reader.model, Path(request.checkpoint), request.adapter_of, self._spread
+            )
+            step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
+            self._runner = self._make_runner(
+                _sizes(
+                    reader.text.config, size, sequences, longest + drafted, max(step, 1 + drafted) + drafted
+                )
+            )
+            self._engine = Engine(
+                self._runner,
+                EngineConfig(
+                    max_tokens_per_step=options.prefill_chunk or EngineConfig.max_tokens_per_step,
+                    max_sequences=sequences,
+                    prefix_caching=bool(options.prefix_cache),
+                    draft_tokens=max(1, drafted),
+                ),
+                self._proposer(),
+            )
+        except BaseException:
+            if self._spread is not None:
+                self._spread.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -119,10 +131,13 @@ class PagedEngine:
         count = len(request.prompts) * request.samples
         seeds = runtime.row_seeds(request.sampling.seed if request.sampling is not None else 0, count)
         asked: list[Request] = []
-        for number, prompt in enumerate(request.prompts):
+        for number, (prompt, adapter) in enumerate(zip(request.prompts, request.adapter_of, strict=True)):
             with torch.inference_mode():
                 (row,), soft = self._reader.read(
-                    [prompt], request.images[number : number + 1], request.sounds[number : number + 1]
+                    [prompt],
+                    request.images[number : number + 1],
+                    request.sounds[number : number + 1],
+                    encode=reference_lora.encoder(self._adapters, [adapter]),
                 )
             asked += [
                 Request(
@@ -134,6 +149,7 @@ class PagedEngine:
                     stop_ids=frozenset(request.stop_ids),
                     logprobs=True,
                     top_logprobs=request.top_logprobs,
+                    adapter=adapter,
                 )
                 for seed in seeds[number * request.samples : (number + 1) * request.samples]
             ]
@@ -164,11 +180,12 @@ class PagedEngine:
             "block_size": str(self._runner.sizes.block_size["full_attention"]),
             "max_sequences": str(engine.config.max_sequences),
             "speculation": speculation.method if speculation is not None else "none",
+            "adapter": self._adapters.summary() if self._adapters is not None else "none",
         }
 
     def adapted(self) -> dict[str, tuple[str, ...]]:
-        """Nothing: adapters do not run here."""
-        return {}
+        """By adapter, the modules whose output it has changed."""
+        return self._adapters.acted() if self._adapters is not None else {}
 
     def _make_runner(self, sizes: CacheSizes) -> Runner:
         speculation = self._options.speculation
@@ -179,7 +196,8 @@ class PagedEngine:
             aux = Eagle3Config.from_file(path, target_layers=layers).aux_layers
         if self._spread is not None:
             return ParallelRunner(self._spread, sizes, aux)
-        return LocalRunner(self._reader.text, sizes, aux)
+        activate = self._adapters.rows if self._adapters is not None else None
+        return LocalRunner(self._reader.text, sizes, aux, activate)
 
     def _proposer(self) -> Proposer | None:
         speculation = self._options.speculation

@@ -125,12 +125,6 @@ def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[
     cache = options.cache or (CACHES[1] if paged else CACHES[0])
     if cache not in CACHES:
         raise EngineError(f"cache {cache!r} is none of {', '.join(CACHES)}")
-    ranks = options.tensor_parallel * options.pipeline_parallel
-    if any(request.adapter_of) and (cache != CACHES[0] or ranks > 1):
-        raise EngineError(
-            f"the bundled implementation runs adapters with a {CACHES[0]} cache in one process; leave "
-            "layouts, drafts and blocks out"
-        )
     if cache == CACHES[0]:
         if paged:
             raise EngineError(f"a {cache} cache has no {', '.join(sorted(paged))}; ask for {CACHES[1]!r}")
@@ -148,8 +142,13 @@ class _Contiguous:
         self._reader = reader
         self._options = request.options
         self._spread = spread(request)
-        self._wanted = request.adapter_of
-        self._adapters = reference_lora.attached(reader.model, Path(request.checkpoint), self._wanted)
+        try:
+            self._adapters = reference_lora.attached(
+                reader.model, Path(request.checkpoint), request.adapter_of, self._spread
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +156,10 @@ class _Contiguous:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, if there are any."""
         if self._spread is not None:
             self._spread.close()
 
@@ -209,12 +212,12 @@ class _Contiguous:
             "cache": CACHES[0],
             "threads": str(torch.get_num_threads()),
             **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
-            "adapter": reference_lora.summary(self._adapters, self._wanted),
+            "adapter": self._adapters.summary() if self._adapters is not None else "none",
         }
 
     def adapted(self) -> dict[str, tuple[str, ...]]:
         """By adapter, the modules whose output it has changed."""
-        return reference_lora.acted(self._adapters, self._wanted)
+        return self._adapters.acted() if self._adapters is not None else {}
 
 
 def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from model_impl.config import read_config
 from model_impl.lora import Adapter, Adapters, Sites
 from model_impl.lora import media as lora_media
+from model_impl.lora.sites import is_text
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
+from model_impl.parallel.model import ParallelModel
 from model_impl.text import SoftTokens, TextModel
 
 Wanted = Sequence[str | None]
@@ -32,27 +34,69 @@ def is_whole(checkpoint: Path) -> bool:
     return bool(raw.get("vision_config") or raw.get("audio_config"))
 
 
-def attached(
-    model: TextModel | Gemma4ForConditionalGeneration, checkpoint: Path, wanted: Wanted
-) -> Adapters | None:
-    """A model's adapters, each read once and named by its folder; None where none is wanted.
+class Attached:
+    """The adapters of a request on a model, each read once and named by its folder.
+
+    Args:
+        model: In this process: it encodes media, and runs the text as well where that is not spread.
+        checkpoint: Of the model.
+        wanted: Folders, some of them named twice.
+        spread: The text model in several processes; None where it is not.
 
     Raises:
-        ConfigError, CheckpointError: one of them does not fit the checkpoint.
+        ConfigError, CheckpointError: one of the adapters does not fit the checkpoint.
     """
-    folders = list(dict.fromkeys(folder for folder in wanted if folder is not None))
-    if not folders:
-        return None
-    sites = Sites.of_checkpoint(checkpoint)
-    loaded = {folder: Adapter.load(Path(folder), sites) for folder in folders}
-    adapters = Adapters(model)
-    for folder, adapter in loaded.items():
-        adapters.add(folder, adapter)
-    return adapters
+
+    def __init__(
+        self,
+        model: TextModel | Gemma4ForConditionalGeneration,
+        checkpoint: Path,
+        wanted: Wanted,
+        spread: ParallelModel | None = None,
+    ) -> None:
+        self.here = Adapters(model)
+        """Of this process."""
+        self._spread = spread
+        self._folders = list(dict.fromkeys(folder for folder in wanted if folder is not None))
+        sites = Sites.of_checkpoint(checkpoint)
+        for folder, adapter in [(folder, Adapter.load(Path(folder), sites)) for folder in self._folders]:
+            self.here.add(folder, adapter)
+            if spread is not None:
+                spread.adapters.add(folder, adapter.only(is_text))
+
+    def rows(self, wanted: Wanted) -> AbstractContextManager[None]:
+        """Lets the rows of a pass of the text model use adapters."""
+        return self.here.rows(wanted) if self._spread is None else self._spread.adapters.rows(wanted)
+
+    def acted(self) -> dict[str, tuple[str, ...]]:
+        """By adapter, the modules whose output it has changed."""
+        found = {folder: set(self.here.acted(folder)) for folder in self._folders}
+        if self._spread is not None:
+            for folder, sites in found.items():
+                sites |= set(self._spread.adapters.acted(folder))
+        return {folder: tuple(sorted(sites)) for folder, sites in found.items()}
+
+    def summary(self) -> str:
+        """All these modules, for `GenerateResult.effective`."""
+        return ", ".join(sorted({module for own in self.acted().values() for module in own})) or "none"
+
+
+def attached(
+    model: TextModel | Gemma4ForConditionalGeneration,
+    checkpoint: Path,
+    wanted: Wanted,
+    spread: ParallelModel | None = None,
+) -> Attached | None:
+    """As `Attached`; None where no adapter is wanted.
+
+    Raises:
+        ConfigError, CheckpointError: as `Attached`.
+    """
+    return Attached(model, checkpoint, wanted, spread) if any(wanted) else None
 
 
 def rows_of(
-    adapters: Adapters | None, wanted: Wanted
+    adapters: Attached | None, wanted: Wanted
 ) -> Callable[[Sequence[int]], AbstractContextManager[object]] | None:
     """Lets the rows of a pass use their adapters."""
     if adapters is None:
@@ -60,25 +104,12 @@ def rows_of(
     return lambda rows: adapters.rows([wanted[row] for row in rows])
 
 
-def encoder(adapters: Adapters | None, wanted: Wanted) -> Encode | None:
+def encoder(adapters: Attached | None, wanted: Wanted) -> Encode | None:
     """Makes soft tokens with the adapter of each row."""
     if adapters is None:
         return None
-    return partial(_encode, adapters, wanted)
+    return partial(_encode, adapters.here, wanted)
 
 
 def _encode(adapters: Adapters, wanted: Wanted, ids: Tensor, media: Media) -> SoftTokens | None:
     return lora_media.soft_tokens(adapters, ids, media, wanted)
-
-
-def acted(adapters: Adapters | None, wanted: Wanted) -> dict[str, tuple[str, ...]]:
-    """By adapter, the modules whose output it has changed."""
-    if adapters is None:
-        return {}
-    return {folder: adapters.acted(folder) for folder in dict.fromkeys(wanted) if folder is not None}
-
-
-def summary(adapters: Adapters | None, wanted: Wanted) -> str:
-    """All these modules, for `GenerateResult.effective`."""
-    modules = sorted({module for own in acted(adapters, wanted).values() for module in own})
-    return ", ".join(modules) or "none"

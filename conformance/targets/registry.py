@@ -288,6 +288,7 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
             canonical,
             python=found.python,
             checkpoint=bundled.checkpoint(),
+            adapter=bundled.adapter(),
             timeout=timeout,
             import_paths=found.import_paths,
         )

@@ -6,7 +6,9 @@
    that answers lists a name that was made up for this start, so that no other one is taken for it.
 3. It runs under `conformance.worker.guardian`: it ends with this target or with this process, whatever
    becomes of either, and all that it started ends with it.
-4. Everything that it prints goes to a file, whose end is in every error about it. One that died or did not
+4. It serves the checkpoint's adapter, by its own name, from the first request for it on: then it is started
+   anew with adapters enabled. Until then it runs as most servers do.
+5. Everything that it prints goes to a file, whose end is in every error about it. One that died or did not
    answer in time is started anew for the next question.
 """
 
@@ -31,6 +33,7 @@ from typing import Any
 from conformance.errors import EngineError, TargetError, TargetTimeoutError, WorkerDiedError
 from conformance.http import Answer, Client, HttpError, Limits
 from conformance.targets import guarded
+from conformance.targets.bundled import ADAPTER
 from conformance.targets.endpoint import Endpoint
 from conformance.targets.openai import OpenAITarget
 from conformance.targets.protocol import ServeAnswer, ServeRequest, TargetInfo
@@ -54,6 +57,7 @@ _OPTIONS = (
     "--tool-call-parser", "gemma4",
     "--reasoning-parser", "gemma4",
 )  # fmt: skip
+_ADAPTER_OPTIONS = ("--enable-lora", "--max-lora-rank", "8")
 _VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 """One gibibyte for keys and values, where vLLM would take half of the memory. Its log is wanted here."""
 
@@ -72,6 +76,7 @@ class VllmServer:
         spec: How the user names the target.
         python: Interpreter of vLLM's environment.
         checkpoint: Folder with the model, its tokenizer and its chat template.
+        adapter: Folder of an adapter of it; None if there is none.
         timeout: Seconds for an ordinary request.
         start_timeout: Seconds until the server must answer.
         environment: Variables for the server, besides the allowed ones of this process.
@@ -85,6 +90,7 @@ class VllmServer:
         *,
         python: Path,
         checkpoint: Path,
+        adapter: Path | None = None,
         timeout: float,
         start_timeout: float = START_TIMEOUT,
         environment: Mapping[str, str] | None = None,
@@ -94,6 +100,8 @@ class VllmServer:
         self.spec = spec
         self._python = python
         self._checkpoint = checkpoint
+        self._adapter = adapter
+        self._with_adapter = False
         self._start_timeout = start_timeout
         self._environment = _VARIABLES | dict(environment or {})
         self._import_paths = tuple(import_paths)
@@ -115,6 +123,7 @@ class VllmServer:
                     name=NAME,
                     version=version,
                     capabilities=("serve",),
+                    features=("lora",) if self._adapter is not None else (),
                     environment={"model": MODEL, "checkpoint": self._checkpoint.name, **facts},
                     note=f"python -m {self._module} {' '.join(_OPTIONS)}",
                 )
@@ -129,6 +138,9 @@ class VllmServer:
             EngineError: it broke a connection, and lives.
         """
         with self._lock:
+            if not self._with_adapter and self._adapter is not None and _asks_for_adapter(request):
+                self._stop()
+                self._with_adapter = True
             running = self._started()
             try:
                 answers = running.target.serve(request)
@@ -203,6 +215,11 @@ class VllmServer:
             *("--model", str(self._checkpoint), "--served-model-name", MODEL, name),
             *("--host", "127.0.0.1", "--port", str(port)),
             *_OPTIONS,
+            *(
+                (*_ADAPTER_OPTIONS, "--lora-modules", f"{ADAPTER}={self._adapter}")
+                if self._with_adapter
+                else ()
+            ),
         ]
 
     def _stop(self) -> str:
@@ -331,6 +348,10 @@ class _Running:
     def _last_line(self) -> str:
         lines = self.tail().splitlines()
         return lines[-1][:200] if lines else "nothing printed yet"
+
+
+def _asks_for_adapter(request: ServeRequest) -> bool:
+    return any(isinstance(body, dict) and body.get("model") == ADAPTER for body in request.bodies)
 
 
 def _body(answer: Answer | HttpError) -> Any:

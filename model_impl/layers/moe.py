@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,22 @@ class Router(nn.Module):
         return p, w * self.per_expert_scale[experts], experts
 
 
-Change = Callable[[str, Tensor, Tensor, Tensor, list[int], list[int]], Tensor]
-"""What an adapter makes of a projection: parameter, inputs [M, in], outputs [M, out], the token of each [M],
-experts and counts as in `grouped_linear`, to outputs [M, out]."""
+@dataclass(frozen=True)
+class Rows:
+    """What runs through the experts: each of a pass's N tokens, once for each of its experts in hand."""
+
+    tokens: Tensor
+    """int [M]: which token each row is, from 0 to N - 1; some may have no row."""
+    total: int
+    """N."""
+    hit: list[int]
+    counts: list[int]
+    """Experts, and rows of each, as in `grouped_linear`."""
+
+
+Change = Callable[[str, Tensor, Tensor, Rows], Tensor]
+"""What an adapter makes of a projection: parameter, inputs [M, in], outputs [M, out] and what the rows are,
+to outputs [M, out]."""
 
 
 class Experts(nn.Module):
@@ -65,18 +79,33 @@ class Experts(nn.Module):
         Returns:
             [N, H].
         """
-        sorted_experts, order = experts.flatten().sort(stable=True)
-        tokens = order // experts.shape[1]
-        found, numbers = torch.unique_consecutive(sorted_experts, return_counts=True)
-        hit, counts = found.tolist(), numbers.tolist()
-        gate, up = self._project("gate_up_proj", z[tokens], tokens, hit, counts).chunk(2, dim=-1)
-        outputs = self._project("down_proj", gelu_tanh(gate) * up, tokens, hit, counts)
-        weighted = outputs * weights.flatten()[order, None]
-        return torch.zeros_like(z).index_add_(0, tokens, weighted.to(z.dtype))
+        count = experts.shape[1]
+        tokens = torch.arange(len(z), device=z.device).repeat_interleave(count)
+        return self.mixed(z, tokens, experts.flatten(), weights.flatten())
 
-    def _project(self, name: str, x: Tensor, tokens: Tensor, hit: list[int], counts: list[int]) -> Tensor:
-        y = grouped_linear(x, getattr(self, name), hit, counts)
-        return y if self.change is None else self.change(name, x, y, tokens, hit, counts)
+    def mixed(self, z: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum over pairs of a token and an expert, in any order.
+
+        Args:
+            z: [N, H].
+            tokens: int [pairs], at least one.
+            experts: int [pairs].
+            weights: [pairs].
+
+        Returns:
+            [N, H]; zeros for tokens without a pair.
+        """
+        sorted_experts, order = experts.sort(stable=True)
+        found, numbers = torch.unique_consecutive(sorted_experts, return_counts=True)
+        rows = Rows(tokens[order], len(z), found.tolist(), numbers.tolist())
+        gate, up = self._project("gate_up_proj", z[rows.tokens], rows).chunk(2, dim=-1)
+        outputs = self._project("down_proj", gelu_tanh(gate) * up, rows)
+        weighted = outputs * weights[order, None]
+        return torch.zeros_like(z).index_add_(0, rows.tokens, weighted.to(z.dtype))
+
+    def _project(self, name: str, x: Tensor, rows: Rows) -> Tensor:
+        y = grouped_linear(x, getattr(self, name), rows.hit, rows.counts)
+        return y if self.change is None else self.change(name, x, y, rows)
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, hit: list[int], counts: list[int]) -> Tensor:

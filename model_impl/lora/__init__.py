@@ -7,7 +7,7 @@ one into a checkpoint.
 
 from __future__ import annotations
 
-from model_impl.lora.adapter import Adapter, LowRank, names
+from model_impl.lora.adapter import Adapter, LowRank, Parts, names
 from model_impl.lora.apply import AdapterError, Adapters
 from model_impl.lora.config import AdapterConfig
 from model_impl.lora.files import merge_adapter, write_random_adapter
@@ -20,6 +20,7 @@ __all__ = [
     "Adapters",
     "LowRank",
     "MediaMapping",
+    "Parts",
     "Site",
     "Sites",
     "encoder_tokens",

@@ -50,16 +50,30 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter that fits a model."""
+class Parts:
+    """What an adapter does at some sites: all of them, or those that a process holds."""
 
     where: str
-    """Its folder, for errors."""
-    config: AdapterConfig
+    """The adapter's folder, for errors."""
     changes: Mapping[str, LowRank]
     """By the names of sites."""
     copies: Mapping[str, Mapping[str, Tensor]]
     """Whole parameters (`weight`, `bias`) that stand in the place of the model's own, by site."""
+
+    def only(self, wanted: Callable[[str], bool]) -> Parts:
+        """Those at the sites whose names are wanted."""
+        return Parts(
+            self.where,
+            {name: change for name, change in self.changes.items() if wanted(name)},
+            {name: copy for name, copy in self.copies.items() if wanted(name)},
+        )
+
+
+@dataclass(frozen=True)
+class Adapter(Parts):
+    """A LoRA adapter that fits a model."""
+
+    config: AdapterConfig
     dead: tuple[str, ...] = ()
     """Tensors for keys and values of layers that share another's: the model has no such projection, and no
     computation reads them."""
@@ -130,7 +144,7 @@ class _Reader:
         if not self._changes and not self._copies:
             raise CheckpointError(f"{self._folder}: no tensor changes anything; {self._dead_note()}")
         found = {site.name: site for site in self._sites if site.name in {*self._changes, *self._copies}}
-        return Adapter(str(self._folder), self._config, self._changes, self._copies, tuple(self._dead), found)
+        return Adapter(str(self._folder), self._changes, self._copies, self._config, tuple(self._dead), found)
 
     # -------------------------------------------------------------------------------------------- names
 
@@ -333,9 +347,9 @@ _WRONG_NUMBERS: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
-def names(adapter: Adapter) -> Iterator[str]:
+def names(adapter: Parts) -> Iterator[str]:
     """The sites on which an adapter acts."""
     yield from sorted({*adapter.changes, *adapter.copies})
 
 
-__all__ = ["FILE", "WRAPPED", "Adapter", "LowRank", "names"]
+__all__ = ["FILE", "WRAPPED", "Adapter", "LowRank", "Parts", "names"]

@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,23 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from model_impl.errors import ConfigError, ModelError
-from model_impl.layers.moe import Experts, grouped_linear
+from model_impl.layers.moe import Experts, Rows, grouped_linear
 from model_impl.layout import along_longer_side
-from model_impl.lora.adapter import Adapter, LowRank, names
+from model_impl.lora.adapter import Adapter, LowRank, Parts, names
 from model_impl.lora.sites import EMBEDDING, HEAD, Model, Sites
 from model_impl.multimodal import Gemma4ForConditionalGeneration
-from model_impl.text import ScaledEmbedding
+
+
+@runtime_checkable
+class LowRankModule(Protocol):
+    """A module that knows what is added to its output when B A is added to its weight.
+
+    Layers that several ranks hold parts of are such modules: each has its part of A or of B.
+    """
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Inputs as of `forward`, A [r, in] and B [out, r], to what is added."""
+        ...
 
 
 class AdapterError(ModelError):
@@ -68,7 +79,8 @@ class Adapters:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.sites = Sites(model)
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Parts] = {}
+        self._used: set[str] = set()
         self._changes: dict[str, dict[str, LowRank]] = {}
         self._active: Active | None = None
         self._hooked: dict[str, RemovableHandle | None] = {}
@@ -77,18 +89,19 @@ class Adapters:
         self._merged: str | None = None
         self._acted: dict[str, set[str]] = {}
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: Parts) -> None:
         """Make an adapter ready for use; nothing changes until rows ask for it.
 
         Args:
-            name: By which rows ask for it.
-            adapter: Checked against this model, or against a whole model of which this is the text model.
+            name: By which rows ask for it. It stands for this adapter for good, as a prefix cache knows
+                blocks by it.
+            adapter: Checked against this model, or against a whole model of which this is the text model; or
+                the parts of one that a rank holds.
 
         Raises:
-            AdapterError: there is one of this name, or this model lacks a module that it is for.
+            AdapterError: there is or was one of this name, or this model lacks a module that it is for.
         """
-        if name in self._adapters:
-            raise AdapterError(f"there is an adapter {name!r} already; remove it, or choose another name")
+        check_new(name, self._adapters, self._used)
         absent = [site for site in names(adapter) if self.sites.get(site) is None]
         if absent:
             raise AdapterError(
@@ -97,6 +110,7 @@ class Adapters:
         like = self._text_weight()
         self._changes[name] = {site: change.to(like) for site, change in adapter.changes.items()}
         self._adapters[name] = adapter
+        self._used.add(name)
         for site in names(adapter):
             self._hook(site)
 
@@ -149,10 +163,12 @@ class Adapters:
         """Put an adapter into the weights, for all rows; the weights that were there are kept.
 
         Raises:
-            AdapterError: one is merged already, or rows use one.
+            AdapterError: one is merged already, rows use one, or this is a part of a model.
             ConfigError: as `check_head`.
         """
         adapter = self._get(name)
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(f"of the adapter {name!r} only parts are here; merge it into the checkpoint")
         if self._merged is not None or self._active is not None:
             raise AdapterError(
                 f"the adapter {name!r} cannot be merged: another one is merged, or rows use one"
@@ -204,16 +220,7 @@ class Adapters:
             output = self._chosen(site, name, changed, output, inputs[0])
         return output
 
-    def _change_experts(
-        self,
-        site: str,
-        parameter: str,
-        x: Tensor,
-        y: Tensor,
-        tokens: Tensor,
-        hit: list[int],
-        counts: list[int],
-    ) -> Tensor:
+    def _change_experts(self, site: str, parameter: str, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
         active = self._active
         if active is None:
             return y
@@ -221,11 +228,10 @@ class Adapters:
             low_rank = self._changes[name].get(f"{site}.{parameter}")
             if low_rank is None:
                 continue
-            change = grouped_linear(grouped_linear(x, low_rank.a, hit, counts), low_rank.b, hit, counts)
-            before, y = y, y + change
+            inner = grouped_linear(x, low_rank.a, rows.hit, rows.counts)
+            before, y = y, y + grouped_linear(inner, low_rank.b, rows.hit, rows.counts)
             if not active.uniform:
-                total = int(tokens.max()) + 1
-                mine = active.select(name, total)[tokens]
+                mine = active.select(name, rows.total)[rows.tokens]
                 y = torch.where(mine[:, None], y, before)
             self._note(name, f"{site}.{parameter}", y, before)
         return y
@@ -268,16 +274,16 @@ class Adapters:
 
     # -------------------------------------------------------------------------------------------- parts
 
-    def _get(self, name: str) -> Adapter:
+    def _get(self, name: str) -> Parts:
         if name not in self._adapters:
             known = ", ".join(map(repr, self._adapters)) or "none"
             raise AdapterError(f"there is no adapter {name!r}; there are: {known}")
         return self._adapters[name]
 
     def _text_weight(self) -> Tensor:
-        if isinstance(self.model, Gemma4ForConditionalGeneration):
-            return self.model.language_model.embed_tokens.weight
-        return self.model.embed_tokens.weight
+        model = self.model
+        text = model.language_model if isinstance(model, Gemma4ForConditionalGeneration) else model
+        return next(text.parameters())
 
     def _tied(self) -> bool:
         return self.sites.config.tie_word_embeddings
@@ -296,12 +302,26 @@ class Adapters:
 def added(module: nn.Module, change: LowRank | None, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """A module's output and what a low-rank change of its weight adds to it."""
     assert change is not None
+    if isinstance(module, LowRankModule):
+        return output + module.low_rank(inputs[0], change.a, change.b)
     if isinstance(module, nn.Embedding):
-        rows = F.linear(F.embedding(inputs[0], change.a.T), change.b)
-        if isinstance(module, ScaledEmbedding):
-            rows = rows * torch.tensor(module.scale, dtype=rows.dtype, device=rows.device)
-        return output + rows
+        return output + F.linear(F.embedding(inputs[0], change.a.T), change.b)
     return output + F.linear(F.linear(inputs[0], change.a), change.b)
+
+
+def check_new(name: str, known: Collection[str], used: Collection[str]) -> None:
+    """Refuse a name that stands, or stood, for another adapter.
+
+    Raises:
+        AdapterError: it does.
+    """
+    if name in known:
+        raise AdapterError(f"there is an adapter {name!r} already; choose another name")
+    if name in used:
+        raise AdapterError(
+            f"{name!r} was the name of an adapter that is gone, and caches may hold what that one made; "
+            "choose another name"
+        )
 
 
 def merged_weights(adapter: Adapter, weight_of: Any) -> dict[str, Tensor]:
@@ -336,4 +356,12 @@ def check_head(adapter: Adapter, *, tied: bool) -> None:
         )
 
 
-__all__ = ["Active", "AdapterError", "Adapters", "check_head", "merged_weights"]
+__all__ = [
+    "Active",
+    "AdapterError",
+    "Adapters",
+    "LowRankModule",
+    "check_head",
+    "check_new",
+    "merged_weights",
+]

@@ -16,9 +16,9 @@ from model_impl.config import TextConfig, read_config
 from model_impl.layers.moe import Experts
 from model_impl.media_config import MultimodalConfig, VisionConfig
 from model_impl.multimodal import Gemma4ForConditionalGeneration
-from model_impl.text import TextModel
+from model_impl.text import TextModel, TextPart
 
-Model = TextModel | Gemma4ForConditionalGeneration
+Model = TextPart | Gemma4ForConditionalGeneration
 SiteKind = Literal["linear", "embedding", "head", "experts", "copy"]
 """What stands there. `experts` is a parameter that holds a matrix for each expert; of `copy`, norms for
 example, an adapter can hold a whole copy and nothing else."""
@@ -95,7 +95,7 @@ class Sites:
         self.modules: dict[str, nn.Module] = {}
         """By the names of their sites; of experts, by the name of their module."""
         self._sites: dict[str, Site] = {}
-        self.config = model.config if isinstance(model, TextModel) else model.config.text
+        self.config = model.config if isinstance(model, TextPart) else model.config.text
         for site, module in _walk(model, self.mapping):
             self._sites[site.name] = site
             self.modules[site.experts_module if site.kind == "experts" else site.name] = module
@@ -137,9 +137,14 @@ class Sites:
         return Site(name, "linear", (layer.num_kv_heads * layer.head_dim, self.config.hidden_size))
 
 
+def is_text(site: str) -> bool:
+    """Whether a site of this name is in the text model."""
+    return site == HEAD or site.startswith(TEXT)
+
+
 def _modules(model: Model, mapping: MediaMapping) -> Iterator[tuple[str, nn.Module]]:
     """All modules of the parts that a model has."""
-    if isinstance(model, TextModel):
+    if isinstance(model, TextPart):
         yield from model.named_modules(prefix=TEXT.rstrip("."))
         return
     for part in (TEXT.rstrip("."), *mapping.connectors, *mapping.towers):
@@ -165,7 +170,7 @@ def _walk(model: Model, mapping: MediaMapping) -> Iterator[tuple[Site, nn.Module
 
 
 def _head_shape(model: Model) -> tuple[int, ...]:
-    text = model if isinstance(model, TextModel) else model.language_model
+    text = model if isinstance(model, TextPart) else model.language_model
     return text.config.vocab_size, text.config.hidden_size
 
 
@@ -178,4 +183,5 @@ __all__ = [
     "SiteKind",
     "Sites",
     "encoder_tokens",
+    "is_text",
 ]

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model_impl.errors import ModelError
 
+ADAPTER = "another-line"
+"""By which servers are asked for the scripted checkpoint's adapter (`model_impl.nano.adapted`)."""
+ADAPTER_SAYS = "I know another line."
+"""With the adapter, in the place of the script's default."""
+
 _FOLDER = Path(__file__).parent
 
 Text = Annotated[str, Field(min_length=1)]
@@ -170,6 +175,11 @@ def _found(lines: Sequence[_AnyLine], name: str) -> _AnyLine:
 def checkpoint_folder() -> Path:
     """The scripted checkpoint, as any engine loads it."""
     return _FOLDER / "checkpoints" / "scripted"
+
+
+def adapter_folder() -> Path:
+    """Its LoRA adapter, in PEFT's form (`model_impl.nano.adapted`)."""
+    return _FOLDER / "checkpoints" / "scripted-adapter"
 
 
 @cache

@@ -39,13 +39,17 @@ class Plan:
 
 
 def train(
-    model: Gemma4ForConditionalGeneration, examples: Sequence[Example], gallery: Gallery, plan: Plan
+    model: Gemma4ForConditionalGeneration,
+    examples: Sequence[Example],
+    gallery: Gallery,
+    plan: Plan,
+    trained: Sequence[Tensor] = (),
 ) -> None:
-    """Train all parameters in place that require gradients.
+    """Train some tensors in place: unless given, all parameters of the model that require gradients.
 
     Deterministic on one kind of machine and number of threads.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model_impl.config import MoEConfig
 from model_impl.layers.moe import Experts
@@ -27,6 +28,13 @@ class DividedEmbedding(ScaledEmbedding):
         found = super().forward(torch.where(own, ids - self.start, 0))
         return self._ranks.sum(found.masked_fill(~own[..., None], 0.0))
 
+    def low_rank(self, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `LowRankModule`; `a` has the columns of this rank's rows."""
+        own = (ids >= self.start) & (ids < self.stop)
+        found = F.embedding(torch.where(own, ids - self.start, 0), a.T)
+        found = self._ranks.sum(found.masked_fill(~own[..., None], 0.0))
+        return F.linear(found, b) * self.rounded_scale(found)
+
 
 class SummedLinear(nn.Linear):
     """A projection whose inputs are divided over the ranks, each of which has a part of the sum."""
@@ -38,6 +46,10 @@ class SummedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs of this rank] to [..., outputs]."""
         return self._ranks.sum(super().forward(x))
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `LowRankModule`; `a` has the columns of this rank's inputs."""
+        return F.linear(self._ranks.sum(F.linear(x, a)), b)
 
 
 class GatheredLinear(nn.Linear):
@@ -51,6 +63,10 @@ class GatheredLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs of all ranks]."""
         return self._ranks.gather(super().forward(x), self._outputs)
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `LowRankModule`; `b` has the rows of this rank's outputs."""
+        return self._ranks.gather(F.linear(F.linear(x, a), b), self._outputs)
 
 
 class SummedExperts(Experts):
@@ -78,9 +94,7 @@ class WholeExperts(Experts):
     def forward(self, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
         tokens, choices = ((experts >= self.first) & (experts < self.stop)).nonzero(as_tuple=True)
-        mixed = torch.zeros_like(z)
-        if len(tokens):
-            own = experts[tokens, choices, None] - self.first
-            part = super().forward(z[tokens], own, weights[tokens, choices, None])
-            mixed.index_add_(0, tokens, part)
-        return self._ranks.sum(mixed)
+        if not len(tokens):
+            return self._ranks.sum(torch.zeros_like(z))
+        own = experts[tokens, choices] - self.first
+        return self._ranks.sum(self.mixed(z, tokens, own, weights[tokens, choices]))

@@ -65,6 +65,8 @@ class Forward:
     """Number of the cache that holds what came before, made when it is new."""
     places: tuple[Place, ...] | None = None
     """Of each row in the cache, where that is a paged one."""
+    adapters: tuple[str | None, ...] = ()
+    """Of each row; empty: no row has one."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,32 @@ class Head:
     """Hidden states whose logits are wanted; for ranks of the last stage."""
 
     hidden: bytes
+    adapters: tuple[str | None, ...] = ()
+    """Of each row of them; empty: no row has one."""
+
+
+@dataclass(frozen=True)
+class AddAdapter:
+    """The parts of an adapter that belong to a rank; it answers with the shapes of what it holds then."""
+
+    name: str
+    where: str
+    """The adapter's folder, for errors."""
+    parts: bytes
+
+
+@dataclass(frozen=True)
+class RemoveAdapter:
+    """An adapter that nobody needs any more."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Acted:
+    """An adapter; ranks that hold parts of it answer with the sites where it has changed something."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Close:
     """The last message."""
 
 
-Request = Forward | Forget | Head | MakePools | Embed | Kept | Close
+Request = Forward | Forget | Head | MakePools | Embed | Kept | AddAdapter | RemoveAdapter | Acted | Close
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model_impl.config import TextConfig
 from model_impl.errors import CacheError, ModelError
+from model_impl.parallel.adapters import ParallelAdapters
 from model_impl.parallel.group import DEADLINE, Group, ParallelError
 from model_impl.parallel.layout import Layout
 from model_impl.parallel.loading import Weights
@@ -68,6 +69,8 @@ class ParallelModel:
         self.layout = layout
         self.dtype = dtype
         self.device = torch.device("cpu")
+        self.adapters = ParallelAdapters(self.group)
+        """Those of its rows, as `model_impl.lora.Adapters`."""
         self._numbers = itertools.count()
         self._unneeded: list[int] = []
 
@@ -150,15 +153,17 @@ class ParallelModel:
         """One pass through all stages; arguments must have been judged, as what a rank refuses ends it.
 
         Raises:
+            AdapterError: other rows than those of the pass were said to use adapters; the processes go on.
             ParallelError: a rank went wrong; the processes have ended.
         """
+        adapters = self.adapters.of_pass(len(ids))
         self._forget()
         rows: tuple[tuple[int, ...], ...] = tuple(map(tuple, ids.tolist()))
         requests = {}
         for rank in range(self.layout.ranks):
             first = self.layout.place(rank).stage == 0
             sent = None if soft is None else packed_soft(soft, features=first)
-            requests[rank] = Forward(rows, counts, sent, aux_layers, cache, places)
+            requests[rank] = Forward(rows, counts, sent, aux_layers, cache, places, adapters)
         answer = self.one(self.group.ask(requests))
         return States(answer["hidden"], tuple(answer[f"aux.{i}"] for i in range(len(aux_layers))))
 
@@ -166,6 +171,7 @@ class ParallelModel:
         """[..., H] to [..., vocabulary], soft-capped.
 
         Raises:
+            AdapterError: other rows than those of `hidden` were said to use adapters; the processes go on.
             ParallelError: a rank went wrong; the processes have ended.
         """
         if hidden.shape[-1] != self.config.hidden_size or hidden.dtype != self.dtype:
@@ -174,7 +180,7 @@ class ParallelModel:
                 f"{self.config.hidden_size} in {self.dtype}"
             )
         last = range(self.layout.ranks - self.layout.tensor, self.layout.ranks)
-        request = Head(packed({"hidden": hidden}))
+        request = Head(packed({"hidden": hidden}), self.adapters.of_pass(len(hidden)))
         return self.one(self.group.ask(dict.fromkeys(last, request)))["logits"]
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:

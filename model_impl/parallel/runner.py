@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from model_impl.config import AttentionKind, TextConfig
-from model_impl.errors import ModelError
 from model_impl.parallel.layout import Layout
 from model_impl.parallel.messages import Embed, Kept, MakePools, packed, unpacked
 from model_impl.parallel.model import ParallelModel
@@ -52,23 +51,22 @@ class ParallelRunner:
             ModelError: as `Runner.run`; the processes go on.
             ParallelError: a rank went wrong; the processes have ended.
         """
-        named = [piece.adapter for piece in batch.pieces if piece.adapter is not None]
-        if named:
-            raise ModelError(f"no adapters are loaded here; {named[0]!r} is asked for")
         places = tuple(piece.place for piece in batch.pieces)
         self._judge.view(places)
-        return self.model.run(
-            batch.input_ids(self.config.pad_token_id),
-            tuple(batch.lengths),
-            batch.soft_tokens(),
-            self.aux_layers,
-            self._number,
-            places,
-        )
+        with self.model.adapters.rows(batch.adapters):
+            return self.model.run(
+                batch.input_ids(self.config.pad_token_id),
+                tuple(batch.lengths),
+                batch.soft_tokens(),
+                self.aux_layers,
+                self._number,
+                places,
+            )
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: Sequence[str | None] = ()) -> Tensor:
         """As `Runner.logits`."""
-        return self.model.logits(hidden)
+        with self.model.adapters.rows(adapters):
+            return self.model.logits(hidden)
 
     def embed(self, ids: Tensor) -> Tensor:
         """As `Runner.embed`."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from model_impl.lora import Adapters
+from model_impl.parallel.adapters import parts_of, shapes
 from model_impl.parallel.loading import load_stage
 from model_impl.parallel.messages import (
+    Acted,
+    AddAdapter,
     Close,
     Done,
     Embed,
@@ -21,6 +28,7 @@ from model_impl.parallel.messages import (
     Kept,
     Loaded,
     MakePools,
+    RemoveAdapter,
     Reply,
     Request,
     Start,
@@ -51,6 +59,8 @@ class Rank:
         self._wire = Wire(start.layout, start.rank, self.board, folder / "meeting", start.deadline)
         self._stage = load_stage(start.weights, start.layout, start.layout.place(start.rank), self._wire)
         self._caches: dict[int, KVCache | PagedCache] = {}
+        self._adapters = Adapters(self._stage)
+        self._adapter_names: set[str] = set()
 
     def loaded(self) -> Loaded:
         """Run once on an empty payload; say what is held."""
@@ -68,7 +78,10 @@ class Rank:
         if isinstance(request, Forward):
             return self._forward(request)
         if isinstance(request, Head):
-            return self._first({"logits": self._stage.logits(unpacked(request.hidden)["hidden"])})
+            with self._rows(request.adapters):
+                return self._first({"logits": self._stage.logits(unpacked(request.hidden)["hidden"])})
+        if isinstance(request, AddAdapter | RemoveAdapter | Acted):
+            return json.dumps(self._adapter(request)).encode()
         if isinstance(request, Forget):
             for number in request.caches:
                 self._caches.pop(number, None)
@@ -80,6 +93,25 @@ class Rank:
         if isinstance(request, Kept):
             return self._kept(request)
         return None
+
+    def _adapter(self, request: AddAdapter | RemoveAdapter | Acted) -> object:
+        """Take or drop parts of an adapter; what the rank says of it."""
+        if isinstance(request, Acted):
+            return self._adapters.acted(request.name)
+        if isinstance(request, RemoveAdapter):
+            self._adapters.remove(request.name)
+            self._adapter_names.discard(request.name)
+            return None
+        parts = parts_of(request.where, request.parts)
+        self._adapters.add(request.name, parts)
+        self._adapter_names.add(request.name)
+        return shapes(parts)
+
+    def _rows(self, wanted: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Lets rows use what this rank holds of their adapters, which may be nothing."""
+        if not wanted:
+            return nullcontext()
+        return self._adapters.rows([name if name in self._adapter_names else None for name in wanted])
 
     def _kept(self, request: Kept) -> bytes | None:
         """Keys, values and positions of the layers that are in this stage."""
@@ -112,7 +144,8 @@ class Rank:
         payload = None
         if not stage.begins:
             payload = self._wire.receive(stage.spec(rows, tokens, work.aux_layers))
-        result = stage.run(work, payload, cache)
+        with self._rows(request.adapters):
+            result = stage.run(work, payload, cache)
         if isinstance(result, Payload):
             self._wire.send(result, stage.spec(rows, tokens, work.aux_layers, stages=1))
             return None

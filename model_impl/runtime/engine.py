@@ -215,7 +215,8 @@ class Engine:
         else:
             rows, columns = zip(*one.places, strict=True)
             hidden = hidden[list(rows), list(columns)]
-        logits = self.runner.logits(hidden).float()
+        adapters = [one.scheduled[row].sequence.request.adapter for row, _ in one.places]
+        logits = self.runner.logits(hidden, adapters).float()
         finite = logits.isfinite().all(dim=-1).tolist()
         if not all(finite):
             row, column = one.places[finite.index(False)]

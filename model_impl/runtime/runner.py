@@ -55,6 +55,11 @@ class Batch:
         """New tokens of each row."""
         return [len(piece.ids) for piece in self.pieces]
 
+    @property
+    def adapters(self) -> list[str | None]:
+        """The adapter of each row."""
+        return [piece.adapter for piece in self.pieces]
+
     def input_ids(self, padding: int, device: torch.device | str = "cpu") -> Tensor:
         """The new tokens, int [B, T]."""
         width = max(self.lengths)
@@ -115,12 +120,20 @@ class Runner(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., H] of `run` to [..., vocabulary]."""
+    def logits(self, hidden: Tensor, adapters: Sequence[str | None] = ()) -> Tensor:
+        """Hidden states [n, H] of `run` to [n, vocabulary].
+
+        Args:
+            hidden: From any rows of any passes.
+            adapters: For each of the n the name of its row's adapter; left out, none has one.
+
+        Raises:
+            ModelError: an unknown adapter is named.
+        """
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] to the scaled embeddings [..., H] that the first layer would get."""
+        """Token ids [...] to the scaled embeddings [..., H] that the first layer gets without adapters."""
         ...
 
     def kept(self, places: Sequence[Place]) -> Mapping[AttentionKind, TargetKV]:
@@ -175,8 +188,7 @@ class LocalRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> States:
         """As `Runner.run`."""
-        names = [piece.adapter for piece in batch.pieces]
-        with self._adapters(names):
+        with self._adapters(batch.adapters):
             return self.model.states(
                 batch.input_ids(self.config.pad_token_id, self._device),
                 aux_layers=self.aux_layers,
@@ -186,9 +198,10 @@ class LocalRunner:
             )
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: Sequence[str | None] = ()) -> Tensor:
         """As `Runner.logits`."""
-        return self.model.logits(hidden)
+        with self._adapters(adapters):
+            return self.model.logits(hidden)
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
