@@ -245,6 +245,19 @@ def _unweighted() -> Patch:
     return replace(proposer.AssistantProposer, "propose", propose)
 
 
+@draft("state-of-the-token-before", source=("S08",), module=proposer)
+def _state_before() -> Patch:
+    """An assistant reads the target's state of the token before the one that it should."""
+    original = proposer.AssistantProposer.propose
+
+    def propose(
+        self: proposer.AssistantProposer, states: States, grown: Sequence[Grown]
+    ) -> list[verify.Draft]:
+        return original(self, changed(states, hidden=states.hidden.roll(1, dims=1)), grown)
+
+    return replace(proposer.AssistantProposer, "propose", propose)
+
+
 @draft("accepted-without-looking", source=("spec 9.1",), module=verify)
 def _unlooked() -> Patch:
     """Of drawn drafts the first always stays."""
