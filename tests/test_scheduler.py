@@ -131,7 +131,7 @@ def test_who_gives_up_its_blocks_gives_up_its_part_of_the_budget() -> None:
 def test_an_engine_that_cannot_go_on_says_so() -> None:
     made = engine(MODELS["dense"])
     with (
-        mock.patch.object(made._scheduler, "schedule", lambda: []),
+        mock.patch.object(made._scheduler, "schedule", return_value=[]),
         pytest.raises(CacheError, match="none of 2 requests can go on"),
     ):
         made.run(asked(PROMPTS[:2], 3))

@@ -133,7 +133,7 @@ def _run(
     where = "--resume" if path.exists() else "--out"
     targets = tuple(word for target in plan.targets for word in ("-t", target))
     asked = ("run", *plan.arguments, "--quick", *targets, "--no-report", *circumstances.options)
-    job = Job(path.stem, (*asked, where, "{}"), path, plan.limit, circumstances.environment)
+    job = Job(path.stem, (*asked, where, "{}"), path, plan.limit, environment=circumstances.environment)
     (ended,) = LocalExecutor().run([job])
     variables = (f"{name}={value}" for name, value in circumstances.environment)
     nothing = CleanRun(
