@@ -17,7 +17,9 @@ from model_impl.layers import backends
 from model_impl.layers.backends import Mask
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
 from model_impl.runtime import masks
+from model_impl.runtime.cache import KVCache
 from model_impl.runtime.masks import NO_BLOCK, BlockMode, Blocks, visible
+from model_impl.runtime.paged import PagedView
 from model_impl.text import SoftTokens, TextModel
 
 faults = Collection("mask")
@@ -45,23 +47,62 @@ def _same_image(blocks: Tensor) -> Tensor:
 
 
 @mask("both-ways-in-full-layers", source=("spec 3.6",), module=text)
-def _in_full_layers() -> Patch:
+def _in_full_layers() -> tuple[Patch, ...]:
     """Full layers see images both ways too."""
 
     def both_ways(_self: TextModel, positions: Tensor, blocks: Tensor) -> Mask:
         return Mask(visible(positions, positions, None, Blocks(blocks, blocks)))
 
-    return _masks_of("full_attention", both_ways)
+    def of_cache(self: KVCache, _positions: Tensor) -> Tensor:
+        after = [length + count for length, count in zip(self.lengths, self._pending, strict=True)]
+        return self._slot_positions(max(after), None, after)
+
+    def of_view(self: PagedView, _positions: Tensor) -> Tensor:
+        return self._cache.slots("full_attention", self._places)[1]
+
+    def begins(original: Any, keys_of: Callable[[Any, Tensor], Tensor]) -> Any:
+        def begin(
+            self: Any, width: int, counts: Any, blocks: Tensor | None = None, mode: BlockMode = "clamp_past"
+        ) -> tuple[Tensor, dict[AttentionKind, Mask]]:
+            positions, found = original(self, width, counts, blocks, mode)
+            if blocks is not None:
+                keys = keys_of(self, positions)
+                column = keys - positions[:, :1]  # kept keys are in no block
+                own = blocks.gather(1, column.clamp(0, width - 1))
+                own = torch.where((column >= 0) & (column < width) & (keys >= 0), own, NO_BLOCK)
+                found["full_attention"] = Mask(visible(positions, keys, None, Blocks(blocks, own)))
+            return positions, found
+
+        return begin
+
+    return (
+        _masks_of("full_attention", both_ways),
+        replace(KVCache, "begin", begins(KVCache.begin, of_cache)),
+        replace(PagedView, "begin", begins(PagedView.begin, of_view)),
+    )
 
 
 @mask("images-seen-causally", source=("M05",), module=text)
-def _causally() -> Patch:
+def _causally() -> tuple[Patch, ...]:
     """Sliding layers see images causally, like text."""
 
     def causal(self: TextModel, positions: Tensor, _blocks: Tensor) -> Mask:
         return Mask(visible(positions, positions, self.config.sliding_window))
 
-    return _masks_of("sliding_attention", causal)
+    def begins(original: Any) -> Any:
+        def begin(
+            self: Any, width: int, counts: Any, blocks: Tensor | None = None, mode: BlockMode = "clamp_past"
+        ) -> tuple[Tensor, dict[AttentionKind, Mask]]:
+            found: tuple[Tensor, dict[AttentionKind, Mask]] = original(self, width, counts, None, mode)
+            return found
+
+        return begin
+
+    return (
+        _masks_of("sliding_attention", causal),
+        replace(KVCache, "begin", begins(KVCache.begin)),
+        replace(PagedView, "begin", begins(PagedView.begin)),
+    )
 
 
 @mask("guard-in-full-layers", source=("vllm-project/vllm#40534",), module=text)
