@@ -23,6 +23,7 @@ from tests import run_fixtures as fixtures
 from tests.conftest import Run
 from tests.test_cli import validated
 
+AT = "2026-11-22T02:00:00+00:00"
 TODAY = Basis(sources="s", cases="c", fault="f")
 QUICK = ("parser/reasoning::label-dropped", "template/turns::one-user-turn")
 
@@ -38,7 +39,7 @@ def catch(
 
 
 def outcome(fault: str, *caught: Catch, earlier: FaultRecord | None = None) -> FaultRecord:
-    found = Found(fault=fault, basis=TODAY, cases=9, seconds=1.0, caught=caught)
+    found = Found(fault=fault, basis=TODAY, cases=9, seconds=1.0, at=AT, commit="c1", caught=caught)
     return recorded(registry()[fault], found, TODAY, earlier)
 
 
@@ -48,6 +49,7 @@ def outcome(fault: str, *caught: Catch, earlier: FaultRecord | None = None) -> F
 def test_the_lowest_level_that_notices_decides_where_a_fault_is() -> None:
     found = outcome("label-kept", catch(), catch("generation", "generation"), catch("parity", "text-model"))
     assert found.last.level == "unit"
+    assert (found.last.at, found.last.commit) == (AT, "c1")
     assert found.last.levels == {"unit": 1, "layer": 1, "model": 1}
     assert found.last.kinds == {"generation": 1, "parity": 1, "parser": 1}
     assert found.last.localised
@@ -186,7 +188,13 @@ class Processes:
             if job.name not in self.dead:
                 fault = registry()[job.name]
                 found = Found(
-                    fault=fault.id, basis=TODAY, cases=2, seconds=1.0, caught=(catch(fault.kind, fault.area),)
+                    fault=fault.id,
+                    basis=TODAY,
+                    cases=2,
+                    seconds=1.0,
+                    at=AT,
+                    commit="c1",
+                    caught=(catch(fault.kind, fault.area),),
                 )
                 job.run_file.parent.mkdir(parents=True, exist_ok=True)
                 job.run_file.write_text(found.model_dump_json())
@@ -263,7 +271,7 @@ def test_only_cases_that_passed_as_they_are_now_count() -> None:
 def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
     """Two real faults and one that these cases cannot notice, in processes, then checked and shown."""
     common = ["--fault", "label-kept", "--fault", "no-soft-cap"]
-    done = run_conformance("faults", "measure", QUICK[0], *common, "--out", "f.json", "-n", 2, "--json")
+    done = run_conformance("faults", "measure", QUICK[0], *common, "--out", "f.json", "--json")
     assert done.returncode == 1, done.stderr
     rows = {row["fault"]: row for row in validated("faults-measure", done)["faults"]}
     assert rows["label-kept"]["last"]["detected"]

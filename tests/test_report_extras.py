@@ -24,6 +24,7 @@ from tests.conftest import Run as Command
 from tests.test_report import Pages, text_of
 from tests.test_report_matrix import GOOD, HOSTILE, cell_run
 
+AT = "2026-11-22T02:00:00+00:00"
 BASIS = Basis(sources="s", cases="c", fault="f")
 
 
@@ -35,7 +36,7 @@ def found(fault: str, run: Run, *, area: str, cases: int, verdict: Verdict = "fa
         Catch(case=address, kind=kind, area=area, verdict=verdict, rules=("expected",))
         for address in addresses
     )
-    result = Found(fault=fault, basis=BASIS, cases=99, seconds=1.0, caught=caught)
+    result = Found(fault=fault, basis=BASIS, cases=99, seconds=1.0, at=AT, commit="c1", caught=caught)
     return recorded(registry()[fault], result, BASIS, None)
 
 

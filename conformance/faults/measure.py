@@ -53,6 +53,9 @@ class Found(Record):
     basis: Basis
     cases: int
     seconds: float
+    at: str
+    """When it ended; ISO 8601, UTC."""
+    commit: str | None
     caught: tuple[Catch, ...]
 
 
@@ -163,6 +166,8 @@ def look_for(fault: Fault, cases: Sequence[LoadedCase], counted: Sequence[Loaded
         basis=basis(fault, cases),
         cases=len(counted),
         seconds=round(time.monotonic() - started, 1),
+        at=_now(),
+        commit=fingerprint.git_commit(),
         caught=tuple(caught),
     )
 
@@ -223,8 +228,8 @@ def recorded(
     pointing = [c for c in noticed if LEVEL_OF_KIND[c.kind] == lowest and points_at(fault, c)]
     judged = any(c.verdict == "fail" and set(c.rules) - {"raised"} for c in caught)
     outcome = Outcome(
-        at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        commit=fingerprint.git_commit(),
+        at=found.at if found is not None else _now(),
+        commit=found.commit if found is not None else fingerprint.git_commit(),
         basis=today,
         cases=found.cases if found is not None else 0,
         seconds=found.seconds if found is not None else 0.0,
@@ -256,6 +261,10 @@ def recorded(
         crashed=tuple(catch.case for catch in caught if catch not in noticed),
         pointing=tuple(catch.case for catch in pointing),
     )
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def points_at(fault: Fault, catch: Catch) -> bool:
