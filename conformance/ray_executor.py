@@ -62,8 +62,9 @@ def _run_cell(job: Job, files: _Files) -> tuple[Ended, bytes | None]:
         if files.run_file is not None:
             here.run_file.write_bytes(files.run_file)
         if job.matrix is not None and files.matrix is not None:
-            here = replace(here, matrix=Path(folder) / "matrix.yaml")
-            here.matrix.write_bytes(files.matrix)
+            matrix = Path(folder) / "matrix.yaml"
+            matrix.write_bytes(files.matrix)
+            here = replace(here, matrix=matrix)
         ended = run_process(here)
         content = here.run_file.read_bytes() if here.run_file.exists() else None
         if content is not None and job.matrix is not None:
