@@ -176,7 +176,7 @@ def _one_behind() -> Patch:
 
 @draft("positions-of-a-head-begin-anew", source=("S11",), module=proposer)
 def _anew() -> Patch:
-    """A draft head counts positions from the beginning of each pass, so that a prefix that is found is lost."""
+    """A draft head counts positions from the beginning of each pass, so that a found prefix is lost to it."""
     return replace(proposer, "draft_position", lambda _position: 0)
 
 
