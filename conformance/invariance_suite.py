@@ -184,7 +184,6 @@ class InvarianceCase(CaseBase):
         ignored = {
             "given": any(way.given != "together" for way in ways),
             "repeat": any(way.repeat > 1 for way in ways),
-            "finds": self.finds,
             "max_new_tokens": "max_new_tokens" in self.model_fields_set,
             "factor": "factor" in self.model_fields_set,
             "stops": isinstance(self.prompts, DrawnPrompts) and self.prompts.stops > 0,

@@ -444,7 +444,6 @@ def test_what_a_target_cannot_do_is_skipped(
         ({"sampling": {"top_k": 20}}, "needs a `top_k` of 2 to 8"),
         ({"sampling": {"top_k": 4}, "change": {"given": "alone"}}, "`given` would be ignored"),
         ({"sampling": {"top_k": 4}, "base": {"repeat": 2}, "change": {"threads": 2}}, "`repeat` would be"),
-        ({"sampling": {"top_k": 4}, "change": {"prefix_cache": True}, "finds": True}, "`finds` would be"),
         ({"sampling": {"top_k": 4}, "max_new_tokens": 20}, "`max_new_tokens` would be"),
         ({"sampling": {"top_k": 4}, "factor": 5}, "`factor` would be"),
         ({"sampling": {"top_k": 4}, "prompts": {"stops": 3}}, "`stops` would be"),

@@ -135,6 +135,12 @@ def test_the_interval_of_a_rounds_length_is_by_prompt() -> None:
     assert acceptance.length([]) is None
 
 
+def test_draws_are_looked_through_for_hits_in_the_prefix_cache(oracles: Oracles) -> None:
+    fields = DRAWN | {"change": {"prefix_cache": True}, "finds": True}
+    assert rules(judged(Engine(cached=0), oracles, **fields)) == ["no-hits"]
+    assert judged(Engine(cached=4), oracles, **fields).evidence.got["cached_tokens"] == 40_000
+
+
 def test_no_interval_is_worked_out_that_nobody_judges(
     oracles: Oracles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

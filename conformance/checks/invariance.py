@@ -323,6 +323,7 @@ class _Pair:
                     f"which the likeliest token has {drawing.SHIFT:g} less"
                 )
                 return self._outcome("error", reason=reason)
+        problems += self._cache_problems(answers)
         problems += self._acceptance_of_draws(answers)
         return self._outcome("fail" if problems else "pass", problems)
 

@@ -174,6 +174,22 @@ def _one_behind() -> Patch:
     return replace(proposer, "next_ids", own)
 
 
+@draft("positions-of-a-head-begin-anew", source=("S11",), module=proposer)
+def _anew() -> Patch:
+    """A draft head counts positions from the beginning of each pass, so that a found prefix is lost to it."""
+    return replace(proposer, "draft_position", lambda _position: 0)
+
+
+@draft("assistant-drafts-from-where-the-pass-began", source=("S11",), module=proposer)
+def _where_it_began() -> Patch:
+    """An assistant drafts from the position of the pass's first token, not of the newest one."""
+
+    def began(grown: Grown) -> int:
+        return grown.start
+
+    return replace(proposer, "assistant_position", began)
+
+
 @draft("last-block-kept-with-eagle", source=("S11",), module=prefix)
 def _last_block() -> Patch:
     """With a draft head, a prefix is found with its last block, whose last place read another token."""
