@@ -91,7 +91,7 @@ class PagedEngine:
         self._spread = spread(request)
         step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
         self._runner = self._make_runner(
-            _sizes(reader.text.config, size, sequences, longest + drafted, max(step, 1 + drafted) + drafted)
+            _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted)
         )
         self._engine = Engine(
             self._runner,

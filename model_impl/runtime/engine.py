@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model_impl.config import AttentionKind
+from model_impl.errors import CacheError
 from model_impl.runtime.generate import FinishReason
 from model_impl.runtime.masks import NO_BLOCK
 from model_impl.runtime.prefix import BlockTables, Content
@@ -173,8 +174,14 @@ class Engine:
         Raises:
             GenerationError: the logits of a request are not finite. It is named, and no request has moved, so
                 that the others go on once it is aborted.
+            CacheError: no request has blocks to go on; a fault of the scheduler, which would not pass.
         """
         scheduled = self._scheduler.schedule()
+        if self._sequences and not scheduled:
+            raise CacheError(
+                f"none of {len(self._sequences)} requests can go on, though each was found to fit; abort "
+                "some, or give more blocks"
+            )
         generating = [one for one in scheduled if len(one.fed) <= 1 + self._drafts]
         prompts = [one for one in scheduled if len(one.fed) > 1 + self._drafts]
         passes = [_Pass(part, self._run(part)) for part in (generating, prompts) if part]

@@ -112,8 +112,9 @@ class Scheduler:
             CacheError: it would lack blocks even if it were alone.
         """
         longest = max((stop - start for start, stop in sequence.content.spans), default=0)
-        span = max(min(self._max_tokens, sequence.limit), longest, 1 + drafts) + self._lookahead
-        self.blocks.check_fits(sequence.limit, span)
+        # A sequence that is computed again feeds its drafted tokens behind the last piece.
+        span = max(self._max_tokens, longest) + drafts + self._lookahead
+        self.blocks.check_fits(sequence.limit, min(span, sequence.limit))
         self.waiting.append(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
@@ -125,12 +126,14 @@ class Scheduler:
         self._give_back(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's tokens; nothing if there is no sequence."""
+        """The next step's tokens; nothing if there is no sequence.
+
+        At least one goes on: `add` made sure that the oldest has blocks where all others give theirs up.
+        """
         budget = self._max_tokens
         chosen: list[Scheduled] = []
         generating = [sequence for sequence in self.running if len(sequence.ids) - sequence.computed == 1]
         prompts = [sequence for sequence in self.running if sequence not in generating]
-        budget -= sum(1 + len(sequence.draft.ids) for sequence in generating)
         waited = len(self.waiting)
         for sequence in [*generating, *prompts]:
             # Some may have given up their blocks to one before them.
@@ -138,8 +141,7 @@ class Scheduler:
             if piece is None or not self._make_room(piece, chosen):
                 continue
             chosen.append(piece)
-            if sequence in prompts:
-                budget -= piece.stop - piece.start
+            budget -= len(piece.fed)
         if len(self.waiting) > waited:
             # Blocks are scarce; what was just given up would only be taken again.
             return chosen
@@ -148,7 +150,7 @@ class Scheduler:
             if piece is None:
                 break
             chosen.append(piece)
-            budget -= piece.stop - piece.start
+            budget -= len(piece.fed)
         return chosen
 
     def _piece(self, sequence: SequenceState, budget: int) -> Scheduled | None:
