@@ -20,6 +20,7 @@ from model_impl.runtime.generate import generate
 from model_impl.runtime.request import Request
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import GenerationError, Sampling
+from model_impl.runtime.scheduler import SequenceState
 from model_impl.speculative import proposer as proposers
 from model_impl.speculative.eagle3 import Eagle3
 from model_impl.speculative.proposer import Eagle3Proposer, Grown
@@ -195,6 +196,25 @@ def test_what_is_drafted_does_not_depend_on_chunks_company_or_the_cache(name: st
             assert [result.acceptance for result in found] == [result.acceptance for result in base]
     alone = [engine(MODELS[name], drafter=drafter).run([request])[0] for request in requests]
     assert [result.acceptance for result in alone] == [result.acceptance for result in base]
+
+
+@pytest.mark.parametrize("drafter", ["eagle3", "assistant"])
+def test_a_draft_outlives_preemption_and_a_prompt_in_pieces(drafter: str) -> None:
+    requests = asked(PROMPTS, STEPS, sampling=WARM)
+    base = engine(MODELS["dense"], drafter=drafter).run(requests)
+    made = engine(MODELS["dense"], drafter=drafter, blocks=11, tokens=7, prefix_caching=0)
+    real = made._scheduler._preempt
+    pending: list[tuple[int, Draft]] = []
+
+    def spy(sequence: SequenceState) -> None:
+        pending.append((len(sequence.ids), sequence.draft))
+        real(sequence)
+
+    with mock.patch.object(made._scheduler, "_preempt", spy):
+        found = made.run(requests)
+    assert any(draft.ids for length, draft in pending if length > 7), "none had a draft and several pieces"
+    assert said(found) == said(base)
+    assert [result.acceptance for result in found] == [result.acceptance for result in base]
 
 
 @pytest.mark.parametrize("keeps_cache", [False, True])

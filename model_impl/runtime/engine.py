@@ -245,7 +245,8 @@ class Engine:
                 if scheduled.drafted:
                     sequence.acceptance += Acceptance((len(scheduled.drafted),), (len(tokens) - 1,))
                 outputs += self._take(sequence, tokens, logits[one.giving[sequence.number]])
-            sequence.draft = Draft()
+                # What is computed again in several pieces keeps its draft until it has been judged.
+                sequence.draft = Draft()
             # The newest token has not been fed; what was fed behind those that stay does not count.
             sequence.computed = len(sequence.ids) - 1 if tokens else scheduled.stop
             assert sequence.held is not None
@@ -303,7 +304,8 @@ class Engine:
             )
         drafts = self._proposer.propose(one.states, grown)
         for scheduled, draft in zip(one.scheduled, drafts, strict=True):
-            scheduled.sequence.draft = draft
+            if scheduled.gives_token:
+                scheduled.sequence.draft = draft
 
     def _checked(self, request: Request) -> list[int]:
         """The prompt as a list of ints, if the request fits the model."""
