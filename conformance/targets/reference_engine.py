@@ -156,9 +156,9 @@ class PagedEngine:
         engine, speculation = self._engine, self._options.speculation
         return {
             **self._reader.effective(),
+            "threads": str(torch.get_num_threads()),
             **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[1],
-            "threads": str(torch.get_num_threads()),
             "prefill_chunk": str(engine.config.max_tokens_per_step),
             "prefix_cache": "on" if engine.blocks.caching else "off",
             "block_size": str(self._runner.sizes.block_size["full_attention"]),

@@ -205,9 +205,9 @@ class _Contiguous:
         chunk = self._options.prefill_chunk
         return {
             **self._reader.effective(),
+            "threads": str(torch.get_num_threads()),
             **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[0],
-            "threads": str(torch.get_num_threads()),
             **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
             "adapter": reference_lora.summary(self._adapters, self._wanted),
         }
