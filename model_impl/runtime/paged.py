@@ -145,8 +145,8 @@ class PagedCache:
     def slots(self, kind: AttentionKind, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
         """Slots and positions of all keys that the rows read, new ones included, both int [B, S].
 
-        A slot is block * block_size + offset. Where a row has fewer keys, its position is -1 and its slot that
-        of its own first key: masks take away what a key weighs, but not NaN, which would come from others.
+        A slot is block * block_size + offset. Where a row has fewer keys, its position is -1 and its
+        slot that of its own first key: masks take away what a key weighs, but not NaN of another row.
         """
         size = self.sizes.block_size[kind]
         window = self.config.sliding_window if kind == "sliding_attention" else None
