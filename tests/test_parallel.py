@@ -149,6 +149,16 @@ def test_bad_requests_are_refused_and_ranks_go_on(pair: tuple[TextModel, Paralle
     assert several.generate([[2]], max_new_tokens=1)[0].ids
 
 
+def test_a_cache_of_another_model_is_refused(folder: Folder) -> None:
+    path = folder("dense")
+    with ParallelModel(path, Layout(2)) as one, ParallelModel(path, Layout(2)) as other:
+        cache = one.new_cache(1)
+        assert cache.number == other.new_cache(1).number  # type: ignore[attr-defined]
+        with pytest.raises(CacheError, match="not of these processes"):
+            other.states(random_ids(1, 3), cache=cache)
+        assert one.states(random_ids(1, 3), cache=cache).hidden.shape == (1, 3, 48)
+
+
 # ---------------------------------------------------------------------------- for an engine
 
 
