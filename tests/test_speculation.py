@@ -280,7 +280,7 @@ def test_a_head_sees_each_state_once_beside_the_next_token(tokens: int) -> None:
     """Drafts of the engine are those of one pass of the head over all that came before."""
     model = MODELS["dense"]
     made = engine(model, drafter="eagle3", tokens=tokens)
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, Eagle3Proposer)
     seen: list[tuple[list[int], Draft]] = []
     real = Eagle3Proposer.propose
@@ -317,7 +317,7 @@ def test_an_assistant_reads_what_the_target_has_computed() -> None:
     """One step by hand, from a pass without any cache."""
     model = MODELS["e2b"]
     made = engine(model, drafter="assistant", draft_tokens=1)
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, proposers.AssistantProposer)
     calls: list[tuple[Tensor, ...]] = []
     real = drafter.assistant.forward
@@ -352,7 +352,7 @@ def test_acceptance_counts_the_target_s_own_token() -> None:
 def test_tokens_that_are_suppressed_are_not_drafted() -> None:
     suppressed = Sampling(temperature=1.0, suppress=tuple(range(0, 96, 2)))
     made = engine(MODELS["dense"], drafter="eagle3")
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, Eagle3Proposer)
     found = made.run(asked(PROMPTS, STEPS, sampling=suppressed))
     assert all(token % 2 for row in said(found) for token in row)

@@ -90,19 +90,24 @@ class PagedEngine:
         drafted = options.speculation.tokens if options.speculation is not None else 0
         self._spread = spread(request)
         step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
-        self._runner = self._make_runner(
-            _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted)
-        )
-        self._engine = Engine(
-            self._runner,
-            EngineConfig(
-                max_tokens_per_step=options.prefill_chunk or EngineConfig.max_tokens_per_step,
-                max_sequences=sequences,
-                prefix_caching=bool(options.prefix_cache),
-                draft_tokens=max(1, drafted),
-            ),
-            self._proposer(),
-        )
+        try:
+            self._runner = self._make_runner(
+                _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted)
+            )
+            self._engine = Engine(
+                self._runner,
+                EngineConfig(
+                    max_tokens_per_step=options.prefill_chunk or EngineConfig.max_tokens_per_step,
+                    max_sequences=sequences,
+                    prefix_caching=bool(options.prefix_cache),
+                    draft_tokens=max(1, drafted),
+                ),
+                self._proposer(),
+            )
+        except BaseException:
+            if self._spread is not None:
+                self._spread.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +158,7 @@ class PagedEngine:
 
     def effective(self) -> dict[str, str]:
         """What runs."""
-        engine, speculation = self._engine, self._options.speculation
+        engine = self._engine
         return {
             **self._reader.effective(),
             "threads": str(torch.get_num_threads()),
@@ -163,7 +168,7 @@ class PagedEngine:
             "prefix_cache": "on" if engine.blocks.caching else "off",
             "block_size": str(self._runner.sizes.block_size["full_attention"]),
             "max_sequences": str(engine.config.max_sequences),
-            "speculation": speculation.method if speculation is not None else "none",
+            "speculation": _method(engine.proposer),
         }
 
     def adapted(self) -> dict[str, tuple[str, ...]]:
@@ -186,10 +191,19 @@ class PagedEngine:
         if speculation is None:
             return None
         folder, dtype = Path(speculation.checkpoint), DTYPES[self._options.dtype]
+        attention = self._options.attention
         if speculation.method == "assistant":
-            return AssistantProposer(load_assistant(folder, dtype=dtype), self._runner)
+            return AssistantProposer(load_assistant(folder, dtype=dtype, attention=attention), self._runner)
         layers = len(self._runner.config.layers)
-        return Eagle3Proposer(load_eagle3(folder, target_layers=layers, dtype=dtype), self._runner)
+        head = load_eagle3(folder, target_layers=layers, dtype=dtype, attention=attention)
+        return Eagle3Proposer(head, self._runner)
+
+
+def _method(proposer: Proposer | None) -> str:
+    """What drafts, as requests name it."""
+    if isinstance(proposer, Eagle3Proposer):
+        return "eagle3"
+    return "none" if proposer is None else "assistant"
 
 
 def _sizes(config: TextConfig, size: int, sequences: int, longest: int, step: int) -> CacheSizes:

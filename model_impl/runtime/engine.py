@@ -72,7 +72,8 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.config = config or EngineConfig()
-        self._proposer = proposer
+        self.proposer = proposer
+        """The draft model, if there is one."""
         if proposer is not None and proposer.aux_layers and proposer.aux_layers != runner.aux_layers:
             raise GenerationError(
                 f"the draft model reads states after {list(proposer.aux_layers)} layers, the runner gives "
@@ -283,7 +284,7 @@ class Engine:
 
         It is told of sequences that have ended too, as their blocks may be found again.
         """
-        if self._proposer is None:
+        if self.proposer is None:
             return
         grown = []
         for scheduled in one.scheduled:
@@ -302,7 +303,7 @@ class Engine:
                     source=sequence.draft_source,
                 )
             )
-        drafts = self._proposer.propose(one.states, grown)
+        drafts = self.proposer.propose(one.states, grown)
         for scheduled, draft in zip(one.scheduled, drafts, strict=True):
             if scheduled.gives_token:
                 scheduled.sequence.draft = draft
