@@ -242,12 +242,24 @@ def test_perfect_drafts_all_stay(drafts: int, keeps_cache: bool) -> None:
 def test_a_stop_token_among_drafted_ones_ends_the_request() -> None:
     model = MODELS["dense"]
     free = generate(model, PROMPTS, max_new_tokens=15)
-    stop = frozenset({free[2].ids[4]})
+    # A round drafts three tokens and gives four, behind the first that comes from the prompt.
+    row, place = next(
+        (row, place)
+        for row, made in enumerate(free)
+        for place in (6, 5, 2, 1)
+        if made.ids[place] not in made.ids[:place]
+    )
+    stop = frozenset({free[row].ids[place]})
     expected = generate(model, PROMPTS, max_new_tokens=15, stop_ids=stop)
     known = {tuple(prompt): row.ids for prompt, row in zip(PROMPTS, free, strict=True)}
     made = Engine(LocalRunner(model, sizes()), engine(model).config, Knowing(known))
-    assert_same(made.run(asked(PROMPTS, 15, stop_ids=stop)), expected)
+    found = made.run(asked(PROMPTS, 15, stop_ids=stop))
+    assert_same(found, expected)
     assert unused(made) == [80, 80]
+    # What was drafted behind the stop token does not count as staying.
+    assert len(found[row].ids) == place + 1
+    rounds, rest = divmod(place - 1, 4)
+    assert found[row].acceptance.accepted == (*[3] * rounds, rest + 1)
 
 
 @pytest.mark.parametrize("drafter", ["eagle3", "assistant"])
