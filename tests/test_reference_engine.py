@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ import torch
 from conformance.targets.generation import EngineOptions, Speculation
 from conformance.targets.protocol import GenerateRequest
 from conformance.targets.reference_engine import PagedEngine
-from conformance.targets.reference_generate import running
+from conformance.targets.reference_generate import _Measured, running
 from conformance.targets.reference_reader import Reader
 from model_impl.errors import ConfigError
 from model_impl.random_weights import write_checkpoint
+from model_impl.runtime import generate as runtime
+from model_impl.runtime.masks import NO_BLOCK
 from model_impl.speculative.proposer import AssistantProposer, Eagle3Proposer
+from model_impl.text import SoftTokens
 from tests.draft_models import (
     assistant_on_meta,
     eagle3_on_meta,
@@ -69,6 +73,32 @@ def test_a_draft_model_runs_with_the_attention_that_is_asked_for_and_is_told(
         assert engine.effective()["speculation"] == method
         engine._engine.proposer = None
         assert engine.effective()["speculation"] == "none"
+
+
+def test_a_chunk_that_passes_did_not_keep_to_is_not_told(folder: Path) -> None:
+    request = asked(folder, prefill_chunk=4)
+    reader = Reader(Path(request.checkpoint), "float32", None)
+
+    def said() -> str:
+        with running(request, reader) as engine:
+            engine.answers(request)
+            return engine.effective()["prefill_chunk"]
+
+    assert said() == "4"
+    real = runtime.stream
+    with mock.patch.object(runtime, "stream", lambda *a, **k: real(*a, **(k | {"prefill_chunk": None}))):
+        assert said() == "9"
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(3, 3), (2, 7), (5, 7)])
+def test_an_image_may_end_behind_a_chunk(chunk: int, most: int) -> None:
+    where = torch.tensor([[False, False, True, True, True, False, False]])
+    soft = SoftTokens(where, torch.zeros(3, 8), torch.where(where, 0, NO_BLOCK))
+    model = mock.Mock()
+    made = _Measured(model, chunk)
+    made(torch.zeros(1, 7), soft=soft)
+    assert made.most == most
+    assert model.call_count == 1
 
 
 @pytest.mark.parametrize("cache", ["paged", "contiguous"])
