@@ -256,6 +256,23 @@ def test_a_paged_cache_in_any_order_of_blocks_is_one_pass(attention: str) -> Non
         assert distance(torch.cat(found[row]), torch.cat([whole.hidden, *whole.aux], dim=-1)[0]) < 2e-5
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex"])
+def test_nonsense_in_the_cache_stays_with_its_own_row(attention: str) -> None:
+    model = build(DENSE, attention=attention)
+    ids = [random_ids(1, length, length)[0].tolist() for length in (2 * WINDOW, 5)]
+    tables = [{kind: tuple(range(8 * row, 8 * row + 8)) for kind in (FULL, SLIDING)} for row in (0, 1)]
+    soft = images_at(len(ids[0]), (0, 1))
+    # The first row has blocks 0, and is longer, so that the second one's keys are padded.
+    for features in (soft.features, soft.features * float("nan")):
+        runner = LocalRunner(model, sizes(20))
+        pieces = Piece(tuple(ids[0]), 0, tables[0], replace(soft, features=features))
+        states = runner.run(Batch((pieces, Piece(tuple(ids[1]), 0, tables[1]))))
+        more = runner.run(Batch((Piece((7,), len(ids[0]), tables[0]), Piece((8,), len(ids[1]), tables[1]))))
+        assert bool(states.hidden[0].isnan().any()) == bool(features.isnan().any())
+        alone = model(torch.tensor([[*ids[1], 8]]))[0]
+        assert distance(torch.cat([states.hidden[1, : len(ids[1])], more.hidden[1, :1]]), alone) < 2e-5
+
+
 def test_what_a_runner_keeps_is_what_a_draft_model_may_read() -> None:
     model = MODELS["e2b"]
     runner = LocalRunner(model, sizes(20))

@@ -149,6 +149,16 @@ def test_bad_requests_are_refused_and_ranks_go_on(pair: tuple[TextModel, Paralle
     assert several.generate([[2]], max_new_tokens=1)[0].ids
 
 
+def test_a_cache_of_another_model_is_refused(folder: Folder) -> None:
+    path = folder("dense")
+    with ParallelModel(path, Layout(2)) as one, ParallelModel(path, Layout(2)) as other:
+        cache = one.new_cache(1)
+        assert cache.number == other.new_cache(1).number  # type: ignore[attr-defined]
+        with pytest.raises(CacheError, match="not of these processes"):
+            other.states(random_ids(1, 3), cache=cache)
+        assert one.states(random_ids(1, 3), cache=cache).hidden.shape == (1, 3, 48)
+
+
 # ---------------------------------------------------------------------------- for an engine
 
 
@@ -212,6 +222,8 @@ def test_a_killed_rank_is_named_and_nothing_is_left(
     victim = model.group.process_ids[1]
     if when == "idle":
         os.kill(victim, signal.SIGKILL)
+        # The others end too, though nobody asks for anything.
+        assert not survivors(mark)
     else:
         threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
     started = time.monotonic()
@@ -232,6 +244,32 @@ def test_a_hanging_rank_is_named_and_not_those_that_wait_for_it(folder: Folder) 
         model.generate([[2, 3]], max_new_tokens=4)
     assert "rank 2" not in str(caught.value)
     assert not any(Path(f"/proc/{pid}").exists() for pid in model.group.process_ids)
+
+
+@pytest.mark.parametrize("way", ["sent", "answered"])
+def test_a_message_that_a_hanging_rank_does_not_take_or_finish_has_a_deadline(
+    way: str, folder: Folder
+) -> None:
+    model = ParallelModel(folder("dense"), Layout(2), deadline=30.0)
+    group, victim = model.group, model.group.process_ids[1]
+    group._deadline = 3.0
+    if way == "sent":
+        os.kill(victim, signal.SIGSTOP)
+    else:
+        # What the rank writes fills the socket, where nobody reads on until it stands still.
+        real = group._processes.within
+
+        def late(rank: int, until: float) -> Any:
+            connection = real(rank, until)
+            if connection.poll():
+                os.kill(victim, signal.SIGSTOP)
+            return connection
+
+        group._processes.within = late  # type: ignore[method-assign]
+    # Larger than any socket's buffer.
+    with pytest.raises(ParallelError, match="no answer within 3 seconds: rank 1 "):
+        model.logits(torch.zeros(20_000, 48))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in group.process_ids)
 
 
 def test_a_rank_that_raises_is_named_with_what_it_said(

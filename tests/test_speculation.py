@@ -20,6 +20,7 @@ from model_impl.runtime.generate import generate
 from model_impl.runtime.request import Request
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import GenerationError, Sampling
+from model_impl.runtime.scheduler import SequenceState
 from model_impl.speculative import proposer as proposers
 from model_impl.speculative.eagle3 import Eagle3
 from model_impl.speculative.proposer import Eagle3Proposer, Grown
@@ -197,6 +198,25 @@ def test_what_is_drafted_does_not_depend_on_chunks_company_or_the_cache(name: st
     assert [result.acceptance for result in alone] == [result.acceptance for result in base]
 
 
+@pytest.mark.parametrize("drafter", ["eagle3", "assistant"])
+def test_a_draft_outlives_preemption_and_a_prompt_in_pieces(drafter: str) -> None:
+    requests = asked(PROMPTS, STEPS, sampling=WARM)
+    base = engine(MODELS["dense"], drafter=drafter).run(requests)
+    made = engine(MODELS["dense"], drafter=drafter, blocks=11, tokens=7, prefix_caching=0)
+    real = made._scheduler._preempt
+    pending: list[tuple[int, Draft]] = []
+
+    def spy(sequence: SequenceState) -> None:
+        pending.append((len(sequence.ids), sequence.draft))
+        real(sequence)
+
+    with mock.patch.object(made._scheduler, "_preempt", spy):
+        found = made.run(requests)
+    assert any(draft.ids for length, draft in pending if length > 7), "none had a draft and several pieces"
+    assert said(found) == said(base)
+    assert [result.acceptance for result in found] == [result.acceptance for result in base]
+
+
 @pytest.mark.parametrize("keeps_cache", [False, True])
 @pytest.mark.parametrize("drafts", [1, 3, 6])
 def test_perfect_drafts_all_stay(drafts: int, keeps_cache: bool) -> None:
@@ -222,12 +242,24 @@ def test_perfect_drafts_all_stay(drafts: int, keeps_cache: bool) -> None:
 def test_a_stop_token_among_drafted_ones_ends_the_request() -> None:
     model = MODELS["dense"]
     free = generate(model, PROMPTS, max_new_tokens=15)
-    stop = frozenset({free[2].ids[4]})
+    # A round drafts three tokens and gives four, behind the first that comes from the prompt.
+    row, place = next(
+        (row, place)
+        for row, made in enumerate(free)
+        for place in (6, 5, 2, 1)
+        if made.ids[place] not in made.ids[:place]
+    )
+    stop = frozenset({free[row].ids[place]})
     expected = generate(model, PROMPTS, max_new_tokens=15, stop_ids=stop)
     known = {tuple(prompt): row.ids for prompt, row in zip(PROMPTS, free, strict=True)}
     made = Engine(LocalRunner(model, sizes()), engine(model).config, Knowing(known))
-    assert_same(made.run(asked(PROMPTS, 15, stop_ids=stop)), expected)
+    found = made.run(asked(PROMPTS, 15, stop_ids=stop))
+    assert_same(found, expected)
     assert unused(made) == [80, 80]
+    # What was drafted behind the stop token does not count as staying.
+    assert len(found[row].ids) == place + 1
+    rounds, rest = divmod(place - 1, 4)
+    assert found[row].acceptance.accepted == (*[3] * rounds, rest + 1)
 
 
 @pytest.mark.parametrize("drafter", ["eagle3", "assistant"])
@@ -260,7 +292,7 @@ def test_a_head_sees_each_state_once_beside_the_next_token(tokens: int) -> None:
     """Drafts of the engine are those of one pass of the head over all that came before."""
     model = MODELS["dense"]
     made = engine(model, drafter="eagle3", tokens=tokens)
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, Eagle3Proposer)
     seen: list[tuple[list[int], Draft]] = []
     real = Eagle3Proposer.propose
@@ -297,7 +329,7 @@ def test_an_assistant_reads_what_the_target_has_computed() -> None:
     """One step by hand, from a pass without any cache."""
     model = MODELS["e2b"]
     made = engine(model, drafter="assistant", draft_tokens=1)
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, proposers.AssistantProposer)
     calls: list[tuple[Tensor, ...]] = []
     real = drafter.assistant.forward
@@ -332,7 +364,7 @@ def test_acceptance_counts_the_target_s_own_token() -> None:
 def test_tokens_that_are_suppressed_are_not_drafted() -> None:
     suppressed = Sampling(temperature=1.0, suppress=tuple(range(0, 96, 2)))
     made = engine(MODELS["dense"], drafter="eagle3")
-    drafter = made._proposer
+    drafter = made.proposer
     assert isinstance(drafter, Eagle3Proposer)
     found = made.run(asked(PROMPTS, STEPS, sampling=suppressed))
     assert all(token % 2 for row in said(found) for token in row)

@@ -91,11 +91,11 @@ class PagedEngine:
             raise EngineError(f"prompt and answer take {longest} tokens, above max_model_len")
         drafted = options.speculation.tokens if options.speculation is not None else 0
         self._spread = spread(request)
+        step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
         try:
             self._adapters = reference_lora.attached(
                 reader.model, Path(request.checkpoint), request.adapter_of, self._spread
             )
-            step = options.prefill_chunk if options.prefill_chunk is not None and soft is None else longest
             self._runner = self._make_runner(
                 _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted)
             )
@@ -167,17 +167,17 @@ class PagedEngine:
 
     def effective(self) -> dict[str, str]:
         """What runs."""
-        engine, speculation = self._engine, self._options.speculation
+        engine = self._engine
         return {
             **self._reader.effective(),
+            "threads": str(torch.get_num_threads()),
             **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[1],
-            "threads": str(torch.get_num_threads()),
             "prefill_chunk": str(engine.config.max_tokens_per_step),
             "prefix_cache": "on" if engine.blocks.caching else "off",
             "block_size": str(self._runner.sizes.block_size["full_attention"]),
             "max_sequences": str(engine.config.max_sequences),
-            "speculation": speculation.method if speculation is not None else "none",
+            "speculation": _method(engine.proposer),
             "adapter": self._adapters.summary() if self._adapters is not None else "none",
         }
 
@@ -202,10 +202,19 @@ class PagedEngine:
         if speculation is None:
             return None
         folder, dtype = Path(speculation.checkpoint), DTYPES[self._options.dtype]
+        attention = self._options.attention
         if speculation.method == "assistant":
-            return AssistantProposer(load_assistant(folder, dtype=dtype), self._runner)
+            return AssistantProposer(load_assistant(folder, dtype=dtype, attention=attention), self._runner)
         layers = len(self._runner.config.layers)
-        return Eagle3Proposer(load_eagle3(folder, target_layers=layers, dtype=dtype), self._runner)
+        head = load_eagle3(folder, target_layers=layers, dtype=dtype, attention=attention)
+        return Eagle3Proposer(head, self._runner)
+
+
+def _method(proposer: Proposer | None) -> str:
+    """What drafts, as requests name it."""
+    if isinstance(proposer, Eagle3Proposer):
+        return "eagle3"
+    return "none" if proposer is None else "assistant"
 
 
 def _sizes(config: TextConfig, size: int, sequences: int, longest: int, step: int) -> CacheSizes:

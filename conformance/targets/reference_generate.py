@@ -32,6 +32,9 @@ from conformance.targets.reference_model import engine
 from conformance.targets.reference_parallel import layout_of, spread
 from conformance.targets.reference_reader import Files, Ids, Reader
 from model_impl.runtime import generate as runtime
+from model_impl.runtime.cache import KVCache
+from model_impl.runtime.masks import NO_BLOCK
+from model_impl.text import SoftTokens
 
 _MOST_ROWS = 1000
 """Of one batch: enough for any prompts that are not copies of each other."""
@@ -142,6 +145,7 @@ class _Contiguous:
         self._reader = reader
         self._options = request.options
         self._spread = spread(request)
+        self._model = _Measured(self._spread or self._reader.text, request.options.prefill_chunk)
         try:
             self._adapters = reference_lora.attached(
                 reader.model, Path(request.checkpoint), request.adapter_of, self._spread
@@ -180,7 +184,7 @@ class _Contiguous:
                 )
             _check_length(max(map(len, rows)) + request.max_new_tokens, request.options)
             made = runtime.generate(
-                self._spread or self._reader.text,
+                self._model,
                 rows,
                 max_new_tokens=request.max_new_tokens,
                 stop_ids=request.stop_ids,
@@ -204,20 +208,68 @@ class _Contiguous:
         return found
 
     def effective(self) -> dict[str, str]:
-        """What runs; the chunk is an argument of each call, so that there is nothing to read back."""
-        chunk = self._options.prefill_chunk
+        """What runs, or has run."""
         return {
             **self._reader.effective(),
+            "threads": str(torch.get_num_threads()),
             **(layout_of(self._spread) if self._spread is not None else {}),
             "cache": CACHES[0],
-            "threads": str(torch.get_num_threads()),
-            **({"prefill_chunk": str(chunk)} if chunk is not None else {}),
+            **({"prefill_chunk": str(self._model.most)} if self._model.most is not None else {}),
             "adapter": self._adapters.summary() if self._adapters is not None else "none",
         }
 
     def adapted(self) -> dict[str, tuple[str, ...]]:
         """By adapter, the modules whose output it has changed."""
         return self._adapters.acted() if self._adapters is not None else {}
+
+
+class _Measured:
+    """A model that looks how many prompt tokens its passes have; implements `runtime.Generating`.
+
+    Args:
+        model: That computes.
+        chunk: Most that were asked for in a pass.
+    """
+
+    def __init__(self, model: runtime.Generating, chunk: int | None) -> None:
+        self._model = model
+        self._chunk = chunk
+        self.config = model.config
+        self.new_cache, self.logits = model.new_cache, model.logits
+        self.most = chunk
+        """Most in a pass: what was asked for, or more if there were more; an image may end behind it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation."""
+        return self._model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._model.device
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
+        soft: SoftTokens | None = None,
+    ) -> Tensor:
+        """As the model's."""
+        width = input_ids.shape[1]
+        if self.most is not None and width > self.most and not _inside_image(soft, self._chunk):
+            self.most = width
+        return self._model(input_ids, cache=cache, lengths=lengths, soft=soft)
+
+
+def _inside_image(soft: SoftTokens | None, column: int | None) -> bool:
+    """Whether a pass that ended before a column would tear an image of some row."""
+    if soft is None or column is None:
+        return False
+    before, behind = soft.blocks[:, column - 1], soft.blocks[:, column]
+    return bool(((before == behind) & (behind != NO_BLOCK)).any())
 
 
 def _write_states(request: GenerateRequest, reader: Reader, engine: Running) -> None:

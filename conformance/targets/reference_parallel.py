@@ -38,7 +38,7 @@ def spread(request: GenerateRequest) -> ParallelModel | None:
 
 
 def layout_of(model: ParallelModel) -> dict[str, str]:
-    """How a model is divided, as its ranks say by what they hold."""
+    """How a model is divided and runs, as its ranks say, of themselves and by what they hold."""
     held: dict[tuple[int, ...], int] = {}
     experts = set()
     for loaded in model.loaded.values():
@@ -51,6 +51,8 @@ def layout_of(model: ParallelModel) -> dict[str, str]:
     whole = moe is not None and experts == {moe.num_experts}
     return {
         "attention": model.attention_backend,
+        "dtype": ", ".join(sorted({loaded.dtype for loaded in model.loaded.values()})),
+        "threads": ", ".join(sorted({str(loaded.threads) for loaded in model.loaded.values()})),
         "tensor_parallel": ", ".join(sorted({str(ranks) for ranks in held.values()})),
         "pipeline_parallel": str(len(held)),
         "pipeline_split": ",".join(str(len(layers)) for layers in sorted(held)),

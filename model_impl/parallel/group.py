@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from model_impl.errors import ModelError
 from model_impl.parallel.layout import Layout
@@ -54,9 +57,11 @@ class _Processes:
         )
         for other in others:
             other.close()
+        self._sockets = [socket.socket(fileno=os.dup(own.fileno())) for own in self.connections]
         self.ids: tuple[int, ...] = ()
         """Process ids of the ranks."""
         self._statuses: dict[int, int] = {}
+        """How ranks ended, in the order in which they did."""
 
     def started(self, deadline: float) -> None:
         """Wait until the ranks are there.
@@ -74,6 +79,18 @@ class _Processes:
                 f"the process that starts the ranks ended with exit code {status}; its error output says why"
             ) from None
 
+    def within(self, rank: int, until: float) -> Connection[Any, Any]:
+        """The connection to a rank; what blocks on it raises `BlockingIOError` at some time of the clock.
+
+        A message may be larger than what the system takes or has, so that a rank that stands still would
+        hold whoever sends or receives it.
+        """
+        left = max(0.001, until - time.monotonic())
+        limit = struct.pack("@ll", int(left), int(left % 1 * 1e6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            self._sockets[rank].setsockopt(socket.SOL_SOCKET, option, limit)
+        return self.connections[rank]
+
     def status(self, rank: int) -> int | None:
         """How a rank has ended, as `subprocess` tells it; None if that is not to be learned."""
         until = time.monotonic() + _GRACE
@@ -84,6 +101,10 @@ class _Processes:
                 return None
             self._statuses[ended] = status
         return self._statuses.get(rank)
+
+    def first_killed(self) -> int | None:
+        """The first rank that ended otherwise than by its own will; the others were killed for that."""
+        return next((rank for rank, status in self._statuses.items() if status != 0), None)
 
     def finished(self) -> None:
         """Give the ranks, which have been told to end, a moment for it."""
@@ -98,7 +119,7 @@ class _Processes:
         except subprocess.TimeoutExpired:
             os.killpg(self._starter.pid, signal.SIGKILL)
             self._starter.wait()
-        for connection in self.connections:
+        for connection in (*self.connections, *self._sockets):
             connection.close()
         self.folder.cleanup()
 
@@ -130,11 +151,14 @@ class Group:
         self._finalizer = weakref.finalize(self, self._processes.end)
         folder = self._processes.folder.name
         self._board = Board(Path(folder) / "board", layout.ranks)
+        self._ranks = range(layout.ranks)
         try:
             self._processes.started(deadline)
-            for rank, connection in enumerate(self._processes.connections):
-                connection.send(Start(layout, rank, weights, folder, threads, deadline, PREPARATION))
-            answers = self._collect(set(range(layout.ranks)))
+            starts = {
+                rank: Start(layout, rank, weights, folder, threads, deadline, PREPARATION)
+                for rank in self._ranks
+            }
+            answers = self._answers(starts)
         except BaseException:
             self._finalizer()
             raise
@@ -158,12 +182,7 @@ class Group:
         if self._ended is not None:
             raise ParallelError(f"these processes have ended: {self._ended}")
         try:
-            for rank, request in requests.items():
-                try:
-                    self._processes.connections[rank].send(request)
-                except OSError:
-                    raise self._failure({rank: self._death(rank)}) from None
-            answers = self._collect(set(requests))
+            answers = self._answers(requests)
         except BaseException as error:
             self._ended = self._ended or f"{type(error).__name__}: {error}"
             self._finalizer()
@@ -174,9 +193,9 @@ class Group:
         """End all processes; harmless when they have ended."""
         if self._ended is None:
             self._ended = "they were closed"
-            for connection in self._processes.connections:
+            for rank in self._ranks:
                 with contextlib.suppress(OSError):
-                    connection.send(Close())
+                    self._processes.within(rank, time.monotonic() + _GRACE).send(Close())
             self._processes.finished()
         self._finalizer()
 
@@ -188,17 +207,29 @@ class Group:
     ) -> None:
         self.close()
 
-    def _collect(self, pending: set[int]) -> dict[int, bytes | Loaded | None]:
-        """Replies of all of `pending`.
+    def _answers(self, messages: Mapping[int, Start | Request]) -> dict[int, bytes | Loaded | None]:
+        """What ranks say to messages, by rank.
 
         Raises:
-            ParallelError: a rank failed or died, whether it was asked or not, or does not answer in time.
+            ParallelError: a rank failed or died, whether it was asked or not, or does not take its message or
+                answer it in time.
         """
+        until = time.monotonic() + self._deadline
+        for rank, message in messages.items():
+            try:
+                self._processes.within(rank, until).send(message)
+            except BlockingIOError:
+                raise self._silence({rank}) from None
+            except OSError:
+                raise self._failure(dict([self._death(rank)])) from None
+        return self._collect(set(messages), until)
+
+    def _collect(self, pending: set[int], until: float) -> dict[int, bytes | Loaded | None]:
+        """Replies of all of `pending`; errors as `_answers`."""
         answers: dict[int, bytes | Loaded | None] = {}
         failures: dict[int, Failed] = {}
-        until = time.monotonic() + self._deadline
         while pending - answers.keys() and (not failures or all(x.lost_touch for x in failures.values())):
-            for rank, reply in self._replies(failures, max(0.0, until - time.monotonic())):
+            for rank, reply in self._replies(failures, until):
                 if isinstance(reply, Failed):
                     until = until if failures else time.monotonic() + _GRACE
                     failures[rank] = reply
@@ -212,7 +243,7 @@ class Group:
             raise self._silence(silent)
         return answers
 
-    def _replies(self, failures: Mapping[int, Failed], timeout: float) -> list[tuple[int, Reply]]:
+    def _replies(self, failures: Mapping[int, Failed], until: float) -> list[tuple[int, Reply]]:
         """What has come in, at once if something has, from ranks that have not failed."""
         ranks = {
             connection: rank
@@ -220,26 +251,32 @@ class Group:
             if rank not in failures
         }
         found: list[tuple[int, Reply]] = []
-        for ready in wait(list(ranks), timeout):
+        for ready in wait(list(ranks), max(0.0, until - time.monotonic())):
             assert isinstance(ready, Connection)
             rank = ranks[ready]
             try:
-                reply = ready.recv()
+                reply = self._processes.within(rank, until).recv()
                 assert isinstance(reply, Done | Failed)
                 found.append((rank, reply))
+            except BlockingIOError:
+                raise (self._failure(failures) if failures else self._silence({rank})) from None
             except (EOFError, OSError):
-                found.append((rank, self._death(rank)))
+                found.append(self._death(rank))
         return found
 
-    def _death(self, rank: int) -> Failed:
+    def _death(self, rank: int) -> tuple[int, Failed]:
+        """How a rank has ended; of one that was killed because another was: that other."""
         status = self._processes.status(rank)
+        first = self._processes.first_killed()
+        if first is not None:
+            rank, status = first, self._processes.status(first)
         if status is None:
             how = "is gone"
         elif status < 0:
             how = f"was ended by {signal.Signals(-status).name}"
         else:
             how = f"ended with exit code {status}"
-        return Failed(how, lost_touch=False)
+        return rank, Failed(how, lost_touch=False)
 
     def _failure(self, failures: Mapping[int, Failed]) -> ParallelError:
         """The rank that went wrong by itself, or the first that lost touch with others."""

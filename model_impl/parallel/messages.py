@@ -49,6 +49,10 @@ class Loaded:
     """Of all of them."""
     attention: str
     """The backend that its layers run."""
+    dtype: str
+    """Of its layers, as torch names it behind the dot."""
+    threads: int
+    """That a computation of its uses at most."""
 
 
 @dataclass(frozen=True)

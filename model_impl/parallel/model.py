@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_impl.config import TextConfig
 from model_impl.errors import CacheError, ModelError
 from model_impl.parallel.adapters import ParallelAdapters
 from model_impl.parallel.group import DEADLINE, Group, ParallelError
@@ -29,8 +28,10 @@ from model_impl.text import SoftTokens, States, check_aux_layers
 class RemoteCache(KVCache):
     """Stands for the caches of all ranks: knows how long its rows are, and holds no keys or values."""
 
-    def __init__(self, number: int, config: TextConfig, rows: int, dtype: torch.dtype) -> None:
-        super().__init__(config, rows, dtype)
+    def __init__(self, owner: ParallelModel, number: int, rows: int) -> None:
+        super().__init__(owner.config, rows, owner.dtype)
+        self.owner = owner
+        """Whose ranks hold it, under a number that others may have too."""
         self.number = number
 
 
@@ -86,7 +87,7 @@ class ParallelModel:
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache of so many rows, for this model."""
-        cache = RemoteCache(self.new_number(), self.config, rows, self.dtype)
+        cache = RemoteCache(self, self.new_number(), rows)
         weakref.finalize(cache, self._unneeded.append, cache.number).atexit = False
         return cache
 
@@ -131,7 +132,7 @@ class ParallelModel:
             raise CacheError(f"lengths {counts} do not fit input_ids of {rows} rows and {width} columns")
         number = None
         if cache is not None:
-            if not isinstance(cache, RemoteCache):
+            if not isinstance(cache, RemoteCache) or cache.owner is not self:
                 raise CacheError("the cache is not of these processes; make it with `new_cache`")
             cache.check(self.config, self.dtype)
             cache.expect(width, counts)

@@ -6,12 +6,14 @@ thread exists, and each rank is a fork. Ranks end with this process, and this pr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import select
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,7 +55,7 @@ def _fork(descriptor: int, inherited: tuple[int, ...]) -> int:
 
 
 def _watch(control: Connection[Any, Any], processes: list[int]) -> None:
-    """Wait for all ranks; kill them when the driver is gone, or closes the control connection."""
+    """Wait for all ranks; kill them when one was killed or crashed, or when the driver is gone or closes."""
     watched = {os.pidfd_open(process): rank for rank, process in enumerate(processes)}
     poll = select.poll()
     for descriptor in (control.fileno(), *watched):
@@ -62,15 +64,21 @@ def _watch(control: Connection[Any, Any], processes: list[int]) -> None:
         for descriptor, _event in poll.poll():
             poll.unregister(descriptor)
             if descriptor == control.fileno():
-                for rank in watched.values():
-                    os.kill(processes[rank], signal.SIGKILL)
+                _kill([processes[rank] for rank in watched.values()])
                 continue
             rank = watched.pop(descriptor)
             _, status = os.waitpid(processes[rank], 0)
-            try:
+            # If the driver does not listen any more, the others are ended for that.
+            with contextlib.suppress(OSError):
                 control.send((rank, os.waitstatus_to_exitcode(status)))
-            except OSError:
-                continue  # the driver does not listen any more
+            if status != 0:
+                _kill([processes[rank] for rank in watched.values()])
+
+
+def _kill(processes: Sequence[int]) -> None:
+    """End ranks that have not been waited for, so that their ids are still theirs."""
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":

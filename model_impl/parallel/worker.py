@@ -71,6 +71,8 @@ class Rank:
             {name: tuple(tensor.shape) for name, tensor in held.items()},
             sum(tensor.nbytes for tensor in held.values()),
             stage.attention_backend,
+            str(stage.dtype).removeprefix("torch."),
+            torch.get_num_threads(),
         )
 
     def answer(self, request: Request) -> bytes | None:

@@ -7,7 +7,6 @@ drafted tokens and sampling, they have the same distribution.
 
 from __future__ import annotations
 
-import operator
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from model_impl.config import AttentionKind
 from model_impl.errors import CacheError
-from model_impl.runtime.generate import FinishReason
+from model_impl.runtime.generate import FinishReason, check_options, checked_prompt
 from model_impl.runtime.masks import NO_BLOCK
 from model_impl.runtime.prefix import BlockTables, Content
 from model_impl.runtime.request import Output, Request, Result
@@ -72,7 +71,8 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.config = config or EngineConfig()
-        self._proposer = proposer
+        self.proposer = proposer
+        """The draft model, if there is one."""
         if proposer is not None and proposer.aux_layers and proposer.aux_layers != runner.aux_layers:
             raise GenerationError(
                 f"the draft model reads states after {list(proposer.aux_layers)} layers, the runner gives "
@@ -242,11 +242,14 @@ class Engine:
             sequence = scheduled.sequence
             tokens: tuple[int, ...] = ()
             if logits is not None and scheduled.gives_token:
-                tokens = chosen[sequence.number]
+                tokens = _until_stop(chosen[sequence.number], sequence.request.stop_ids)
                 if scheduled.drafted:
-                    sequence.acceptance += Acceptance((len(scheduled.drafted),), (len(tokens) - 1,))
+                    # The last token is the target's own, unless a drafted one has ended the request.
+                    stay = min(len(tokens), len(chosen[sequence.number]) - 1)
+                    sequence.acceptance += Acceptance((len(scheduled.drafted),), (stay,))
                 outputs += self._take(sequence, tokens, logits[one.giving[sequence.number]])
-            sequence.draft = Draft()
+                # What is computed again in several pieces keeps its draft until it has been judged.
+                sequence.draft = Draft()
             # The newest token has not been fed; what was fed behind those that stay does not count.
             sequence.computed = len(sequence.ids) - 1 if tokens else scheduled.stop
             assert sequence.held is not None
@@ -254,7 +257,7 @@ class Engine:
         return outputs
 
     def _take(self, sequence: SequenceState, tokens: Sequence[int], logits: Tensor) -> list[Output]:
-        """New tokens of a sequence, up to the one that ends it."""
+        """New tokens of a sequence, of which the last may end it."""
         request = sequence.request
         asked = request.logprobs or request.top_logprobs
         values = logits[: len(tokens)].log_softmax(dim=-1) if asked else logits
@@ -275,7 +278,6 @@ class Engine:
             outputs.append(Output(sequence.number, token, logprob, top, reason))
             if reason is not None:
                 self._results[sequence.number] = _result(sequence, reason)
-                break
         return outputs
 
     def _propose(self, one: _Pass) -> None:
@@ -283,7 +285,7 @@ class Engine:
 
         It is told of sequences that have ended too, as their blocks may be found again.
         """
-        if self._proposer is None:
+        if self.proposer is None:
             return
         grown = []
         for scheduled in one.scheduled:
@@ -302,35 +304,16 @@ class Engine:
                     source=sequence.draft_source,
                 )
             )
-        drafts = self._proposer.propose(one.states, grown)
+        drafts = self.proposer.propose(one.states, grown)
         for scheduled, draft in zip(one.scheduled, drafts, strict=True):
-            scheduled.sequence.draft = draft
+            if scheduled.gives_token:
+                scheduled.sequence.draft = draft
 
     def _checked(self, request: Request) -> list[int]:
         """The prompt as a list of ints, if the request fits the model."""
         config = self.runner.config
-        request.sampling.check(config.vocab_size)
-        try:
-            prompt = [operator.index(token) for token in request.prompt]
-        except TypeError as error:
-            raise GenerationError(f"a prompt is a sequence of token ids: {error}") from error
-        if not prompt:
-            raise GenerationError("the prompt is empty; begin with the token <bos>")
-        foreign = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if foreign:
-            raise GenerationError(f"token id {foreign[0]} is outside the vocabulary of {config.vocab_size}")
-        if request.max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or above")
-        if len(prompt) + request.max_new_tokens > config.max_position_embeddings:
-            raise GenerationError(
-                f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed the model's "
-                f"{config.max_position_embeddings} positions"
-            )
-        if not 0 <= request.top_logprobs <= config.vocab_size:
-            raise GenerationError(
-                f"top_logprobs is {request.top_logprobs}; it must lie from 0 to {config.vocab_size}, the "
-                "size of the vocabulary"
-            )
+        check_options(config, request.sampling, request.max_new_tokens, request.top_logprobs, least=1)
+        prompt = checked_prompt(config, request.prompt, request.max_new_tokens)
         if request.soft is not None and request.soft.where.shape != (1, len(prompt)):
             raise GenerationError(
                 f"soft tokens for {list(request.soft.where.shape)} rows and columns do not fit one prompt of "
@@ -383,6 +366,11 @@ def _chosen(one: _Pass, logits: Tensor) -> dict[int, tuple[int, ...]]:
             own = [next(tokens) for _ in span]
             found[scheduled.sequence.number] = verify_greedy(own, scheduled.drafted)
     return found
+
+
+def _until_stop(tokens: tuple[int, ...], stop_ids: frozenset[int]) -> tuple[int, ...]:
+    """Tokens up to the first that ends a request."""
+    return tokens[: next((n for n, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))]
 
 
 def _tables(sequence: SequenceState) -> dict[AttentionKind, tuple[int, ...]]:

@@ -235,14 +235,15 @@ def stream(
 
     Arguments are judged when this is called, not when the first token is asked for.
     """
-    rows = _checked(model, prompts, max_new_tokens, sampling)
+    check_options(model.config, sampling, max_new_tokens, top_logprobs)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        try:
+            rows.append(checked_prompt(model.config, prompt, max_new_tokens))
+        except GenerationError as error:
+            raise GenerationError(f"row {index}: {error}") from error
     if prefill_chunk is not None and prefill_chunk < 1:
         raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be 1 or above, or None")
-    if not 0 <= top_logprobs <= model.config.vocab_size:
-        raise GenerationError(
-            f"top_logprobs is {top_logprobs}; it must lie from 0 to {model.config.vocab_size}, the "
-            "size of the vocabulary"
-        )
     seeds = row_seeds(seed, len(rows)) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(rows):
         raise GenerationError(f"there are {len(seeds)} seeds for {len(rows)} rows; give one for each row")
@@ -392,34 +393,52 @@ class _Batch:
         return list(zip(chosen, values, tops, strict=True))
 
 
-def _checked(
-    model: Generating, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
-) -> list[list[int]]:
-    """The prompts as lists of ints, if they and the limit fit the model."""
-    config = model.config
-    if max_new_tokens < 0:
-        raise GenerationError(f"max_new_tokens is {max_new_tokens}; it must be 0 or above")
+def check_options(
+    config: TextConfig, sampling: Sampling, max_new_tokens: int, top_logprobs: int, *, least: int = 0
+) -> None:
+    """Refuse what a request asks for beside its prompt, if it does not fit the model.
+
+    Args:
+        config: The model's.
+        sampling: How tokens are chosen.
+        max_new_tokens: Most tokens that are generated.
+        top_logprobs: How many of the likeliest tokens are given at each position.
+        least: That `max_new_tokens` may be.
+
+    Raises:
+        GenerationError: a number is out of range, or `sampling` leaves no token.
+    """
     sampling.check(config.vocab_size)
-    rows = []
-    for index, prompt in enumerate(prompts):
-        try:
-            row = [operator.index(token) for token in prompt]
-        except TypeError as error:
-            raise GenerationError(f"row {index}: a prompt is a sequence of token ids: {error}") from error
-        if not row:
-            raise GenerationError(f"row {index}: the prompt is empty; begin with the token <bos>")
-        foreign = [token for token in row if not 0 <= token < config.vocab_size]
-        if foreign:
-            raise GenerationError(
-                f"row {index}: token id {foreign[0]} is outside the vocabulary of {config.vocab_size}"
-            )
-        if len(row) + max_new_tokens > config.max_position_embeddings:
-            raise GenerationError(
-                f"row {index}: {len(row)} prompt tokens and {max_new_tokens} new ones exceed the model's "
-                f"{config.max_position_embeddings} positions"
-            )
-        rows.append(row)
-    return rows
+    if max_new_tokens < least:
+        raise GenerationError(f"max_new_tokens is {max_new_tokens}; it must be {least} or above")
+    if not 0 <= top_logprobs <= config.vocab_size:
+        raise GenerationError(
+            f"top_logprobs is {top_logprobs}; it must lie from 0 to {config.vocab_size}, the size of the "
+            "vocabulary"
+        )
+
+
+def checked_prompt(config: TextConfig, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """A prompt as a list of ints, if it and as many new tokens fit the model.
+
+    Raises:
+        GenerationError: they do not.
+    """
+    try:
+        row = [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise GenerationError(f"a prompt is a sequence of token ids: {error}") from error
+    if not row:
+        raise GenerationError("the prompt is empty; begin with the token <bos>")
+    foreign = [token for token in row if not 0 <= token < config.vocab_size]
+    if foreign:
+        raise GenerationError(f"token id {foreign[0]} is outside the vocabulary of {config.vocab_size}")
+    if len(row) + max_new_tokens > config.max_position_embeddings:
+        raise GenerationError(
+            f"{len(row)} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    return row
 
 
 def _ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:

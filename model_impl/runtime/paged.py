@@ -145,7 +145,8 @@ class PagedCache:
     def slots(self, kind: AttentionKind, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
         """Slots and positions of all keys that the rows read, new ones included, both int [B, S].
 
-        A slot is block * block_size + offset. Where a row has fewer keys, its position is -1 and its slot 0.
+        A slot is block * block_size + offset. Where a row has fewer keys, its position is -1 and its
+        slot that of its own first key: masks take away what a key weighs, but not NaN of another row.
         """
         size = self.sizes.block_size[kind]
         window = self.config.sliding_window if kind == "sliding_attention" else None
@@ -162,7 +163,7 @@ class PagedCache:
         blocks = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
         entry = (positions // size - torch.tensor(lead, device=self._device)[:, None]).clamp(max=width - 1)
         slots = blocks.gather(1, entry) * size + positions % size
-        return torch.where(inside, slots, 0), torch.where(inside, positions, -1)
+        return torch.where(inside, slots, slots[:, :1]), torch.where(inside, positions, -1)
 
     @staticmethod
     def gather(pool: Tensor, slots: Tensor | slice, rows: int) -> Tensor:
