@@ -41,10 +41,10 @@ SIGHT = Course((*_TALK, glimpse, *_PICTURES), (30, 10, 4, 8, *(5,) * len(_PICTUR
 """All about text and pictures."""
 GLANCES_AND_TONES = Course((*GLANCES.generators, listening), (*GLANCES.weights, 30))
 NAMING_AND_TONES = Course(
-    (*NAMING.generators, listening, *_SOUNDS), (*NAMING.weights, 16, *(4,) * len(_SOUNDS))
+    (*NAMING.generators, listening, *_SOUNDS), (*NAMING.weights, 24, *(4,) * len(_SOUNDS))
 )
-SENSES = Course((*SIGHT.generators, listening, *_SOUNDS), (*SIGHT.weights, 4, *(5,) * len(_SOUNDS)))
-"""Everything."""
+SENSES = Course((*SIGHT.generators, listening, *_SOUNDS), (*SIGHT.weights, 12, *(11,) * len(_SOUNDS)))
+"""Everything. Tones take three lessons of ten: how long one is, the towers hear later than how high."""
 
 
 def nano_tokenizer() -> Tokenizer:

@@ -104,6 +104,9 @@ class Training:
         self.tokenizer = nano_tokenizer()
         self.step = 0
         self.seconds = 0.0
+        """On the clock."""
+        self.processor_seconds = 0.0
+        """Of all threads: what it would take one of them on a machine with nothing else to do."""
         self.curve: list[Curve] = []
         self._folder = folder
         self.model = self._fresh().to(device)
@@ -116,11 +119,14 @@ class Training:
         """Train up to a step, or to the end; the state is written at the end and every so many seconds."""
         self.model.train()
         since = saved = time.monotonic()
+        processed = time.process_time()
         last = self.recipe.steps if until is None else min(until, self.recipe.steps)
         while self.step < last:
             loss = self._advance()
             now = time.monotonic()
             self.seconds, since = self.seconds + now - since, now
+            spent = time.process_time()
+            self.processor_seconds, processed = self.processor_seconds + spent - processed, spent
             if self.step % _REPORT_EVERY == 0 or self.step == last:
                 self._report(loss)
             if now - saved > save_every or self.step == last:
@@ -194,6 +200,7 @@ class Training:
             "fingerprint": self._fingerprint(),
             "step": self.step,
             "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
             "curve": [asdict(point) for point in self.curve],
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
@@ -210,7 +217,8 @@ class Training:
             raise TrainingError(f"{path}: cannot be read; delete it to start anew: {error}") from error
         if state["fingerprint"] != self._fingerprint():
             raise TrainingError(f"{path}: belongs to another recipe; delete it to start anew")
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step = state["step"]
+        self.seconds, self.processor_seconds = state["seconds"], state["processor_seconds"]
         self.curve = [Curve(**point) for point in state["curve"]]
         self.model.load_state_dict(state["model"])
         for optimiser, own in zip(self._optimisers, state["optimisers"], strict=True):
@@ -247,6 +255,7 @@ def publish(training: Training, folder: Path, most: int | None = None) -> dict[s
         "torch": torch.__version__,
         "device": training.device,
         "seconds": round(training.seconds),
+        "processor_seconds": round(training.processor_seconds),
         "parameters": sum(tensor.numel() for tensor in stored.values()),
         "scores": scores(model, tokenizer, family, most),
         "sha256": digests(folder),
