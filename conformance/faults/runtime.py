@@ -220,6 +220,16 @@ def _kept() -> Patch:
     return replace(verify, "kept", by_target)
 
 
+@draft("drafts-likelier-than-they-say", source=("spec 9.1",), module=proposer)
+def _likelier() -> Patch:
+    """A draft takes its likeliest token, and says that it was drawn."""
+
+    def likeliest(probabilities: Tensor, _uniforms: Tensor) -> Tensor:
+        return probabilities.argmax(dim=-1)
+
+    return replace(proposer, "draw", likeliest)
+
+
 @draft("nucleus-of-the-draft-alone", source=("spec 9.1",), module=engine)
 def _nucleus() -> Patch:
     """`top_p` is applied to the draft's distribution, and not to the target's that judges it."""
