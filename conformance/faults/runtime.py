@@ -136,7 +136,7 @@ def _accepted() -> Patch:
 
 
 @draft("stop-token-among-drafts-overlooked", source=("S01",), module=engine)
-def _past_the_stop() -> Patch:
+def _past_the_stop() -> tuple[Patch, ...]:
     """Of the tokens of a round only the last one ends an answer, which so goes on behind a stop token."""
     original = Engine._take
 
@@ -149,7 +149,10 @@ def _past_the_stop() -> Patch:
             outputs += original(self, sequence, tokens[last:], logits[last:])
         return outputs
 
-    return replace(Engine, "_take", take)
+    def all_of_them(tokens: Sequence[int], _stop_ids: object) -> Sequence[int]:
+        return tokens
+
+    return replace(Engine, "_take", take), replace(engine, "_until_stop", all_of_them)
 
 
 @draft("no-draft-ever-made", source=("S01",), module=proposer)

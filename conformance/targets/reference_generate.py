@@ -143,7 +143,6 @@ class _Contiguous:
 
     def __init__(self, reader: Reader, request: GenerateRequest) -> None:
         self._reader = reader
-        self._options = request.options
         self._spread = spread(request)
         self._model = _Measured(self._spread or self._reader.text, request.options.prefill_chunk)
         try:

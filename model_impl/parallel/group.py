@@ -89,8 +89,8 @@ class _Processes:
         limit = struct.pack("@ll", int(left), int(left % 1 * 1e6))
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             self._sockets[rank].setsockopt(socket.SOL_SOCKET, option, limit)
-        found: Connection[Any, Any] = self.connections[rank]
-        return found
+        connection: Connection[Any, Any] = self.connections[rank]
+        return connection
 
     def status(self, rank: int) -> int | None:
         """How a rank has ended, as `subprocess` tells it; None if that is not to be learned."""
