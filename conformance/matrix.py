@@ -344,7 +344,8 @@ def shard(
     """The cells of one of several jobs that take about as long.
 
     The longest cell goes first, to the job that is done earliest with it. An engine's first cell in a job
-    costs its installation besides, so that not every job installs every engine.
+    costs its installation besides, and counts twice in the choice: it takes time that another job has spent
+    already, so that it has to be worth more than the moment it saves.
 
     Args:
         cells: To be spread.
@@ -364,12 +365,10 @@ def shard(
     mine: set[str] = set()
     for cell in sorted(cells, key=lambda cell: (-expected[cell.id], cell.id)):
         install = (installs or {}).get(cell.target, 0.0) if cell.may_run else 0.0
-        with_it = [
-            load + (install if cell.target not in there else 0.0)
-            for load, there in zip(loads, installed, strict=True)
-        ]
-        job = with_it.index(min(with_it))
-        loads[job] = with_it[job] + expected[cell.id]
+        extra = [0.0 if cell.target in there else install for there in installed]
+        costs = [load + 2 * more for load, more in zip(loads, extra, strict=True)]
+        job = costs.index(min(costs))
+        loads[job] += extra[job] + expected[cell.id]
         if install:
             installed[job].add(cell.target)
         if job == number - 1:

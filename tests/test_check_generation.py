@@ -18,7 +18,7 @@ from conformance.media import Picture
 from conformance.oracles import Oracles
 from conformance.suites import GenerationCase, GenerationSuite, PicturePrompt, RandomAdapter, RandomDraft
 from conformance.targets import bundled, reference_generate
-from conformance.targets.protocol import (
+from conformance.targets.protocol import EngineOptions, (
     Capability,
     Feature,
     GenerateRequest,
@@ -275,10 +275,9 @@ def test_the_bundled_model_refuses_what_it_cannot_do() -> None:
         checkpoint=str(bundled.checkpoint()),
         prompts=((2, 105),),
         max_new_tokens=2,
-        adapter="anywhere",
-        options=case_of(tensor_parallel=2).options(),
+        options=EngineOptions(cache="contiguous", block_size=16, prefix_cache=True),
     )
-    with pytest.raises(EngineError, match="runs adapters with a contiguous cache in one process"):
+    with pytest.raises(EngineError, match="a contiguous cache has no block-size, prefix-cache; ask for 'paged'"):
         reference_generate.generate(request)
 
 
