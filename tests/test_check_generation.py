@@ -18,8 +18,9 @@ from conformance.media import Picture
 from conformance.oracles import Oracles
 from conformance.suites import GenerationCase, GenerationSuite, PicturePrompt, RandomAdapter, RandomDraft
 from conformance.targets import bundled, reference_generate
-from conformance.targets.protocol import EngineOptions, (
+from conformance.targets.protocol import (
     Capability,
+    EngineOptions,
     Feature,
     GenerateRequest,
     GenerateResult,
