@@ -278,7 +278,9 @@ def test_the_bundled_model_refuses_what_it_cannot_do() -> None:
         max_new_tokens=2,
         options=EngineOptions(cache="contiguous", block_size=16, prefix_cache=True),
     )
-    with pytest.raises(EngineError, match="a contiguous cache has no block-size, prefix-cache; ask for 'paged'"):
+    with pytest.raises(
+        EngineError, match="a contiguous cache has no block-size, prefix-cache; ask for 'paged'"
+    ):
         reference_generate.generate(request)
 
 
