@@ -157,7 +157,7 @@ def test_a_server_without_the_adapter_is_not_asked_for_it(honest: LyingServer) -
     target = OpenAITarget(Endpoint(honest.url, MODEL), limits=PATIENT, key=KEY)
     outcome = checks.judge(loaded.case, loaded.suite.suite, target)
     assert outcome.verdict == "skip"
-    assert "serves no adapter 'another-line'" in outcome.reason
+    assert "no adapter 'another-line' is served" in outcome.reason
 
 
 def rules(outcome: CheckOutcome) -> set[str]:

@@ -95,7 +95,7 @@ def judge(case: ServerCase, suite: ServerSuite, target: Target) -> CheckOutcome:
     if "serve" not in info.capabilities or not isinstance(target, Server):
         return CheckOutcome("skip", reason=f"{target.spec} has no capability `serve`")
     if case.adapter and "lora" not in info.features:
-        return CheckOutcome("skip", reason=f"{target.spec} serves no adapter {ADAPTER!r}")
+        return CheckOutcome("skip", reason=f"no adapter {ADAPTER!r} is served")
     judgement = _Judgement(case, suite, target, info)
     reason = ""
     try:
