@@ -80,9 +80,9 @@ def test_the_wheel_holds_data_licence_and_entry_points(wheel: Path) -> None:
         assert any(name.startswith(f"conformance/data/{folder}/") for name in names), folder
     nano = {path for path in (ROOT / "model_impl/nano").rglob("*.*") if "__pycache__" not in path.parts}
     assert {path.relative_to(ROOT).as_posix() for path in nano} <= set(names)
-    checkout = {path.relative_to(ROOT).as_posix() for path in (ROOT / "suites").rglob("*.yaml")}
+    files = {path for path in (ROOT / "suites").rglob("*.*") if "__pycache__" not in path.parts}
     packed = {name.removeprefix("conformance/data/") for name in names if "/data/suites/" in name}
-    assert checkout == packed - {"suites/expectations/README.md"}
+    assert {path.relative_to(ROOT).as_posix() for path in files} == packed
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
 
 
