@@ -60,7 +60,7 @@ def test_an_honest_server_passes_in_every_area(run_conformance: Run, tmp_path: P
         found = probe(run_conformance, server)
         assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.seen)
     assert found["exit_code"] == 0
-    assert verdicts(found) == dict.fromkeys(AREAS, "pass")
+    assert verdicts(found) == dict.fromkeys(AREAS, "pass") | {"server-tuned": "not run"}  # it has no adapter
     rows = found["preflight"]
     assert isinstance(rows, list)
     assert [row["ok"] for row in rows] == [True, True, True]
