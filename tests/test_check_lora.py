@@ -38,7 +38,7 @@ CAUGHT = {
     "wrong-tensors-dropped": ("e2b::unknown-module", "accepted"),
     "unwrapped-names-dropped": ("e2b::unwrapped-names", "no-effect"),
     "no-tensors-taken": ("e2b::no-tensors", "accepted"),
-    "every-adapter-refused": ("e2b::half-a-pair", "raised"),
+    "every-adapter-refused": ("e2b::half-a-pair", "refused"),
     "no-logprobs-with-adapters": ("e2b::half-a-pair", "incomplete"),
     "loaded-and-never-active": ("e2b::attention", "not-applied"),
     "adapter-of-another-request": ("e2b::side-by-side", "foreign"),

@@ -14,6 +14,7 @@ Rules:
   left-over      after adapters were used, a batch without any differs from one before
   accepted       a damaged adapter is taken without a word
   raised         the target raised: with an adapter that is whole, or without any
+  refused        so it did where damage was to be refused, and it answers without adapters: it refuses all
   incomplete     an answer is missing, is empty, or lacks its log-probabilities
   nothing-found  a prefix cache that was asked for has found nothing
   wrong-…        a layout, a draft or another setting was asked for and did not run
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance import lora_names
 from conformance.checks.base import CheckOutcome, no_refusal, refuses
+from conformance.checks.likelihoods import EXACT, apart, worst
 from conformance.errors import EngineError
 from conformance.invariance.asking import wrong_settings
 from conformance.invariance_suite import Way
@@ -52,9 +54,6 @@ _FIRST_TEXT = 3
 """Tokens below are for padding and the beginnings and ends of texts."""
 _VISIBLE = 20
 """What an adapter changes is at least so many times the tolerance, or the case says nothing."""
-_EXACT = 1e-5
-"""How far two log-probabilities may be from each other whose computations are the same, but for the size of
-the batch."""
 _EARLIER = 4
 """Times as many adapters as a batch has are used before it."""
 _OTHERS = 1000
@@ -391,17 +390,17 @@ def _liveness(inquiry: _Inquiry) -> Iterator[Problem]:
     zeros = [inquiry.zeroed(adapter, spec, module) for adapter, spec, module, _ in probes]
     restored = inquiry.ask(prompts, zeros, tokens=1)
     plain = inquiry.ask(prompts, [None] * len(probes), tokens=1)
-    apart = {
+    shown = {
         adapter.title: distance
         for adapter, one, other in zip(adapters, restored.generations, plain.generations, strict=True)
-        if (distance := _apart(one, other)) > _EXACT
+        if (distance := apart(one, other)) > EXACT
     }
-    if apart:
+    if shown:
         yield Problem(
             rule="zeroed",
-            message=f"an adapter of zeros changes log-probabilities by up to {max(apart.values()):.3g}; "
-            f"modules: {_listed(list(apart))}",
-            got=list(apart),
+            message=f"an adapter of zeros changes log-probabilities by up to {max(shown.values()):.3g}; "
+            f"modules: {_listed(list(shown))}",
+            got=list(shown),
         )
 
 
@@ -427,7 +426,7 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
     for place, made in enumerate(mixed.generations):
         row = place % len(prompts)
         own = chosen[row]
-        distances = [_apart(made, run.generations[place]) for run in runs]
+        distances = [apart(made, run.generations[place]) for run in runs]
         if distances[every.index(own)] <= inquiry.case.tolerance / 10:
             continue
         nearest = min(range(len(runs)), key=distances.__getitem__)
@@ -442,8 +441,8 @@ def _isolation(inquiry: _Inquiry) -> Iterator[Problem]:
                 else f"is {distances[every.index(own)]:.3g} from the same row where all rows use it"
             ),
         )
-    left = max(map(_apart, before.generations, after.generations))
-    if left > _EXACT:
+    left = max(map(apart, before.generations, after.generations))
+    if left > EXACT:
         yield Problem(
             rule="left-over",
             message=f"a batch without adapters differs by {left:.3g} from the same one before any was used",
@@ -467,7 +466,16 @@ def _refusal(inquiry: _Inquiry) -> Iterator[Problem]:
     folder = inquiry.oracles.made(make, "damaged", str(whole.folder), how)
     damaged = _Adapter(f"{whole.title}, {how}", folder, whole.drawn)
     prompts = inquiry.prompts
-    inquiry.ask(prompts, [whole])
+    try:
+        inquiry.ask(prompts, [whole])
+    except _RefusedError as error:
+        if case.or_refused is not None:
+            raise
+        inquiry.ask(prompts, [None])
+        yield Problem(
+            rule="refused", message=f"the undamaged adapter is refused too: {error}", got=str(error)
+        )
+        return
     try:
         result = inquiry.ask(prompts, [damaged])
     except _RefusedError:
@@ -544,9 +552,9 @@ def _compared(
                 f"{title} changes log-probabilities by {change:.3g} at most, too little to be seen at a "
                 f"tolerance of {limit:g}; choose other rows, or a larger scale"
             )
-        distance = _worst(made, truth)
+        distance = worst(made, truth)
         if distance > limit:
-            if adapter is not None and _worst(made, plain) <= limit:
+            if adapter is not None and worst(made, plain) <= limit:
                 dead.append(title)
             else:
                 wrong[title] = max(distance, wrong.get(title, 0.0))
@@ -566,39 +574,6 @@ def _compared(
                 for title, distance in wrong.items()
             },
         )
-
-
-def _values(made: Generation) -> Iterator[tuple[int, int, float]]:
-    """Position, token and log-probability of all that an answer tells."""
-    for place, (token, value) in enumerate(zip(made.token_ids, made.logprobs, strict=True)):
-        yield place, token, value
-    for place, best in enumerate(made.top):
-        for token, value in best.items():
-            yield place, token, value
-
-
-def _worst(made: Generation, truth: Tensor) -> float:
-    """The largest distance from what is true."""
-    distances = (abs(value - float(truth[place, token])) for place, token, value in _values(made))
-    return max((math.inf if math.isnan(distance) else distance for distance in distances), default=math.inf)
-
-
-def _apart(one: Generation, other: Generation) -> float:
-    """The largest distance between two answers, as far as they hold the same tokens; at least one is.
-
-    The first position has the same tokens before it, whatever was chosen there.
-    """
-    same = next(
-        (k for k, pair in enumerate(zip(one.token_ids, other.token_ids, strict=False)) if pair[0] != pair[1]),
-        min(len(one.token_ids), len(other.token_ids)),
-    )
-    found = {(place, token): value for place, token, value in _values(other) if place <= same}
-    distances = [
-        abs(value - found[place, token]) for place, token, value in _values(one) if (place, token) in found
-    ]
-    if one.token_ids != other.token_ids and max(distances, default=math.inf) <= _EXACT:
-        return 0.0  # two tokens are exactly as likely
-    return max((math.inf if math.isnan(each) else each for each in distances), default=math.inf)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,17 +9,17 @@ import click
 
 from conformance import expectations, runfile
 from conformance.commands import output
-from conformance.commands.output import (
+from conformance.commands.output import json_option
+from conformance.commands.run import seconds
+from conformance.commands.selection import select
+from conformance.commands.trial_output import (
     FaultRow,
     FaultsCheckOutput,
     FaultsMeasureOutput,
     FaultsOutput,
     RecordRow,
     StaleRow,
-    json_option,
 )
-from conformance.commands.run import seconds
-from conformance.commands.selection import select
 from conformance.errors import UsageError
 from conformance.faults import Fault, measure, record
 from conformance.faults import select as select_faults

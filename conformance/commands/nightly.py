@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from conformance.commands import output
-from conformance.commands.output import NightlyOutput, json_option
+from conformance.commands.output import json_option
 from conformance.commands.run import matrix_option, seconds
 from conformance.commands.store import database_option
+from conformance.commands.trial_output import NightlyOutput
 from conformance.nightly import plan, text
 from conformance.nightly import run as nights
 from conformance.recording import new_run_id

@@ -14,15 +14,10 @@ from rich.table import Table
 
 from conformance.backtests import BacktestResult
 from conformance.explain import visible
-from conformance.faults.places import Class, Layer, Level
-from conformance.faults.record import Outcome, Rates
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
-from conformance.nightly.run import NightResult
 from conformance.results import CellVerdict, Preflight, Result, Verdict
 from conformance.store import Change, Merged, StoredRun, StoredVerdict, StorePoint
-from conformance.trials.clean import CleanRun
-from conformance.trials.kill import KillTrial
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; its schema: `conformance schema`."
@@ -357,100 +352,6 @@ class NewCaseOutput(Output):
     """What the bundled implementation answers; written down as the expectation, for review."""
 
 
-class FaultRow(Output):
-    """A known bug that can be switched on in the bundled implementation."""
-
-    id: str
-    title: str
-    source: tuple[str, ...]
-    kind: str
-    area: str
-    detected: bool | None = None
-    """Whether some case failed by a rule while it was on; null when it was not run."""
-    localised: bool | None = None
-    """Whether a case of the fault's own area was among them."""
-    by_source: bool | None = None
-    """Whether a case that cites the fault's source was among them."""
-    caught_by: tuple[str, ...] = ()
-    """Addresses of the cases that noticed it."""
-    cases: int | None = None
-    """How many cases ran."""
-
-
-class FaultsOutput(Output):
-    """Output of `conformance faults`."""
-
-    faults: tuple[FaultRow, ...]
-
-
-class RecordRow(Output):
-    """What the quick suites made of a fault."""
-
-    fault: str
-    title: str
-    fault_class: Class
-    area: str
-    layer: Layer
-    level: Level
-    """The lowest level at which it must be noticed."""
-    module: str
-    first: Outcome
-    last: Outcome
-
-
-class FaultsMeasureOutput(Output):
-    """Output of `conformance faults measure` and `conformance faults show`."""
-
-    file: str
-    digest: str
-    faults: tuple[RecordRow, ...]
-    rates: Rates
-    classes: dict[Class, Rates]
-
-
-class StaleRow(Output):
-    """A fault whose record does not hold."""
-
-    id: str
-    reason: str
-
-
-class FaultsCheckOutput(Output):
-    """Output of `conformance faults check`."""
-
-    file: str
-    faults: int
-    """How many were checked."""
-    stale: tuple[StaleRow, ...]
-    gone: tuple[str, ...]
-    """Recorded faults that are there no more."""
-
-
-class CleanOutput(Output):
-    """Output of `conformance trial clean`."""
-
-    runs: tuple[CleanRun, ...]
-    alarming: int
-    """How many of them had an alarm."""
-
-
-class KillOutput(Output):
-    """Output of `conformance trial kill`."""
-
-    trial: KillTrial
-    sound: bool
-    """Nothing was lost or thrown away, and all verdicts are those of an undisturbed run."""
-
-
-class NightlyOutput(Output):
-    """Output of `conformance nightly`, and its file `nightly.json`."""
-
-    night: NightResult
-    text: str
-    """What `nightly.txt` holds."""
-    exit_code: int
-
-
 class LadderOutput(Output):
     """Output of `conformance ladder`."""
 
@@ -541,41 +442,6 @@ class MatrixCheckOutput(Output):
     """How many there should be."""
     missing: tuple[str, ...]
     """Those that have no complete run."""
-
-
-OUTPUTS: dict[str, type[Output]] = {
-    "list": ListOutput,
-    "show": ShowOutput,
-    "run": RunOutput,
-    "probe": ProbeOutput,
-    "report": ReportOutput,
-    "store-merge": StoreMergeOutput,
-    "store-list": StoreListOutput,
-    "store-show": StoreShowOutput,
-    "store-history": StoreHistoryOutput,
-    "gate-plan": GatePlanOutput,
-    "gate-run": GateRunOutput,
-    "gate-compare": GateCompareOutput,
-    "gate-rebaseline": RebaselineOutput,
-    "gate-sensitivity": SensitivityOutput,
-    "targets": TargetsOutput,
-    "doctor": DoctorOutput,
-    "new-case": NewCaseOutput,
-    "faults": FaultsOutput,
-    "faults-measure": FaultsMeasureOutput,
-    "faults-check": FaultsCheckOutput,
-    "trial-clean": CleanOutput,
-    "trial-kill": KillOutput,
-    "nightly": NightlyOutput,
-    "ladder": LadderOutput,
-    "bisect": BisectOutput,
-    "backtest": BacktestOutput,
-    "matrix-show": MatrixShowOutput,
-    "matrix-run": MatrixRunOutput,
-    "matrix-measure": MatrixMeasureOutput,
-    "matrix-check": MatrixCheckOutput,
-}
-"""Model of each command's output, under the name of its schema."""
 
 
 def emit_json(output: Output) -> None:

@@ -9,12 +9,45 @@ from typing import Any
 import click
 
 from conformance import expectations, loading, matrix, runfile
-from conformance.commands import requests
-from conformance.commands.output import OUTPUTS, Output
+from conformance.commands import output, requests, trial_output
 from conformance.targets import recordings
 
+OUTPUTS: dict[str, type[output.Output]] = {
+    "list": output.ListOutput,
+    "show": output.ShowOutput,
+    "run": output.RunOutput,
+    "probe": output.ProbeOutput,
+    "report": output.ReportOutput,
+    "store-merge": output.StoreMergeOutput,
+    "store-list": output.StoreListOutput,
+    "store-show": output.StoreShowOutput,
+    "store-history": output.StoreHistoryOutput,
+    "gate-plan": output.GatePlanOutput,
+    "gate-run": output.GateRunOutput,
+    "gate-compare": output.GateCompareOutput,
+    "gate-rebaseline": output.RebaselineOutput,
+    "gate-sensitivity": output.SensitivityOutput,
+    "targets": output.TargetsOutput,
+    "doctor": output.DoctorOutput,
+    "new-case": output.NewCaseOutput,
+    "faults": trial_output.FaultsOutput,
+    "faults-measure": trial_output.FaultsMeasureOutput,
+    "faults-check": trial_output.FaultsCheckOutput,
+    "trial-clean": trial_output.CleanOutput,
+    "trial-kill": trial_output.KillOutput,
+    "nightly": trial_output.NightlyOutput,
+    "ladder": output.LadderOutput,
+    "bisect": output.BisectOutput,
+    "backtest": output.BacktestOutput,
+    "matrix-show": output.MatrixShowOutput,
+    "matrix-run": output.MatrixRunOutput,
+    "matrix-measure": output.MatrixMeasureOutput,
+    "matrix-check": output.MatrixCheckOutput,
+}
+"""Model of each command's output, under the name of its schema."""
 
-def _output_schema(model: type[Output]) -> dict[str, Any]:
+
+def _output_schema(model: type[output.Output]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from conformance.commands import output
-from conformance.commands.output import CleanOutput, KillOutput, json_option
+from conformance.commands.output import json_option
 from conformance.commands.run import seconds
 from conformance.commands.selection import select
+from conformance.commands.trial_output import CleanOutput, KillOutput
 from conformance.recording import new_run_id
 from conformance.trials import clean as cleaning
 from conformance.trials import kill as killing
