@@ -31,15 +31,18 @@ test: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install --default
 	# The oracle of image processing: what the default leaves out.
 	$(BIN)/conformance targets install transformers@5.19.0
-	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS) --ignore suites/invariance --ignore suites/lora
-	# Nearly every one of these cases is an engine of its own, which takes vLLM a minute to start.
-	$(BIN)/python -m pytest suites/invariance suites/lora -n $(WORKERS) \
+	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS) \
+	  --ignore suites/invariance --ignore suites/lora --ignore suites/accuracy
+	# Not vLLM: nearly every one of these cases is an engine of its own, which takes it a minute to start, and
+	# gates take minutes each on a CPU. Its gates are in `make vllm`, and all that is quick runs every night.
+	$(BIN)/python -m pytest suites/invariance suites/lora suites/accuracy -n $(WORKERS) \
 	  --target reference --target transformers@5.19.0
 
 # What `make test` skips for want of an engine. Each of the two targets has one process, as engines are large.
 vllm: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install vllm@0.32.0
 	$(BIN)/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py suites/generation suites/server \
+	  suites/accuracy \
 	  --target vllm@0.32.0 --target vllm-server@0.32.0 -n 2
 
 # After it, `make test` runs vLLM's engine too, and backtests on the two releases between which most was mended.

@@ -5,6 +5,7 @@ Each is a process of its own, in float32 with two threads, greedy; they take tur
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -50,6 +51,16 @@ class Row:
         """How many times faster the first peer is than each of the others."""
         first, *others = what.values()
         return [other / first for other in others]
+
+
+def arguments_of(about: str | None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of generation takes."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each peer; the median counts")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--json", action="store_true")
+    return parser
 
 
 def memory_bandwidth() -> float:

@@ -6,7 +6,6 @@ its own, taking turns. Columns: bench/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from bench.generation import PROMPT, THREADS, Row, measure, memory_bandwidth
+from bench.generation import PROMPT, THREADS, Row, arguments_of, measure, memory_bandwidth
 from bench.text_model import MODELS
 
 PEERS = ("engine", "generate", "transformers", "vllm")
@@ -22,13 +21,9 @@ PEERS = ("engine", "generate", "transformers", "vllm")
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each peer; the median counts")
-    parser.add_argument("--steps", type=int, default=32, help="decoding steps")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser = arguments_of(__doc__)
     parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=PEERS[1:], help="beside the engine")
     parser.add_argument("--model", choices=MODELS, default="per-layer embeddings")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     bandwidth = memory_bandwidth()
     rows = list(

@@ -6,7 +6,6 @@ its own, taking turns. transformers runs as it is used: `generate`, its default 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.generation import PROMPT, THREADS, Row, measure, memory_bandwidth
+from bench.generation import PROMPT, THREADS, Row, arguments_of, measure, memory_bandwidth
 
 PEERS = ("generate", "transformers")
 
@@ -72,11 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each peer; the median counts")
-    parser.add_argument("--steps", type=int, default=32, help="decoding steps")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--json", action="store_true")
+    parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     bandwidth = memory_bandwidth()
     rows = [
