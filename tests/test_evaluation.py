@@ -125,8 +125,9 @@ def test_what_did_not_run_as_asked_is_an_error() -> None:
 def test_a_target_that_does_not_tell_what_ran_is_not_believed(
     silent: tuple[str, ...], engine: dict[str, Any], named: str
 ) -> None:
+    target = Generates(perfect, silent=silent, features=("tensor-parallel", "pipeline-parallel"))
     with pytest.raises(EvaluationError, match=f"generates: does not tell which {named} ran"):
-        ask(Generates(perfect, silent=silent), engine=EngineOptions(**engine), limit=1)
+        ask(target, engine=EngineOptions(**engine), limit=1)
 
 
 def test_who_never_answered_has_nothing_to_tell() -> None:

@@ -146,9 +146,7 @@ def worse(whole: Sheet, count: int) -> Sheet:
     return whole
 
 
-def test_small_drops_do_not_add_up_unnoticed(
-    reference: Path, gate: Gate, tmp_path: Path
-) -> None:
+def test_small_drops_do_not_add_up_unnoticed(reference: Path, gate: Gate, tmp_path: Path) -> None:
     """Three times four points of a margin of ten: each passes, and the third is refused."""
     case = f"{write_suite(tmp_path, max_new_tokens=None, gate={'margin': 0.1, 'floor': 0.09, 'items': 500})}"
     answers = sheet([True] * 500, task="nano_gsm8k", thinking=False, checkpoint="scripted", commit="abc")

@@ -248,7 +248,10 @@ def test_planned_chances_are_those_of_sheets_with_clusters(
 ) -> None:
     """A gate that was planned as if items were independent would promise more than it can do."""
     gate = paired(
-        **{"items": 30 * 30 if clusters == 30 else 500, "margin": 0.03, "floor": 0.01, "discordance": 0.04},
+        items=30 * 30 if clusters == 30 else 500,
+        margin=0.03,
+        floor=0.01,
+        discordance=0.04,
         clusters=clusters,
         design_effect=widened,
     )

@@ -22,7 +22,8 @@ Array = NDArray[np.float64]
 
 HALF_AN_ITEM = 0.5
 """What limits are moved outwards by, in items. Without it, by Tango's, a drop of the margin passes up to
-6.0 % of the time at alpha 5 %, with it up to 4.7 % (exact sums: 50 to 1319 items, margins of 1 to 6 points)."""
+6.0 % of the time at alpha 5 %, with it up to 4.7 % (exact sums: 50 to 1319 items, margins of 1 to 6
+points)."""
 
 _HALVINGS = 50
 """Of an interval two wide: far below any difference that matters."""
