@@ -237,8 +237,8 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
 def _schedule_arguments(options: Json) -> Json:
     """Those of the scheduler and the cache, as far as they are asked for.
 
-    Where prefixes are to be found and nothing is said of blocks, they are small: vLLM's own for a CPU have 128
-    tokens, and of a prompt nothing but whole blocks can be found.
+    Where prefixes are to be found and nothing is said of blocks, they are small: vLLM's own for a CPU have
+    128 tokens, and of a prompt nothing but whole blocks can be found.
     """
     chunk, sequences = options["prefill_chunk"], options["max_sequences"]
     drafted = options["speculation"]["tokens"] if options["speculation"] is not None else 0
