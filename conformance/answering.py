@@ -329,32 +329,51 @@ class Cache:
     def __init__(self, path: Path | None, identity: str) -> None:
         self._path = path
         self._identity = identity
-        self._known: dict[str, Answer] = {}
+        self._known: dict[str, tuple[Answer, dict[str, str]]] = {}
+        self._effective: dict[str, str] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
                 try:
                     found = json.loads(line)
-                    self._known[found["key"]] = Answer.model_validate(found["answer"])
+                    self._known[found["key"]] = (
+                        Answer.model_validate(found["answer"]),
+                        {str(name): str(value) for name, value in dict(found["effective"]).items()},
+                    )
                 except (ValueError, KeyError, TypeError, ValidationError):
                     continue  # a line that a killed process left unfinished, or of an older form: asked anew
 
     def get(self, question: Question) -> Answer | None:
         """The answer that came earlier."""
-        return self._known.get(self._key(question))
+        known = self._known.get(self._key(question))
+        if known is None:
+            return None
+        self._effective = known[1]
+        return known[0]
 
-    def add(self, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-        """Keep what came."""
+    def add(
+        self, questions: Sequence[Question], answers: Sequence[Answer], effective: Mapping[str, str]
+    ) -> None:
+        """Keep what came, and what ran."""
         if self._path is None:
             return
         with self._path.open("a", encoding="utf-8") as file:
             for question, answer in zip(questions, answers, strict=True):
                 if not answer.failure:
-                    line = {"key": self._key(question), "answer": answer.model_dump()}
+                    line = {
+                        "key": self._key(question),
+                        "answer": answer.model_dump(),
+                        "effective": dict(effective),
+                    }
                     file.write(json.dumps(line) + "\n")
 
     def _key(self, question: Question) -> str:
         text = f"{self._identity} {question.sha256} {question.max_new_tokens}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def effective(self) -> dict[str, str]:
+        """What ran when the answers were made, of the last that was taken from here; empty: none was."""
+        return dict(self._effective)
 
 
 def answer_all(
@@ -373,6 +392,8 @@ def answer_all(
     answerer.begin(questions)
     known = {place: cache.get(question) if cache else None for place, question in enumerate(questions)}
     found = {place: answer for place, answer in known.items() if answer is not None}
+    if cache is not None and found:
+        answerer.effective = cache.effective  # until the target says something itself
     open_places = sorted(set(range(len(questions))) - set(found), key=lambda place: _order(questions[place]))
     if progress is not None:
         progress(len(found), len(questions))
@@ -381,7 +402,7 @@ def answer_all(
         batch = [questions[place] for place in places]
         answers = answerer.ask(batch)
         if cache is not None:
-            cache.add(batch, answers)
+            cache.add(batch, answers, answerer.effective)
         found |= dict(zip(places, answers, strict=True))
         if progress is not None:
             progress(len(found), len(questions))

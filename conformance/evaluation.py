@@ -33,6 +33,9 @@ from conformance.targets import registry
 from conformance.targets.protocol import EngineOptions, Target
 from conformance.targets.reference_chat import checkpoint_folder, checkpoint_sha256
 
+_ANSWER = "#### "
+"""Before the answer in solutions of GSM8K and tasks of its form."""
+
 
 class EvaluationOptions(Record):
     """How a task is asked."""
@@ -97,7 +100,8 @@ def evaluate(
             fewshot_as_multiturn=options.chat_template,
             bootstrap_iters=0,
         )
-    _check_effective(options.engine, model.answerer.effective, target.spec)
+    if model.chat is not None and any(not each.answer.failure for each in model.asked):
+        _check_effective(options.engine, model.answerer.effective, target.spec)
     samples = {
         (name, sample["doc_id"]): sample
         for name, found in results["samples"].items()
@@ -113,7 +117,7 @@ def evaluate(
         metric=metric,
         target=target.spec,
         effective=model.answerer.effective,
-        dtype=model.answerer.effective.get("dtype", options.engine.dtype if model.chat else "unknown"),
+        dtype=model.answerer.effective.get("dtype", "unknown"),
         template_sha256=model.chat.template_sha256 if model.chat and options.chat_template else "",
         thinking=options.thinking,
         shots=loaded.shots,
@@ -125,7 +129,7 @@ def evaluate(
         data=dict(loaded.data),
         lm_eval=metadata.version("lm-eval"),
         harness=conformance.__version__,
-        commit=fingerprint.git_commit(),
+        commit=fingerprint.git_commit(but_references=True),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **about,
     )
@@ -178,6 +182,7 @@ def _model(
         "checkpoint": folder.name if folder else str(checkpoint) or info.environment.get("model", ""),
         "checkpoint_sha256": checkpoint_sha256(folder) if folder else "",
         "engine_version": info.version,
+        "torch": info.environment.get("package:torch", ""),
     }
     identity = {"target": target.spec, "engine": options.engine.model_dump(), **about}
     model = ConformanceLM(
@@ -195,10 +200,29 @@ def _model(
 
 
 def _check_effective(asked: EngineOptions, ran: Mapping[str, str], spec: str) -> None:
-    """What was asked for and not used says nothing about what was asked for."""
+    """What was asked for and not used says nothing about what was asked for; nor does one who does not tell.
+
+    Layouts of one process are no choice. Other ones than were asked for are a failure of the target, which
+    the check of the case finds.
+
+    Raises:
+        EvaluationError: names what is not told, or differs.
+    """
     for name, value in (("dtype", asked.dtype), ("attention", asked.attention)):
-        if ran and value is not None and ran.get(name) != value:
-            raise EvaluationError(f"{spec}: {name} {value!r} was asked for and {ran.get(name)!r} ran")
+        if value is not None and name in ran and ran[name] != value:
+            raise EvaluationError(f"{spec}: {name} {value!r} was asked for and {ran[name]!r} ran")
+    needed = {
+        "dtype": True,
+        "attention": asked.attention is not None,
+        "tensor_parallel": asked.tensor_parallel > 1,
+        "pipeline_parallel": asked.pipeline_parallel > 1,
+    }
+    silent = [name for name, is_asked in needed.items() if is_asked and name not in ran]
+    if silent:
+        raise EvaluationError(
+            f"{spec}: does not tell which {', '.join(silent)} ran; let its `generate` read that back from "
+            "the engine and give it in `effective`"
+        )
 
 
 def _item(
@@ -228,7 +252,8 @@ def _item(
         media=tuple(medium.sha256 for medium in asked.question.media),
         answer=answer.raw,
         extracted=extracted,
-        expected=str(sample["target"]),
+        # GSM8K's solutions end in the mark and the number, which is all that is compared.
+        expected=str(sample["target"]).rpartition(_ANSWER)[2].strip(),
         outcome=outcome,
         tokens=answer.tokens,
         finish_reason=answer.finish_reason,

@@ -32,6 +32,8 @@ _VARIABLES = (
     "PYTHONHASHSEED",
     "VLLM_ATTENTION_BACKEND",
 )
+_REFERENCES = ":(top,exclude,glob)suites/**/references/**"
+"""Of git: stored references, which the answers of others do not depend on."""
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -58,10 +60,14 @@ def redact(text: str) -> str:
     return _URL_USER.sub("", text)
 
 
-def git_commit(root: Path | None = None) -> str | None:
+def git_commit(root: Path | None = None, *, but_references: bool = False) -> str | None:
     """Commit of the source tree, with `+dirty` when git is here and reports changes.
 
     None for an installed package, and for a tree that is no git checkout.
+
+    Args:
+        root: Of the tree; None: this one.
+        but_references: Changes of suites' stored references do not count, so that several can be made anew.
     """
     root = resources.checkout_root() if root is None else root
     commit = _head(root) if root is not None else None
@@ -70,8 +76,9 @@ def git_commit(root: Path | None = None) -> str | None:
     git = shutil.which("git")
     if git is None:
         return commit
+    paths = ("--", ":(top)", _REFERENCES) if but_references else ()
     status = subprocess.run(  # noqa: S603 - a fixed command in our own tree
-        [git, "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+        [git, "-C", str(root), "status", "--porcelain", "--untracked-files=no", *paths],
         capture_output=True,
         text=True,
         timeout=30,

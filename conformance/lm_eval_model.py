@@ -232,6 +232,18 @@ class ConformanceLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     # -------------------------------------------------------------------------- likelihoods
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is the greedy one.
+
+        Raises:
+            EvaluationError: a request has pictures or sounds, or places for them.
+            UnavailableError: the target tells no likelihoods.
+        """
+        found: list[tuple[float, bool]] = super().loglikelihood(
+            list(map(_text_only, requests)), disable_tqdm=disable_tqdm
+        )
+        return found
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
@@ -336,6 +348,33 @@ class ConformanceLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 f"{self._target.spec} takes no token ids; choose a task whose answers are generated"
             )
         return self.chat
+
+
+def _text_only(request: Any) -> Any:
+    """A request for a likelihood, without what lm-eval adds to those of tasks with media.
+
+    Raises:
+        EvaluationError: it has media, or a text with places for some. A task that has none of its own may
+            well speak of `<audio>` in a text.
+    """
+    if len(request.args) < 3:
+        return request
+    context, continuation, media = request.args[:3]
+    if any(media.get(name) for _, name, _ in _KINDS) or any(mark in context for *_, mark in _KINDS):
+        task = getattr(request, "task_name", None) or "the task"
+        raise EvaluationError(
+            f"{task}: asks how likely answers to a question with pictures or sounds are, and targets tell "
+            "that of texts only; choose a task whose answers are generated (`output_type: generate_until`), "
+            "such as mmmu_val or nano_mmmu"
+        )
+    return _TextOnly((context, continuation))
+
+
+@dataclass(frozen=True)
+class _TextOnly:
+    """What is asked for the likelihood of a continuation."""
+
+    args: tuple[str, str]
 
 
 def _with_parts(

@@ -112,7 +112,10 @@ class SheetHeader(Record):
     """Version."""
     harness: str
     """Version of this package."""
+    torch: str = ""
+    """Version of PyTorch that the target computes with, as it tells; empty where it does not."""
     commit: str | None = None
+    """Of the harness, with `+dirty` where sources were changed since."""
     created: str
     """ISO 8601, UTC."""
 

@@ -25,9 +25,17 @@ class Generates:
 
     spec = "generates"
 
-    def __init__(self, speaker: Speaker, *, dtype: str = "float32", features: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        speaker: Speaker,
+        *,
+        dtype: str = "float32",
+        features: Sequence[str] = (),
+        silent: Sequence[str] = (),
+    ) -> None:
         self._speaker = speaker
-        self._dtype = dtype
+        told = {"dtype": dtype, "attention": "mouth"}
+        self._effective = {name: value for name, value in told.items() if name not in silent}
         self._features = tuple(features)
         self.asked: list[GenerateRequest] = []
 
@@ -43,7 +51,7 @@ class Generates:
         self.asked.append(request)
         return GenerateResult(
             generations=tuple(self._one(prompt, request) for prompt in request.prompts),
-            effective={"dtype": self._dtype, "attention": "mouth"},
+            effective=self._effective,
         )
 
     def _one(self, prompt: Sequence[int], request: GenerateRequest) -> Generation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conformance.answering import EvaluationError, UnavailableError
 from conformance.evaluation import EvaluationOptions, evaluate
 from conformance.scoring import Sheet
 from conformance.targets import bundled, reference_chat, registry
+from conformance.targets.protocol import EngineOptions
 from conformance.targets.reference_chat import CheckpointError
 from conformance.tasks import mmmu, nano
 from conformance.tasks.sources import DataError
@@ -60,6 +62,7 @@ def test_right_answers_are_right_under_both_filters() -> None:
         sheet = ask(Generates(perfect), filter=scheme)
         assert sheet.counts()["correct"] == len(QUESTIONS)
         assert {item.extracted for item in sheet.items} == {str(2 * n) for n in range(8)}
+        assert all(item.expected == item.extracted for item in sheet.items), "not the worked solution"
         assert sheet.header.filter == scheme
 
 
@@ -107,6 +110,30 @@ def test_a_dead_target_is_no_wrong_answer_and_is_not_asked_again() -> None:
 def test_what_did_not_run_as_asked_is_an_error() -> None:
     with pytest.raises(EvaluationError, match="dtype 'float32' was asked for and 'bfloat16' ran"):
         ask(Generates(perfect, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("silent", "engine", "named"),
+    [
+        (("dtype", "attention"), {}, "dtype"),
+        (("dtype",), {"dtype": "bfloat16"}, "dtype"),
+        (("attention",), {"attention": "eager"}, "attention"),
+        ((), {"tensor_parallel": 2, "attention": "mouth"}, "tensor_parallel"),
+        ((), {"pipeline_parallel": 2}, "pipeline_parallel"),
+    ],
+)
+def test_a_target_that_does_not_tell_what_ran_is_not_believed(
+    silent: tuple[str, ...], engine: dict[str, Any], named: str
+) -> None:
+    target = Generates(perfect, silent=silent, features=("tensor-parallel", "pipeline-parallel"))
+    with pytest.raises(EvaluationError, match=f"generates: does not tell which {named} ran"):
+        ask(target, engine=EngineOptions(**engine), limit=1)
+
+
+def test_who_never_answered_has_nothing_to_tell() -> None:
+    sheet = ask(Generates(refuses("How many", perfect)), limit=2)
+    assert sheet.counts()["refused"] == 2
+    assert (sheet.header.dtype, sheet.header.effective) == ("unknown", {})
 
 
 # ------------------------------------------------------------------------------------------ the item alone
@@ -309,6 +336,20 @@ def test_failures_are_asked_again_by_another_evaluation(tmp_path: Path) -> None:
     assert [len(request.prompts) for request in target.asked] == [1]
 
 
+def test_kept_answers_tell_what_ran(tmp_path: Path) -> None:
+    """All of them are there, so that the target says nothing any more."""
+    cache = tmp_path / "answers.jsonl"
+    ask(Generates(perfect), cache=cache)
+    target = Generates(perfect)
+    sheet = ask(target, cache=cache)
+    assert target.asked == []
+    assert sheet.header.effective == {"dtype": "float32", "attention": "mouth"}
+    lines = [json.loads(line) for line in cache.read_text().splitlines()]
+    cache.write_text("".join(json.dumps(line | {"effective": {}}) + "\n" for line in lines))
+    with pytest.raises(EvaluationError, match="does not tell which dtype ran"):
+        ask(target, cache=cache)
+
+
 def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
     cache = tmp_path / "answers.jsonl"
     ask(Generates(perfect), cache=cache)
@@ -327,5 +368,6 @@ def test_the_committed_task_is_answered_by_the_reference(monkeypatch: pytest.Mon
     assert sheet.header.available >= 500
     assert sheet.header.checkpoint_sha256 == reference_chat.checkpoint_sha256(bundled.checkpoint())
     assert sheet.header.effective["dtype"] == sheet.header.dtype == "float32"
+    assert sheet.header.torch == metadata.version("torch")
     assert {item.outcome for item in sheet.items} <= {"unparsable", "wrong", "truncated"}
     assert all(item.answer for item in sheet.items)

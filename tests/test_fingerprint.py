@@ -36,6 +36,21 @@ def test_commit_and_dirt(repository: Path) -> None:
     assert fingerprint.git_commit(repository) == f"{commit}+dirty"
 
 
+def test_stored_references_can_be_left_out_of_the_dirt(repository: Path) -> None:
+    paths = [repository / "suites" / "accuracy" / name for name in ("references/a.jsonl", "nano.yaml")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one")
+        git("add", str(path), cwd=repository)
+    git("commit", "-m", "two", cwd=repository)
+    commit = git("rev-parse", "HEAD", cwd=repository)
+    paths[0].write_text("two")
+    assert fingerprint.git_commit(repository) == f"{commit}+dirty"
+    assert fingerprint.git_commit(repository, but_references=True) == commit
+    paths[1].write_text("two")
+    assert fingerprint.git_commit(repository, but_references=True) == f"{commit}+dirty"
+
+
 @pytest.mark.parametrize("state", ["branch", "packed", "detached", "worktree"])
 def test_commit_without_git(repository: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
     commit = git("rev-parse", "HEAD", cwd=repository)

@@ -17,6 +17,7 @@ from conformance.gates import asking, baseline, multiplicity
 from conformance.gates.baseline import BaselineError
 from conformance.gates.decide import decide
 from conformance.gates.loading import find_case
+from conformance.gates.planning import make_plan
 from conformance.gates.suite import AccuracyCase
 from conformance.loading import load_suite, load_suites
 from conformance.scoring import Sheet
@@ -277,12 +278,17 @@ def test_a_published_figure_needs_its_method(tmp_path: Path) -> None:
 
 
 def test_published_gates_say_what_they_can_detect() -> None:
+    """In points, as docs/gates.md says of the first."""
     cases = [loaded.case for loaded in load_suites().match("accuracy/published")]
-    assert len(cases) >= 4
+    found = {}
     for case in cases:
         assert isinstance(case, AccuracyCase)
         assert case.gate.kind == "unpaired"
         assert case.gate.published in case.source
+        plan = make_plan(case.gate)
+        assert plan.reaches(case.gate), case.id
+        found[case.id] = round(100 * plan.detectable, 2)
+    assert found == {"gsm8k-31b": 2.61, "gsm8k-e2b": 4.67, "gsm8k-e4b-base": 4.77, "mmmu-26b-a4b": 7.17}
 
 
 def test_find_case(suite: Path) -> None:
@@ -341,6 +347,83 @@ def test_a_reference_is_replaced_only_with_a_comparison(suite: Path, answers: Sh
     assert entries[1].previous == entries[0].sha256
     assert entries[1].comparison == decision
     assert baseline.read(path) == answers
+
+
+def test_a_reference_that_is_gone_leaves_its_record(suite: Path, answers: Sheet) -> None:
+    """Else one could be made anew without a comparison with it."""
+    path = suite.parent / "references" / "sums.jsonl"
+    path.unlink()
+    for what in (
+        lambda: baseline.read(path),
+        lambda: baseline.current(path),
+        lambda: baseline.store(path, answers, reason="From the beginning.", comparison=None),
+    ):
+        with pytest.raises(BaselineError, match=r"its record sums\.baseline\.json tells of one; put it back"):
+            what()
+    assert not path.exists()
+    baseline.record_path(path).unlink()
+    assert baseline.current(path) is None
+
+
+def test_drops_of_a_history_add_up(suite: Path, answers: Sheet) -> None:
+    """Each passes; together they reach the margin. What was accepted as such begins anew."""
+    path = suite.parent / "references" / "sums.jsonl"
+    gate = load_gate(margin=0.2)
+    same = decide(paired(items=ITEMS, margin=0.2), answers, answers)
+    drop = same.model_copy(update={"drop": 0.08})
+    totals = []
+    for _ in range(2):
+        totals.append(baseline.adds_up(path, drop))
+        baseline.store(path, answers, reason="A little worse.", comparison=drop)
+    totals.append(baseline.adds_up(path, drop))
+    assert totals == pytest.approx([0.08, 0.16, 0.24])
+    assert [baseline.too_much(total, gate) for total in totals] == [False, False, True]
+    assert baseline.too_much(0.1 + 0.1, gate)
+    assert baseline.adds_up(path, same.model_copy(update={"drop": -0.1})) == pytest.approx(0.06)
+    entry = baseline.store(path, answers, reason="It is known.", comparison=drop, accepted=True)
+    assert entry.accepted
+    assert baseline.adds_up(path, drop) == pytest.approx(0.08)
+
+
+def test_a_reference_of_changed_sources_is_told_apart(suite: Path, answers: Sheet) -> None:
+    with pytest.raises(BaselineError, match=r"changed since their commit \(abc\+dirty\).*--allow-dirty"):
+        baseline.check_sources("abc+dirty")
+    baseline.check_sources("abc")
+    baseline.check_sources(None)
+    path = suite.parent / "references" / "other.jsonl"
+    for commit, dirty in (("abc+dirty", True), ("abc", False)):
+        made = answers.model_copy(update={"header": answers.header.model_copy(update={"commit": commit})})
+        entry = baseline.store(path.with_stem(commit[:4]), made, reason="For this test.", comparison=None)
+        assert entry.dirty is dirty
+
+
+def _with_clusters(suite: Path, answers: Sheet) -> None:
+    """The same reference, whose items name three clusters."""
+    items = tuple(
+        each.model_copy(update={"cluster": f"kind-{number % 3}"}) for number, each in enumerate(answers.items)
+    )
+    path = suite.parent / "references" / "sums.jsonl"
+    path.unlink()
+    baseline.record_path(path).unlink()
+    made = answers.model_copy(update={"items": items})
+    baseline.store(path, made, reason="With clusters.", comparison=None)
+
+
+def test_a_reference_with_clusters_needs_a_gate_that_knows_of_them(suite: Path, answers: Sheet) -> None:
+    _with_clusters(suite, answers)
+    root = suite.parents[2]
+    message = refusal(write_suite(root))
+    assert "cases[0].gate.reference: the reference's items name 3 clusters, such as 'kind-0'" in message
+    assert "`design_effect` has to say by how much" in refusal(write_suite(root, gate={"clusters": 3}))
+    assert "declares 4" in refusal(write_suite(root, gate={"clusters": 4, "design_effect": 1, "margin": 0.4}))
+    assert "`stop_alpha` does not go" in refusal(
+        write_suite(root, gate={"clusters": 3, "design_effect": 1, "stop_alpha": 0.02})
+    )
+    # Three clusters make the limits nearly twice as wide: what sixty items reach alone, they do not.
+    few = refusal(write_suite(root, gate={"clusters": 3, "design_effect": 1}))
+    assert "60 items cannot certify a margin of 20 points" in few
+    load_suite(write_suite(root, gate={"clusters": "all"}))
+    load_suite(write_suite(root, gate={"clusters": 3, "design_effect": 1, "margin": 0.4}))
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from conformance import runfile
+from conformance import fingerprint, runfile
 from conformance.cli import invoke
 from conformance.commands.schema import schemas
 from conformance.gates import baseline
 from conformance.scoring import Sheet
 from tests.conftest import Run
-from tests.gate_sheets import arms, sheet
+from tests.gate_sheets import arms, changed, sheet
 from tests.test_gates_cases import ITEMS, write_suite
 
 SOLVER = "gate_targets:Solver"
@@ -52,13 +52,17 @@ def test_from_the_first_reference_to_a_verdict(reference: Path, run_conformance:
     assert hasty.returncode == 2
     assert "say why in 8 characters or more" in hasty.stderr
 
-    made = run_conformance("gate", "rebaseline", case, "-t", SOLVER, "--reason", "The first one.", "--json")
+    # This tree may have changes that are not committed yet.
+    made = run_conformance(
+        *("gate", "rebaseline", case, "-t", SOLVER, "--reason", "The first one.", "--allow-dirty", "--json")
+    )
     assert made.returncode == 0, made.stderr
     assert checked(made.stdout, "gate-rebaseline") == {
         "reference": str(reference.parent / "references" / "sums.jsonl"),
         "record": str(reference.parent / "references" / "sums.baseline.json"),
         "replaced": True,
         "decision": None,
+        "total_drop": None,
     }
 
     sheets = tmp_path / "sheets"
@@ -82,19 +86,19 @@ def test_from_the_first_reference_to_a_verdict(reference: Path, run_conformance:
     assert gate["decision"]["reasons"] == ["drop", "alarm"]
 
     bad = Path(gate["sheet"])
-    refused = run_conformance("gate", "rebaseline", case, "--sheet", bad, "--reason", "It fails, so there.")
+    again = ("gate", "rebaseline", case, "--sheet", bad, "--allow-dirty", "--reason")
+    refused = run_conformance(*again, "It fails, so there.")
     assert refused.returncode == 1
     assert "NOT replaced; look into it, or give --accept-drop" in refused.stdout
     path = reference.parent / "references" / "sums.jsonl"
     assert len(baseline.history(path).entries) == 1
 
-    forced = run_conformance(
-        *("gate", "rebaseline", case, "--sheet", bad, "--reason", "Known and accepted.", "--accept-drop")
-    )
+    forced = run_conformance(*again, "Known and accepted.", "--accept-drop")
     assert forced.returncode == 0, forced.stderr
     entries = baseline.history(path).entries
     assert entries[1].comparison is not None
     assert entries[1].comparison.verdict == "fail"
+    assert entries[1].accepted
     assert baseline.read(path) == Sheet.read(bad)
 
 
@@ -132,6 +136,64 @@ def test_compare(tmp_path: Path, gate: Gate) -> None:
     code, out, _ = gate("compare", "a.jsonl", "b.jsonl", "--margin", "0.012", "--floor", "0.011")
     assert code == 3
     assert "CANNOT reach its margin" in out
+
+
+def worse(whole: Sheet, count: int) -> Sheet:
+    """The sheet with so many more right answers changed to wrong ones."""
+    numbers = [number for number, each in enumerate(whole.items) if each.outcome == "correct"][:count]
+    for number in numbers:
+        whole = changed(whole, number, outcome="wrong", extracted="7")
+    return whole
+
+
+def test_small_drops_do_not_add_up_unnoticed(reference: Path, gate: Gate, tmp_path: Path) -> None:
+    """Three times four points of a margin of ten: each passes, and the third is refused."""
+    case = f"{write_suite(tmp_path, max_new_tokens=None, gate={'margin': 0.1, 'floor': 0.09, 'items': 500})}"
+    answers = sheet([True] * 500, task="nano_gsm8k", thinking=False, checkpoint="scripted", commit="abc")
+    for number in range(4):
+        worse(answers, 20 * number).write(tmp_path / f"{number}.jsonl")
+
+    def replace(number: int, *more: str) -> tuple[int, str, str]:
+        name = str(tmp_path / f"{number}.jsonl")
+        return gate("rebaseline", f"{case}::sums", "--sheet", name, "--reason", "A little worse.", *more)
+
+    assert replace(0)[0] == 0
+    assert replace(1)[0] == 0
+    code, out, _ = replace(2, "--json")
+    assert code == 0
+    assert checked(out, "gate-rebaseline")["total_drop"] == pytest.approx(0.08)
+    code, out, _ = replace(3)
+    assert code == 1
+    assert "drops of its history add up to 12 points (margin 10 points): together they must not pass" in out
+    assert replace(3, "--accept-drop")[0] == 0
+    entries = baseline.history(reference.parent / "references" / "sums.jsonl").entries
+    assert [entry.accepted for entry in entries] == [False, False, False, True]
+
+
+def test_references_are_made_of_committed_sources(
+    reference: Path, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = reference.parent / "references" / "sums.jsonl"
+    monkeypatch.setattr(fingerprint, "git_commit", lambda **_options: "abc+dirty")
+    for more in ((), ("--sheet", "a.jsonl")):
+        answers = sheet([True] * 60, task="nano_gsm8k", thinking=False, commit="abc+dirty")
+        answers.write(tmp_path / "a.jsonl")
+        code, _, err = gate("rebaseline", f"{reference}::sums", "--reason", "From a change.", *more)
+        assert code == 2
+        assert "(abc+dirty), so nobody could make this reference again; commit first" in err
+        assert not path.exists()
+
+
+def test_clusters_that_are_not_declared_are_measured(tmp_path: Path, gate: Gate) -> None:
+    names = [f"kind-{n // 100}" for n in range(1000)]
+    sheet([True] * 1000, clusters=names).write(tmp_path / "a.jsonl")
+    sheet([n >= 10 for n in range(1000)], clusters=names).write(tmp_path / "b.jsonl")
+    code, out, _ = gate("compare", "a.jsonl", "b.jsonl", "--margin", "0.02")
+    assert code == 3
+    assert "design effect of 10 clusters: " in out
+    code, out, _ = gate("compare", "a.jsonl", "b.jsonl", "--margin", "0.02", "--clusters", "all")
+    assert code == 1
+    assert "exact McNemar). " in out
 
 
 def test_wrong_use(tmp_path: Path, gate: Gate) -> None:

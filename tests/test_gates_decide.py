@@ -83,6 +83,23 @@ def test_transport_errors_are_left_out_and_not_wrong() -> None:
     assert "10 items are left out" in decision.sentence
 
 
+def test_answers_that_differ_are_told_though_no_score_does() -> None:
+    """Other words, other outcomes, and the mark of the turn's end, which servers leave out."""
+    reference, target = arms(900, 0, 0, 100)
+    same = decide(paired(), reference, target)
+    assert (same.texts_differ, same.outcomes_differ) == (0, 0)
+    assert same.sentence.endswith("All answers are the same, word for word.")
+    target = changed(target, 1, answer=target.items[1].answer + "\n<turn|>")
+    target = changed(target, 2, answer="Let me see. 3")
+    target = changed(target, 950, answer="what?", outcome="unparsable")
+    decision = decide(paired(), reference, target)
+    assert (decision.drop, decision.texts_differ, decision.outcomes_differ) == (0, 2, 1)
+    assert decision.sentence.endswith("2 answers have other words, and 1 another outcome.")
+    alone = decide(unpaired(), None, sheet([True] * 1319))
+    assert (alone.texts_differ, alone.outcomes_differ) == (None, None)
+    assert "other words" not in alone.sentence
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_too_many_transport_errors_are_inconclusive(dropped: bool) -> None:
     """Whether they are told, or their items silently left away: what is gone may be what is wrong."""
@@ -277,9 +294,14 @@ def _subjects(lost_in: range) -> tuple[Sheet, Sheet]:
     return sheet([True] * 1000, clusters=clusters), sheet(right, clusters=clusters)
 
 
+CLUSTERED = paired(clusters=10, design_effect=1.5)
+
+
 def test_a_drop_in_one_subject_is_not_sure_for_others() -> None:
-    one = decide(paired(margin=0.02), *_subjects(range(1)))
+    one = decide(CLUSTERED, *_subjects(range(1)))
     assert one.clusters == 10
+    assert one.design_effect is not None
+    assert one.design_effect > 5
     assert one.test == "exact McNemar and clustered t"
     assert one.verdict == "inconclusive"
     assert one.drop_interval is not None
@@ -290,13 +312,39 @@ def test_a_drop_in_one_subject_is_not_sure_for_others() -> None:
     assert one.drop_interval.high > independent.drop_interval.high
 
 
+def test_subjects_that_are_all_there_are_do_not_stand_for_others() -> None:
+    """A subject that is wholly broken fails then, as exact McNemar has it."""
+    one = decide(paired(clusters="all"), *_subjects(range(1)))
+    independent = decide(paired(), *arms(990, 10, 0, 0))
+    assert one.verdict == "fail"
+    assert (one.clusters, one.design_effect, one.test) == (None, None, "exact McNemar")
+    assert (one.p_value, one.drop_interval) == (independent.p_value, independent.drop_interval)
+
+
+def test_clusters_are_declared_as_the_items_name_them() -> None:
+    sheets = _subjects(range(1))
+    assert "declare `clusters: 10` with a measured `design_effect`" in refused(*sheets, paired())
+    assert "name 10 clusters and the gate declares 30" in refused(
+        *sheets, paired(clusters=30, design_effect=1.5)
+    )
+    assert "name no clusters and the gate declares 10" in refused(*arms(900, 0, 0, 100), CLUSTERED)
+
+
+def test_a_sequential_test_takes_no_clusters() -> None:
+    """Ten losses in one subject would stop it, where a whole sheet is not sure."""
+    sheets = _subjects(range(1))
+    assert "declare `clusters: 10`" in refused(*sheets, SEQUENTIAL)
+    whole = decide(paired(clusters="all", stop_alpha=0.02), *sheets)
+    assert whole.reasons == ("stopped",)
+
+
 def test_a_drop_in_all_subjects_fails() -> None:
-    assert decide(paired(), *_subjects(range(10))).verdict == "fail"
+    assert decide(CLUSTERED, *_subjects(range(10))).verdict == "fail"
 
 
 def test_clusters_never_make_a_gate_surer() -> None:
     """Equal losses in every subject have no spread at all; the interval is still the independent one."""
-    decision = decide(paired(), *_subjects(range(10)))
+    decision = decide(CLUSTERED, *_subjects(range(10)))
     alone = decide(paired(), *arms(900, 100, 0, 0))
     assert decision.drop_interval is not None
     assert alone.drop_interval is not None
@@ -305,7 +353,7 @@ def test_clusters_never_make_a_gate_surer() -> None:
 
 def test_half_named_clusters_are_refused() -> None:
     reference, target = arms(9, 0, 0, 1)
-    assert "names no cluster" in refused(reference, changed(target, 0, cluster="sums"))
+    assert "names no cluster" in refused(changed(reference, 0, cluster="sums"), target)
 
 
 def test_one_cluster_is_refused() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from conformance.gates import planning
+from conformance.gates import planning, statistics
 from conformance.gates.planning import GateError, chances, check, make_plan
 from tests.gate_sheets import paired, unpaired
 
@@ -72,6 +72,45 @@ def test_dependence_and_a_sequential_test_cost_items() -> None:
     assert needed(alpha=0.01) > needed()
 
 
+def test_few_clusters_cost_items_besides_their_design_effect() -> None:
+    """Their limits stand on t: 1.833 instead of 1.645 with ten of them, squared."""
+
+    def needed(**fields: object) -> int:
+        found = planning.items_needed(paired(margin=0.03, design_effect=1.5, **fields))
+        assert found is not None
+        return found
+
+    assert needed(clusters=10) == pytest.approx(needed() * (1.8331 / 1.6449) ** 2, rel=0.01)
+    assert needed(clusters="all") == needed()
+    assert needed() < needed(clusters=30) < needed(clusters=10)
+
+
+def test_a_published_gate_passes_a_drop_of_the_margin_no_more_often_than_alpha() -> None:
+    """Exact sums; without half an item they are up to 0.0511, which the last line shows."""
+    gates = [
+        unpaired(),
+        unpaired(score=0.6535, margin=0.05),
+        unpaired(score=0.4496, margin=0.05),
+        unpaired(score=0.56667, margin=0.08, items=900, of=900, design_effect=1.5),
+    ]
+    for gate in gates:
+        assert chances(gate, gate.margin).passes <= gate.alpha
+        assert chances(gate, 0.0).fails <= gate.alpha
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "HALF_AN_ITEM", 0.0)
+        assert chances(gates[2], gates[2].margin).passes > gates[2].alpha
+
+
+def test_an_unpaired_gate_with_few_items_alarms_a_little_too_often() -> None:
+    """Where the figure has many more items than are asked; docs/gates.md says how often."""
+    worst = 0.0
+    for score in (0.9, 0.97):
+        gate = unpaired(score=score, margin=0.08, items=200, of=5000)
+        assert chances(gate, gate.margin).passes <= gate.alpha
+        worst = max(worst, chances(gate, 0.0).alarms)
+    assert 0.05 < worst < 0.0605
+
+
 def test_detectable_and_certifiable_are_where_the_power_is_reached() -> None:
     for gate in (paired(), paired(discordance=0.08), unpaired()):
         plan = make_plan(gate)
@@ -114,6 +153,9 @@ def test_all_tables_are_counted() -> None:
     [
         ({"floor": 0.02}, "`floor` 0.02 must be below `margin` 0.02"),
         ({"max_transport_errors": 0.015, "max_refused": 0.01}, "what is left out could hide it"),
+        ({"clusters": 30}, "`design_effect` has to say by how much"),
+        ({"clusters": 1, "design_effect": 1.5}, "greater than or equal to 2"),
+        ({"clusters": 30, "design_effect": 1.5, "stop_alpha": 0.02}, "`stop_alpha` does not go with"),
         ({"stop_alpha": 0.05}, "`stop_alpha` 0.05 must be below `alpha` 0.05"),
         ({"margin": 2.0}, "less than 1"),
         ({"alpha": 0.5}, "less than 0.5"),

@@ -5,6 +5,7 @@ A promise of "at most alpha" is broken where the lower 99 % Clopper-Pearson limi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from conformance.gates.decide import decide
 from conformance.gates.planning import chances
 from conformance.gates.sequential import SequentialTest
 from conformance.gates.spec import PairedRule
+from conformance.scoring import Sheet
 from tests.gate_sheets import paired, sheet
 
 RUNS = 2000
@@ -213,6 +215,73 @@ def test_clusters_need_their_own_error() -> None:
         careful += bool(alarm and statistics.clustered(differences, clusters).p_value() <= ALPHA)
     assert exceeds(alone)
     assert not exceeds(careful)
+
+
+def clustered_verdicts(
+    gate: PairedRule, drop: float, spread: float, *, seed: int, runs: int = 400
+) -> dict[str, float]:
+    """What `decide` makes of whole sheets with clusters, whose drops lie `spread` above or below `drop`."""
+    rng = np.random.default_rng(seed)
+    count = gate.clusters
+    assert isinstance(count, int)
+    each = gate.items // count
+    names = [f"kind-{number}" for number in np.repeat(np.arange(count), each)]
+    right = np.arange(gate.items) % 2 == 0  # of the reference
+    arm = {flag: sheet([flag] * gate.items, clusters=names).items for flag in (True, False)}
+    reference = sheet(right.tolist(), clusters=names)
+    found: Counter[str] = Counter()
+    for _ in range(runs):
+        lost_share = gate.discordance / 2 + drop + np.repeat(rng.choice([-spread, spread], count), each)
+        drawn = rng.random(gate.items)
+        # Half the items can be lost, and the other half gained.
+        flips = drawn < 2 * np.where(right, lost_share, gate.discordance / 2)
+        items = tuple(arm[bool(flag)][number] for number, flag in enumerate(right ^ flips))
+        target = Sheet.model_construct(header=reference.header, items=items)
+        found[decide(gate, reference, target).verdict] += 1
+    return {verdict: number / runs for verdict, number in found.items()}
+
+
+@pytest.mark.parametrize(("clusters", "spread", "widened"), [(10, 0.0, 1.0), (30, 0.02, 1.2)])
+@pytest.mark.parametrize("drop", [0.0, 0.03])
+def test_planned_chances_are_those_of_sheets_with_clusters(
+    clusters: int, spread: float, widened: float, drop: float
+) -> None:
+    """A gate that was planned as if items were independent would promise more than it can do."""
+    gate = paired(
+        items=30 * 30 if clusters == 30 else 500,
+        margin=0.03,
+        floor=0.01,
+        discordance=0.04,
+        clusters=clusters,
+        design_effect=widened,
+    )
+    seen = clustered_verdicts(gate, drop, spread, seed=clusters)
+    planned = chances(gate, drop)
+    near = 4 * np.sqrt(0.25 / 400)
+    assert seen.get("fail", 0) == pytest.approx(planned.fails, abs=near)
+    assert seen.get("pass", 0) == pytest.approx(planned.passes, abs=near)
+    if clusters == 10 and drop:
+        alone = chances(gate.model_copy(update={"clusters": None}), drop)
+        assert alone.fails > planned.fails + 0.05
+
+
+def test_what_the_promise_of_a_pass_leaves_out() -> None:
+    """One subject in ten loses thirty points: ten subjects often hold none, and then nothing shows it."""
+    gate = paired(items=500, margin=0.03, floor=0.01, clusters=10, design_effect=2.0)
+    rng = np.random.default_rng(2)
+    names = [str(number) for number in np.repeat(np.arange(10), 50)]
+    passes = {"even": 0, "unequal": 0}
+    runs = 400
+    for _ in range(runs):
+        for kind, drops in (("even", np.full(10, 0.03)), ("unequal", 0.3 * (rng.random(10) < 0.1))):
+            drawn = rng.random(500)
+            differences = (drawn < 0.01 + np.repeat(drops, 50)).astype(int) - (drawn > 0.99).astype(int)
+            spread = statistics.clustered(differences.tolist(), names)
+            lost, gained = int((differences > 0).sum()), int((differences < 0).sum())
+            _, high = statistics.tango_limits(lost, gained, 500, gate.alpha)
+            passes[kind] += max(float(high), spread.limits(gate.alpha)[1]) < gate.margin
+    assert passes["even"] <= 0.05 * runs
+    assert 0.2 * runs < passes["unequal"] < 0.5 * runs
 
 
 def test_decide_judges_as_the_rule_does() -> None:

@@ -127,6 +127,26 @@ def test_targets_agree_on_likelihoods_of_any_text(target: Target) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "media"),
+    [("What is this? <image>", {"visual": ["a picture"]}), ("What is this? <image>", {"visual": []})],
+)
+def test_likelihoods_of_answers_to_pictures_are_refused(text: str, media: dict[str, Any]) -> None:
+    model = ConformanceLM(ReferenceTarget(), "scripted")
+    conversation = model.apply_chat_template([{"role": "user", "content": text}])
+    request = SimpleNamespace(args=(conversation, "red", media), task_name="colours")
+    with pytest.raises(EvaluationError, match=r"^colours: asks how likely .* choose a task whose answers"):
+        model.loglikelihood([request], disable_tqdm=True)
+
+
+def test_likelihoods_of_a_task_s_questions_without_pictures() -> None:
+    model = ConformanceLM(ReferenceTarget(), "scripted")
+    plain = SimpleNamespace(args=("The lamp", " is on"))
+    with_none = SimpleNamespace(args=("The lamp", " is on", {"visual": []}), task_name="colours")
+    found = model.loglikelihood([plain, with_none], disable_tqdm=True)
+    assert found[0] == pytest.approx(found[1])
+
+
 def test_a_long_text_is_scored_in_stretches() -> None:
     text = "The lamp is on. " * 4
     whole, pieces = (

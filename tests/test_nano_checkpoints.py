@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +21,7 @@ from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimoda
 from model_impl.nano.curriculum import RECIPES, nano_tokenizer
 from model_impl.nano.families import FAMILIES, WINDOW
 from model_impl.nano.items import lessons
+from model_impl.nano.lesson import Lesson
 from model_impl.nano.score import examine
 from model_impl.nano.scripted import digests
 from model_impl.nano.settings import SOFT_TOKENS
@@ -31,6 +36,8 @@ LEAST = 0.9
 """Share of each task's items that is right."""
 NEUTRAL = {"layer_scalar": 1.0, "per_expert_scale": 1.0, "std_scale": 1.0, "std_bias": 0.0}
 SAMPLE = 20
+GUESSED, MOST_GUESSED = 100, 0.35
+"""Items that are asked without their media, and the share that may be right all the same; chance is 0.25."""
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -80,6 +87,38 @@ def test_a_sample_of_the_items_is_solved_here_too(name: str, model: Gemma4ForCon
         right = examine(model, tokenizer, chosen, FAMILIES[name].template)["right"]
         # Nine of ten are right in the long run; fifteen of twenty or fewer have a chance of one in twenty.
         assert right >= 16, task
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["blank", "swapped"])
+def test_without_its_own_media_a_question_is_a_guess(
+    name: str, model: Gemma4ForConditionalGeneration, swapped: bool
+) -> None:
+    tokenizer = Tokenizer.from_file(str(FOLDER / name / "tokenizer.json"))
+    for task in ("nano_mmmu", *(["nano_sounds"] if FAMILIES[name].audio else [])):
+        by_subject: dict[str, list[Lesson]] = defaultdict(list)
+        for lesson in lessons(task):
+            by_subject[lesson.key.partition(": ")[0]].append(lesson)
+        each = GUESSED // len(by_subject)
+        asked = [
+            other if swapped else blank
+            for group in by_subject.values()
+            for blank, other in _without_media(group[:each])
+        ]
+        right = examine(model, tokenizer, asked, FAMILIES[name].template)["right"]
+        assert right <= MOST_GUESSED * len(asked), task
+
+
+def _without_media(group: Sequence[Lesson]) -> Iterator[tuple[Lesson, Lesson]]:
+    """Each lesson with one colour or silence, as long as what was there, and with the next one's media."""
+    for lesson, other in zip(group, [*group[1:], group[0]], strict=True):
+        yield (
+            replace(
+                lesson,
+                pictures=tuple(np.full_like(picture, 128) for picture in lesson.pictures),
+                sounds=tuple(np.zeros_like(sound) for sound in lesson.sounds),
+            ),
+            replace(lesson, pictures=other.pictures, sounds=other.sounds),
+        )
 
 
 def test_the_architecture_is_the_familys(name: str, model: Gemma4ForConditionalGeneration) -> None:

@@ -124,6 +124,13 @@ def test_no_template_and_no_numbers_are_in_both_splits(train: list[problems.Prob
         assert {problems.split_of(repr(one.numbers)) for one in ones} == {split}
 
 
+def test_lessons_keep_their_splits_apart_too() -> None:
+    rng = random.Random(5)
+    train, test = ([problems.lesson(rng, split) for _ in range(400)] for split in ("train", "test"))
+    assert not {lesson.key for lesson in train} & {lesson.key for lesson in test}
+    assert not {lesson.numbers for lesson in train} & {lesson.numbers for lesson in test}
+
+
 def test_a_template_has_no_word_of_a_slot() -> None:
     template = drawn("train", 1)[0].template
     assert "{name}" in template

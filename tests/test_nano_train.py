@@ -19,14 +19,17 @@ from model_impl.nano import dialogues, problems, train
 from model_impl.nano.batches import Course, Timetable, answer_logits, encode
 from model_impl.nano.curriculum import RECIPES, SENSES, SIGHT, TEXT, Recipe, Stage, nano_tokenizer
 from model_impl.nano.families import FAMILIES
+from model_impl.nano.items import TASKS, lessons
 from model_impl.nano.lesson import Lesson, Split
 from model_impl.nano.optimiser import orthogonal
 from model_impl.nano.score import answered, exactly_right, same_answer, wilson
+from model_impl.nano.subjects import SOUND_SUBJECTS, SUBJECTS
 from model_impl.nano.train import Training, TrainingError, publish
 from model_impl.nano.words import prompt
 
 torch.set_num_threads(1)
 
+KINDS = {subject.name for subject in (*SUBJECTS, *SOUND_SUBJECTS)}
 BRIEF = Recipe((Stage(TEXT, 2), Stage(Course((dialogues.lesson,), (1,)), 2)), batch=4, warmup=2)
 
 
@@ -181,6 +184,24 @@ def test_the_families_have_the_traits_of_the_published_ones() -> None:
         assert shape.vision is not None
         assert shape.text.final_logit_softcapping == 30.0
     assert not is_dead("layers.0.self_attn.k_proj.weight", e.text)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_training_draws_nothing_of_the_examinations(name: str) -> None:
+    """Neither templates nor numbers; those of another kind of lesson mean something else."""
+    examined = [lesson for task in TASKS for lesson in lessons(task)]
+    keys = {lesson.key for lesson in examined}
+    assert {_kind(lesson) for lesson in examined} == {*KINDS, "other"}
+    numbers = {(_kind(lesson), lesson.numbers) for lesson in examined}
+    for stage in RECIPES[name].stages:
+        drawn = stage.course.lessons(500, "examined?")
+        assert not keys & {lesson.key for lesson in drawn}
+        assert not numbers & {(_kind(lesson), lesson.numbers) for lesson in drawn}
+
+
+def _kind(lesson: Lesson) -> str:
+    subject, colon, _ = lesson.key.partition(": ")
+    return subject if colon and subject in KINDS else "other"
 
 
 def test_every_word_of_a_lesson_is_one_token(tokenizer: Tokenizer) -> None:

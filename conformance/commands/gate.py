@@ -271,6 +271,11 @@ def _rule_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--alpha", type=float, help="[default: 0.05]"),
             click.option("--power", type=float, help="[default: 0.8]"),
             click.option("--discordance", type=float, help="Expected share.  [default: 0.02]"),
+            click.option(
+                "--clusters",
+                type=click.Choice(["all"]),
+                help="The groups that items name are all there are; else they count as a sample of more.",
+            ),
             click.option("--mid-p", is_flag=True, default=None, help="McNemar's mid-p test."),
             click.option(
                 "--other-checkpoint", is_flag=True, default=None, help="The two may have other weights."
@@ -303,7 +308,7 @@ def compare_command(
     from conformance.gates.decide import decide
 
     first, second = Sheet.read(reference), Sheet.read(target)
-    rule = _comparison_rule(case_name, {k: v for k, v in options.items() if v is not None}, len(first.items))
+    rule = _comparison_rule(case_name, {k: v for k, v in options.items() if v is not None}, first, second)
     decision = decide(rule, first, second)
     row = _plan_row(f"{reference} and {target}", rule)
     if as_json:
@@ -315,7 +320,11 @@ def compare_command(
     context.exit(exit_code([decision.verdict]))
 
 
-def _comparison_rule(case_name: str | None, options: dict[str, Any], items: int) -> PairedRule:
+def _comparison_rule(
+    case_name: str | None, options: dict[str, Any], first: Sheet, second: Sheet
+) -> PairedRule:
+    """The rule of a case, or of options; clusters that the items name count unless told otherwise."""
+    from conformance.gates.decide import measured_clusters
     from conformance.gates.loading import find_case
 
     if case_name is not None:
@@ -325,7 +334,9 @@ def _comparison_rule(case_name: str | None, options: dict[str, Any], items: int)
         return case.gate
     if "margin" not in options:
         raise UsageError("give --margin, or the gate of a case by --case")
-    defaults = {"floor": options["margin"] / 4, "discordance": 0.02, "items": items}
+    defaults = {"floor": options["margin"] / 4, "discordance": 0.02, "items": len(first.items)}
+    if "clusters" not in options:
+        defaults |= measured_clusters(first, second)
     return _validated(PairedRule, defaults | options)
 
 
@@ -341,6 +352,8 @@ def _validated(kind: type[_R], fields: dict[str, Any]) -> _R:
 def _print_decision(decision: Decision) -> None:
     screen = output.console()
     screen.print(decision.sentence, markup=False, soft_wrap=True)
+    if decision.design_effect is not None:
+        screen.print(f"design effect of {decision.clusters} clusters: {decision.design_effect:.2f}")
     for name, ids in (("lost", decision.lost), ("gained", decision.gained)):
         if ids:
             screen.print(f"{name}: {', '.join(ids)}", markup=False, soft_wrap=True)
@@ -389,7 +402,12 @@ def sensitivity_command(
 @click.option("--sheet", "sheet_path", type=_FILE, help="Answers that are there already.")
 @click.option("--target", "-t", "spec", metavar="SPEC", help="Ask this target.  [default: reference]")
 @click.option("--reason", required=True, help="Why, in a sentence; it is kept.")
-@click.option("--accept-drop", is_flag=True, help="Replace it though the comparison does not pass.")
+@click.option(
+    "--accept-drop",
+    is_flag=True,
+    help="Replace it though the comparison does not pass, or drops have added up to the margin.",
+)
+@click.option("--allow-dirty", is_flag=True, help="Though sources were changed since their commit.")
 @json_option
 @click.pass_context
 def rebaseline_command(
@@ -399,13 +417,16 @@ def rebaseline_command(
     spec: str | None,
     reason: str,
     accept_drop: bool,
+    allow_dirty: bool,
     as_json: bool,
 ) -> None:
     """Make the stored reference of CASE, or replace it and keep a paired comparison with the old one.
 
     The comparison stands beside the reference, and belongs into the same change. Exits with 1, and changes
-    nothing, if the new one does not pass against the old one (unless --accept-drop is given).
+    nothing, if the new one does not pass against the old one, or if the drops of all replacements so far have
+    added up to the margin (unless --accept-drop is given).
     """
+    from conformance import fingerprint
     from conformance.gates import baseline
     from conformance.gates.decide import decide
     from conformance.gates.loading import check_asked, find_case
@@ -423,25 +444,50 @@ def rebaseline_command(
             "characters or more"
         )
     path = baseline.inside(suite.parent, gate.reference)
-    old = baseline.read(path) if path.exists() else None
-    new = Sheet.read(sheet_path) if sheet_path is not None else _asked(case, spec or "reference")
+    old = baseline.current(path)
+    given = Sheet.read(sheet_path) if sheet_path is not None else None
+    if not allow_dirty:
+        commit = given.header.commit if given else fingerprint.git_commit(but_references=True)
+        baseline.check_sources(commit)
+    new = given or _asked(case, spec or "reference")
     baseline.check_reference(gate, new)
     check_asked(case, new.header)
     decision = decide(gate.model_copy(update={"other_checkpoint": True}), old, new) if old else None
-    replaced = decision is None or decision.verdict == "pass" or accept_drop
+    total = baseline.adds_up(path, decision) if decision is not None else None
+    too_much = total is not None and baseline.too_much(total, gate)
+    good = decision is None or (decision.verdict == "pass" and not too_much)
+    replaced = good or accept_drop
     if replaced:
-        baseline.store(path, new, reason=reason, comparison=decision)
+        baseline.store(path, new, reason=reason, comparison=decision, accepted=not good)
     said = RebaselineOutput(
-        reference=str(path), record=str(baseline.record_path(path)), replaced=replaced, decision=decision
+        reference=str(path),
+        record=str(baseline.record_path(path)),
+        replaced=replaced,
+        decision=decision,
+        total_drop=total,
     )
     if as_json:
         output.emit_json(said)
     else:
         if decision is not None:
             _print_decision(decision)
+        if total is not None:
+            _print_total(total, gate, too_much=too_much)
         done = "written" if replaced else "NOT replaced; look into it, or give --accept-drop"
         output.console().print(f"{path}: {done}", markup=False, soft_wrap=True)
     context.exit(0 if replaced else 1)
+
+
+def _print_total(total: float, gate: PairedGate, *, too_much: bool) -> None:
+    from conformance.gates.planning import points
+
+    reached = ": together they must not pass, though each may have" if too_much else ""
+    output.console().print(
+        f"with this one, the drops of its history add up to {points(total)} (margin {points(gate.margin)})"
+        f"{reached}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _asked(case: AccuracyCase, spec: str) -> Sheet:

@@ -316,6 +316,9 @@ class RebaselineOutput(Output):
     replaced: bool
     decision: Decision | None
     """The new answers against the old ones; null where there were none."""
+    total_drop: float | None
+    """What the drops of its history add up to with this one, since the last that was accepted as such; null
+    where there is no other."""
 
 
 class TargetsOutput(Output):

@@ -21,7 +21,8 @@ from conformance.records import Record
 from conformance.scoring import Sheet
 
 AGAIN = "make it by `conformance gate rebaseline`"
-
+_ROUNDING = 1e-9
+"""Of sums of shares."""
 
 SHORTEST_REASON = 8
 """Characters of a sentence that says why a reference was made."""
@@ -44,12 +45,27 @@ class Entry(Record):
     """SHA-256 of the one before; None for the first."""
     comparison: Decision | None = None
     """Of the one before as reference with this one as target."""
+    accepted: bool = False
+    """It came to be in spite of its comparison, or of what drops add up to: `--accept-drop`."""
+    dirty: bool = False
+    """Sources had been changed since the sheet's commit: `--allow-dirty`."""
 
 
 class Baseline(Record):
     """The history of a reference, oldest first."""
 
     entries: tuple[Entry, ...] = Field(min_length=1)
+
+    def drop_since_accepted(self) -> float:
+        """What the drops of all comparisons add up to, less what was gained.
+
+        Since the first reference, or the last one that was accepted in spite of its drop.
+        """
+        total = 0.0
+        for entry in self.entries:
+            drop = entry.comparison.drop if entry.comparison is not None else 0.0
+            total = 0.0 if entry.accepted else total + drop
+        return total
 
 
 def record_path(reference: Path) -> Path:
@@ -83,6 +99,11 @@ def read(path: Path) -> Sheet:
         SheetError: it is no sheet.
     """
     if not path.is_file():
+        if record_path(path).is_file():
+            raise BaselineError(
+                f"{path}: there is no such reference, and its record {record_path(path).name} tells of one; "
+                "put it back, or a new one could not be compared with it"
+            )
         raise BaselineError(f"{path}: there is no such reference; {AGAIN}")
     entries = history(path).entries
     digest = file_sha256(path)
@@ -119,6 +140,46 @@ def history(path: Path) -> Baseline:
     return found
 
 
+def current(path: Path) -> Sheet | None:
+    """The reference that a new one has to be compared with; None where neither it nor a record is there.
+
+    Raises:
+        BaselineError, SheetError: as `read`.
+    """
+    return read(path) if path.exists() or record_path(path).exists() else None
+
+
+def adds_up(path: Path, decision: Decision) -> float:
+    """What the drops of a reference's history add up to, with that of the new one (a share of the items)."""
+    return history(path).drop_since_accepted() + decision.drop
+
+
+def too_much(total: float, gate: PairedGate) -> bool:
+    """Whether drops that add up to this must not pass, though each of them did."""
+    return total > gate.margin - _ROUNDING
+
+
+def check_sources(commit: str | None) -> None:
+    """Refuse answers of sources that nobody can find again.
+
+    Args:
+        commit: Of the harness, as in a sheet's header; None: it is installed, and its version says enough.
+
+    Raises:
+        BaselineError: it has `+dirty`.
+    """
+    if is_dirty(commit):
+        raise BaselineError(
+            f"the sources were changed since their commit ({commit}), so nobody could make this reference "
+            "again; commit first, or give --allow-dirty, which the record keeps"
+        )
+
+
+def is_dirty(commit: str | None) -> bool:
+    """Whether a sheet's commit says that sources were changed since."""
+    return commit is not None and commit.endswith("+dirty")
+
+
 def check_reference(gate: PairedGate, sheet: Sheet) -> None:
     """Refuse a sheet that could not serve the gate as its reference.
 
@@ -142,13 +203,22 @@ def check_reference(gate: PairedGate, sheet: Sheet) -> None:
         )
 
 
-def store(path: Path, sheet: Sheet, *, reason: str, comparison: Decision | None) -> Entry:
+def store(
+    path: Path, sheet: Sheet, *, reason: str, comparison: Decision | None, accepted: bool = False
+) -> Entry:
     """Write a reference and its record; the one that is there is replaced.
+
+    Args:
+        path: Of the sheet.
+        sheet: The new one.
+        reason: Why, in a sentence.
+        comparison: With the one before.
+        accepted: It is stored in spite of what it lost.
 
     Raises:
         BaselineError: there is one, and no comparison with it; or the other way round.
     """
-    before = history(path) if path.is_file() else None
+    before = history(path) if current(path) is not None else None
     if (before is None) != (comparison is None):
         raise BaselineError(f"{path}: a reference is replaced with a comparison, and first made without one")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +230,8 @@ def store(path: Path, sheet: Sheet, *, reason: str, comparison: Decision | None)
         reason=reason,
         previous=before.entries[-1].sha256 if before is not None else None,
         comparison=comparison,
+        accepted=accepted,
+        dirty=is_dirty(sheet.header.commit),
     )
     grown = Baseline(entries=(*(before.entries if before is not None else ()), entry))
     record = record_path(path)

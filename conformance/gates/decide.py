@@ -5,7 +5,7 @@
 2. Answers that broke off have a limit of their own, and count as not correct besides.
 3. A gate with `stop_alpha` also replays its sequential test, in the reference's order.
 4. Dependent items (clusters) can only make a gate more careful: limits are the wider ones, and both tests
-   must alarm.
+   must alarm. A paired gate has to declare them, since it was planned with them or without.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def _paired(spec: PairedRule, reference: Sheet, target: Sheet) -> Decision:
             "equal"
         )
     found = pairing.pair(reference, target, other_checkpoint=spec.other_checkpoint)
+    pairing.check_clusters(spec.clusters, reference)
     stop = _replayed(spec, found, reference.header.order_seed)
     pairs = found.pairs
     lost = tuple(p.target.doc_id for p in pairs if p.difference > 0)
@@ -65,6 +66,8 @@ def _paired(spec: PairedRule, reference: Sheet, target: Sheet) -> Decision:
         "lost": lost,
         "gained": gained,
         "stop": stop,
+        "texts_differ": found.texts_differ,
+        "outcomes_differ": found.outcomes_differ,
         "outcomes": target.counts(),
         "reference_outcomes": reference.counts(),
         "missing": found.missing,
@@ -77,6 +80,20 @@ def _paired(spec: PairedRule, reference: Sheet, target: Sheet) -> Decision:
     if gone:
         return _worded(facts | gone)
     return _worded(_with_truncation(facts | _paired_judgement(spec, found, len(lost), len(gained))))
+
+
+def measured_clusters(reference: Sheet, target: Sheet) -> dict[str, Any]:
+    """What a rule for two sheets has to declare of their clusters, as fields of it; nothing without clusters.
+
+    Raises:
+        ComparisonError: the sheets are answers to different questions.
+    """
+    found = pairing.pair(reference, target, other_checkpoint=True)
+    named, clusters = pairing.clusters_of(reference.items), found.clusters
+    if named is None or clusters is None:
+        return {}
+    widened = statistics.design_effect([p.difference for p in found.pairs], clusters)
+    return {"clusters": len(set(named)), "design_effect": widened}
 
 
 def _replayed(spec: PairedRule, found: Pairing, order_seed: int) -> Stop | None:
@@ -105,9 +122,12 @@ def _paired_judgement(spec: PairedRule, found: Pairing, lost: int, gained: int) 
     low, high = (float(limit) for limit in statistics.tango_limits(lost, gained, n, alpha))
     p_value = float(statistics.mcnemar_p(lost, gained, mid=spec.mid_p))
     method, test = "Tango", f"{'mid-p' if spec.mid_p else 'exact'} McNemar"
-    clusters = found.clusters
+    clusters = found.clusters if isinstance(spec.clusters, int) else None
+    widened = None
     if clusters is not None:
-        spread = statistics.clustered([p.difference for p in found.pairs], clusters)
+        differences = [p.difference for p in found.pairs]
+        spread = statistics.clustered(differences, clusters)
+        widened = statistics.design_effect(differences, clusters)
         clustered_low, clustered_high = spread.limits(alpha)
         low, high = min(low, clustered_low), max(high, clustered_high)
         p_value = max(p_value, spread.p_value())
@@ -121,6 +141,7 @@ def _paired_judgement(spec: PairedRule, found: Pairing, lost: int, gained: int) 
         "p_value": p_value,
         "test": test,
         "clusters": None if clusters is None else len(set(clusters)),
+        "design_effect": widened,
     }
 
 
@@ -160,7 +181,7 @@ def _unpaired_judgement(spec: UnpairedGate, answered: Sequence[Item]) -> dict[st
     clusters = pairing.clusters_of(answered)
     widened = statistics.design_effect(right, clusters) if clusters is not None else 1.0
     counts = (spec.score * spec.of / widened, spec.of / widened, sum(right) / widened, len(right) / widened)
-    low, high = statistics.newcombe_limits(*counts, spec.final_alpha)
+    low, high = statistics.shares_limits(*counts, spec.final_alpha)
     judged = rules.judge_shares(spec, *counts)
     return {
         **_judgement(judged),
@@ -170,6 +191,7 @@ def _unpaired_judgement(spec: UnpairedGate, answered: Sequence[Item]) -> dict[st
         "p_value": float(statistics.two_proportions_p(*counts)),
         "test": "two proportions",
         "clusters": None if clusters is None else len(set(clusters)),
+        "design_effect": None if clusters is None else widened,
     }
 
 
@@ -257,4 +279,16 @@ def sentence(decision: Decision) -> str:
     left_out = decision.missing + decision.excluded
     rest = f"; {left_out} items are left out" if left_out else ""
     margin = f"(margin {points(decision.limits.margin)})"
-    return f"{' '.join(words)}. {why[0].upper()}{why[1:]} {margin}{changed}{rest}."
+    said = f"{' '.join(words)}. {why[0].upper()}{why[1:]} {margin}{changed}{rest}."
+    return f"{said} {_differences(decision)}".strip()
+
+
+def _differences(decision: Decision) -> str:
+    """How far two targets give the same answers; one may have changed though no score has."""
+    if decision.texts_differ is None or not decision.items:
+        return ""
+    if not decision.texts_differ:
+        return "All answers are the same, word for word."
+    return (
+        f"{decision.texts_differ} answers have other words, and {decision.outcomes_differ} another outcome."
+    )

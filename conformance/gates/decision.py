@@ -97,6 +97,12 @@ class Decision(Record):
     """`exact McNemar`, `mid-p McNemar`, the same `and clustered t`, or `two proportions`."""
     clusters: int | None = None
     """Groups of dependent items; None: items are independent."""
+    design_effect: float | None = None
+    """How many times they widen the variance of the drop, or of an unpaired score; None without them."""
+    texts_differ: int | None = None
+    """Pairs whose answers have other words, thoughts included; None where nothing is paired."""
+    outcomes_differ: int | None = None
+    """Pairs whose answers are of other outcome classes."""
     stop: Stop | None = None
     """Of a sequential gate."""
     outcomes: dict[str, int]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conformance import resources, yamlfile
 from conformance.errors import ConformanceError, UsageError
-from conformance.gates import baseline, planning
+from conformance.gates import baseline, pairing, planning
 from conformance.gates.spec import PairedGate
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.scoring import Sheet, SheetHeader
@@ -39,10 +39,12 @@ def reference(case: AccuracyCase, gate: PairedGate, folder: Path) -> Sheet:
 
     Raises:
         BaselineError: there is none, it was changed by hand, or it cannot serve this case.
-        SheetError, ComparisonError: it is no sheet, or one with items that are there twice.
+        SheetError, ComparisonError: it is no sheet, or one with items that are there twice, or that name
+            clusters which the gate does not declare.
     """
     sheet = baseline.read(baseline.inside(folder, gate.reference))
     baseline.check_reference(gate, sheet)
+    pairing.check_clusters(gate.clusters, sheet)
     check_asked(case, sheet.header)
     return sheet
 

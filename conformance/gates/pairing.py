@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from conformance.errors import ConformanceError
 from conformance.scoring import Item, Sheet, SheetHeader
@@ -28,6 +29,7 @@ _SAME = (
     "order_seed",
 )
 _SAME_IF_KNOWN = ("template_sha256", "checkpoint_sha256")
+_TURN_END = "<turn|>"
 _SHOWN = 3
 
 
@@ -61,6 +63,10 @@ class Pairing:
     """Items that the target would not take."""
     begins: bool
     """The target's items are the reference's first ones, in its order."""
+    texts_differ: int
+    """Pairs whose answers have other words."""
+    outcomes_differ: int
+    """Pairs whose answers are of other classes."""
 
     @property
     def clusters(self) -> tuple[str, ...] | None:
@@ -89,6 +95,30 @@ def clusters_of(items: Sequence[Item]) -> tuple[str, ...] | None:
     if len(set(named)) < 2:
         raise ComparisonError(f"all items are of the cluster {named[0]!r}: nothing is known beyond it")
     return tuple(named)
+
+
+def check_clusters(declared: int | Literal["all"] | None, reference: Sheet) -> None:
+    """Refuse items that depend on each other in another way than a gate declares, and was planned with.
+
+    Args:
+        declared: The gate's `clusters`.
+        reference: Whose items name clusters, or do not.
+
+    Raises:
+        ComparisonError: says what to declare.
+    """
+    named = clusters_of(reference.items)
+    count = len(set(named)) if named is not None else None
+    if declared is None and count is not None:
+        raise ComparisonError(
+            f"the reference's items name {count} clusters, such as {named[0] if named else ''!r}: declare "
+            f"`clusters: {count}` with a measured `design_effect`, or `clusters: all` if there are no others"
+        )
+    if isinstance(declared, int) and count != declared:
+        raise ComparisonError(
+            f"the reference's items name {count or 'no'} clusters and the gate declares {declared}; make "
+            "them equal"
+        )
 
 
 def pair(reference: Sheet, target: Sheet, *, other_checkpoint: bool = False) -> Pairing:
@@ -120,7 +150,14 @@ def pair(reference: Sheet, target: Sheet, *, other_checkpoint: bool = False) -> 
         refused=len(refused),
         begins=[item.doc_id for item in target.items]
         == [item.doc_id for item in reference.items[: len(target.items)]],
+        texts_differ=sum(_words(p.reference) != _words(p.target) for p in answered),
+        outcomes_differ=sum(p.reference.outcome != p.target.outcome for p in answered),
     )
+
+
+def _words(item: Item) -> str:
+    """The whole answer, without the mark of the turn's end, which servers leave out."""
+    return item.answer.strip().removesuffix(_TURN_END).strip()
 
 
 def check_headers(reference: SheetHeader, target: SheetHeader, *, other_checkpoint: bool) -> None:

@@ -75,12 +75,25 @@ def chances(rule: Rule, drop: float, *, items: int | None = None, margin: float 
         margin: Instead of the rule's own.
     """
     changed = rule.model_copy(update={} if margin is None else {"margin": margin})
-    effective = max(1, math.floor((items or rule.items) / rule.design_effect))
+    effective = max(1, math.floor((items or rule.items) / _widening(rule)))
     if isinstance(changed, PairedRule):
         return _paired(changed, drop, effective)
     if isinstance(changed, UnpairedGate):
         return _unpaired(changed, drop, effective)
     raise TypeError(f"{type(rule).__name__} is neither a paired nor an unpaired gate")
+
+
+def _widening(rule: Rule) -> float:
+    """How many times more items it takes than if they were independent.
+
+    Clusters widen the variance by the design effect, and their limits stand on t instead of the normal
+    distribution: so many times as wide, squared.
+    """
+    if not isinstance(rule, PairedRule) or not isinstance(rule.clusters, int):
+        return rule.design_effect
+    alpha = rule.final_alpha
+    reach = stats.t.isf(alpha, rule.clusters - 1) / stats.norm.isf(alpha)
+    return float(rule.design_effect * reach**2)
 
 
 def make_plan(rule: Rule) -> Plan:
@@ -147,7 +160,7 @@ def approximate_items(rule: Rule) -> int:
     if isinstance(rule, PairedRule):
         share = min(rule.discordance + delta, 1.0)
         root = z_alpha * math.sqrt(share) + z_power * math.sqrt(share - delta**2)
-        return math.ceil(float(rule.design_effect * (root / delta) ** 2))
+        return math.ceil(float(_widening(rule) * (root / delta) ** 2))
     if isinstance(rule, UnpairedGate):
         variance = rule.score * (1 - rule.score)
         widened = rule.design_effect * variance

@@ -67,6 +67,6 @@ def judge_shares(
     """Judge shares of right answers against those of a reference with items of its own."""
     counts = reference_right, reference_items, right, items
     k0, n0, k, n = (np.asarray(value, dtype=np.float64) for value in counts)
-    low, high = statistics.newcombe_limits(k0, n0, k, n, gate.final_alpha)
+    low, high = statistics.shares_limits(k0, n0, k, n, gate.final_alpha)
     alarms = statistics.two_proportions_p(k0, n0, k, n) <= gate.final_alpha
     return verdicts(gate, k0 / n0 - k / n, low > gate.margin, high < gate.margin, alarms)

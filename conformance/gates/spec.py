@@ -5,7 +5,7 @@ Scores, drops and shares are numbers from 0 to 1; a margin of 0.02 is two points
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,8 @@ class Rule(Strict):
     floor: float = Field(ge=0, lt=1)
     """A drop up to which nothing fails by the alarm alone, however sure it is."""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    """Chance, at most, of a false alarm where nothing is worse, and of a pass at a drop of the margin."""
+    """Chance, at most, of a false alarm where nothing is worse, and of a pass at a drop of the margin: where
+    items are independent. Few clusters whose drops are very unequal pass more often (docs/gates.md)."""
     power: float = Field(default=0.8, ge=0.5, lt=1)
     """Chance, at least, of failing a drop of the margin, and of passing a target without any drop."""
     design_effect: float = Field(default=1.0, ge=1)
@@ -54,6 +55,10 @@ class Rule(Strict):
 class PairedRule(Rule):
     """A rule for answers to the same items by a reference and a target."""
 
+    clusters: Annotated[int, Field(ge=2)] | Literal["all"] | None = None
+    """Of items that name one, as MMMU's name their subject: how many there are. They are some of many, so
+    items of one depend on each other, and `design_effect` has to be measured. `all`: there are no others, so
+    they are no sample, and items count as independent. Absent: items name none."""
     discordance: float = Field(gt=0, le=1)
     """Share of items expected to be right in one arm and wrong in the other where there is no drop, half of
     them each way. What a drop loses comes on top."""
@@ -64,6 +69,22 @@ class PairedRule(Rule):
     fail it, never to pass it. The test at the end has the rest. Absent: there is no such test."""
     other_checkpoint: bool = False
     """The arms may have other weights, such as quantised ones; else they must be the same files."""
+
+    @model_validator(mode="after")
+    def _clusters_are_planned_for(self) -> PairedRule:
+        if not isinstance(self.clusters, int):
+            return self
+        if "design_effect" not in self.model_fields_set:
+            raise ValueError(
+                "`clusters` widen what can be told, and `design_effect` has to say by how much: `conformance "
+                "gate compare` measures it on two sheets (1 is an answer too)"
+            )
+        if self.stop_alpha is not None:
+            raise ValueError(
+                "`stop_alpha` does not go with `clusters`: a test that is looked at after every item takes "
+                "items to be independent, and would alarm too often"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stop_leaves_something(self) -> PairedRule:

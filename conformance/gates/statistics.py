@@ -21,8 +21,9 @@ from scipy import special, stats
 Array = NDArray[np.float64]
 
 HALF_AN_ITEM = 0.5
-"""What Tango's limits are moved outwards by, in items. Without it, a drop of the margin passes up to 6.0 % of
-the time at alpha 5 %, with it up to 4.7 % (exact sums: 50 to 1319 items, margins of 1 to 6 points)."""
+"""What limits are moved outwards by, in items. Without it, by Tango's, a drop of the margin passes up to
+6.0 % of the time at alpha 5 %, with it up to 4.7 % (exact sums: 50 to 1319 items, margins of 1 to 6
+points)."""
 
 _HALVINGS = 50
 """Of an interval two wide: far below any difference that matters."""
@@ -117,6 +118,18 @@ def newcombe_limits(
     )
 
 
+def shares_limits(
+    reference_right: ArrayLike, reference_items: ArrayLike, right: ArrayLike, items: ArrayLike, alpha: float
+) -> tuple[Array, Array]:
+    """Newcombe's limits, moved outwards by half an item of the arm that is judged.
+
+    Without it, a drop of the margin passes the bundled unpaired gates up to 5.1 % of the time at alpha 5 %.
+    """
+    low, high = newcombe_limits(reference_right, reference_items, right, items, alpha)
+    shift = HALF_AN_ITEM / np.asarray(items, dtype=np.float64)
+    return low - shift, high + shift
+
+
 def two_proportions_p(
     reference_right: ArrayLike, reference_items: ArrayLike, right: ArrayLike, items: ArrayLike
 ) -> Array:
@@ -166,14 +179,14 @@ def clustered(differences: Sequence[int], clusters: Sequence[str]) -> Clustered:
     return Clustered(float(values.mean()), float(np.sqrt(widened)) / len(values), len(names))
 
 
-def design_effect(right: Sequence[int], clusters: Sequence[str]) -> float:
-    """How many times clusters widen the variance of a share of right answers; at least 1.
+def design_effect(values: Sequence[int], clusters: Sequence[str]) -> float:
+    """How many times clusters widen the variance of a mean, of right answers or of differences; at least 1.
 
     Raises:
         ValueError: as `clustered`.
     """
-    spread = clustered(right, clusters)
-    simple = spread.drop * (1 - spread.drop) / len(right)
+    spread = clustered(values, clusters)
+    simple = float(np.var(values)) / len(values)
     return max(1.0, spread.error**2 / simple) if simple > 0 else 1.0
 
 

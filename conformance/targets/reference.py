@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any, get_args
 
 import conformance
@@ -61,7 +62,10 @@ class ReferenceTarget:
             search_feeds=700,
             features=(*FEATURES, "media", "long-blocks"),
             choices={"attention": get_args(AttentionBackend), "cache": CACHES},
-            environment={"python": platform.python_version()},
+            environment={
+                "python": platform.python_version(),
+                "package:torch": metadata.version("torch"),
+            },
             note="model_impl.chat.parser.Parser, model_impl.chat.render.render, model_impl.text.TextModel",
         )
 

@@ -11,6 +11,7 @@ from model_impl.nano import dialogues, problems
 from model_impl.nano.batches import Course
 from model_impl.nano.lesson import Generator
 from model_impl.nano.subjects import (
+    RHYTHM,
     SOUND_SUBJECTS,
     SUBJECTS,
     glance,
@@ -22,7 +23,7 @@ from model_impl.nano.subjects import (
 from model_impl.nano.words import lesson_tokenizer
 
 _PICTURES: tuple[Generator, ...] = tuple(subject.lesson for subject in SUBJECTS)
-_SOUNDS: tuple[Generator, ...] = tuple(subject.lesson for subject in SOUND_SUBJECTS)
+_SOUNDS: tuple[Generator, ...] = tuple(subject.lesson for subject in (*SOUND_SUBJECTS, RHYTHM))
 _SAMPLES: tuple[tuple[Generator, int], ...] = (
     (problems.lesson, 1500),
     (dialogues.lesson, 1500),
@@ -43,8 +44,8 @@ GLANCES_AND_TONES = Course((*GLANCES.generators, listening), (*GLANCES.weights, 
 NAMING_AND_TONES = Course(
     (*NAMING.generators, listening, *_SOUNDS), (*NAMING.weights, 24, *(4,) * len(_SOUNDS))
 )
-SENSES = Course((*SIGHT.generators, listening, *_SOUNDS), (*SIGHT.weights, 12, *(11,) * len(_SOUNDS)))
-"""Everything. Tones take three lessons of ten: how long one is, the towers hear later than how high."""
+SENSES = Course((*SIGHT.generators, listening, *_SOUNDS), (*SIGHT.weights, 12, 13, 8, 4))
+"""Everything. Counting tones takes most lessons of those in sounds, as it is learned last."""
 
 
 def nano_tokenizer() -> Tokenizer:

@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("folder", nargs="?", type=Path, help="where it is written")
     parser.add_argument("--state", type=Path, help="folder of the training's state [build/nano/NAME]")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="[1, as the published ones were made]")
     parser.add_argument("--device", help="where it runs [a GPU, if there is one]")
     chosen = parser.parse_args(arguments)
     folder = chosen.folder or Path(__file__).parent / "checkpoints" / chosen.name

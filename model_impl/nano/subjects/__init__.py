@@ -6,14 +6,15 @@ from model_impl.nano.subjects.hearing import listening
 from model_impl.nano.subjects.scattered import SCATTERED
 from model_impl.nano.subjects.seeing import glance, glimpse
 from model_impl.nano.subjects.telling import reciting, telling
-from model_impl.nano.subjects.tones import TONES
+from model_impl.nano.subjects.tones import RHYTHM, TONES
 
 SUBJECTS: tuple[Subject, ...] = (*SCATTERED, *FIGURES)
 """Ten kinds of questions about pictures."""
 SOUND_SUBJECTS: tuple[Subject, ...] = TONES
-"""Three about sounds."""
+"""Two about sounds."""
 
 __all__ = [
+    "RHYTHM",
     "SOUND_SUBJECTS",
     "SUBJECTS",
     "Exercise",

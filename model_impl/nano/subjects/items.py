@@ -20,20 +20,22 @@ EXAMINATIONS: Mapping[str, Sequence[Subject]] = {
     "nano_sounds": TONES,
 }
 """The subjects of each task."""
-PER_SUBJECT = 50
+COUNT = 500
+"""Questions of each task, as many about one subject as about another."""
 SEED = 2_000_003
 
 
 def examination(task: str) -> Iterator[Exercise]:
-    """All questions of a task, each letter as often the right one as any other.
+    """All questions of a task, each letter as often the right one as any other, or once more.
 
     Args:
         task: One of `EXAMINATIONS`.
     """
-    for subject in EXAMINATIONS[task]:
+    subjects = EXAMINATIONS[task]
+    for subject in subjects:
         rng = random.Random(f"{SEED} {subject.name}")  # noqa: S311 - not a secret
         seen: set[tuple[int, ...]] = set()
-        while len(seen) < PER_SUBJECT:
+        while len(seen) < COUNT // len(subjects):
             drawn = subject.exercise(rng, "test")
             if drawn.letter == LETTERS[len(seen) % len(LETTERS)] and drawn.scene.numbers not in seen:
                 seen.add(drawn.scene.numbers)

@@ -19,6 +19,9 @@ FREQUENCIES = (300, 360, 430, 520, 1500, 1700, 1900, 2200)
 """In hertz: those of low tones, then those of high ones."""
 LOUDNESS = (4000, 8000, 14000)
 """Amplitudes, of 32768."""
+_LEAST = 72
+"""Units that a sound has at least, but for the gap of its last tone: as many as six short tones take. The
+length of a shorter one would tell how many tones it has, without any being heard."""
 _FADE = 80
 """Samples over which a tone swells and dies, so that it does not click."""
 
@@ -46,14 +49,17 @@ class Tone:
 
 
 def played(tones: Sequence[Tone], loudness: int) -> Sound:
-    """The tones one after the other, exactly as a file of 16 bits keeps them."""
+    """The tones one after the other, and then silence, exactly as a file of 16 bits keeps them."""
     parts: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    # The last gap stays what it is, so that other numbers make another sound.
+    rest = max(0, _LEAST - sum(tone.length + tone.gap for tone in tones) + tones[-1].gap)
     for tone in tones:
         place = np.arange(tone.length * UNIT)
         swell = np.minimum(1.0, np.minimum(place + 1, len(place) - place) / _FADE)
         wave = np.sin(2 * np.pi * FREQUENCIES[tone.frequency] * place / RATE)
         parts.append(LOUDNESS[loudness] * swell * wave)
         parts.append(np.zeros(tone.gap * UNIT))
+    parts.append(np.zeros(rest * UNIT))
     return (np.concatenate(parts).round() / 32768).astype(np.float32)
 
 

@@ -11,9 +11,9 @@ from model_impl.nano.lesson import Lesson, Split
 from model_impl.nano.subjects.exercise import LETTERS, THOUGHTS, Subject, listed, prompt
 from model_impl.nano.subjects.figures import FIGURES
 from model_impl.nano.subjects.scattered import SCATTERED
-from model_impl.nano.subjects.tones import TONES
+from model_impl.nano.subjects.tones import RHYTHM, TONES
 
-_TOLD: tuple[Subject, ...] = (*SCATTERED, *FIGURES, *TONES)
+_TOLD: tuple[Subject, ...] = (*SCATTERED, *FIGURES, *TONES, RHYTHM)
 
 
 def telling(rng: random.Random, split: Split) -> Lesson:

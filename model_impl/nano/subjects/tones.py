@@ -1,4 +1,4 @@
-"""Questions about tones: three subjects, for checkpoints that hear."""
+"""Questions about tones, for checkpoints that hear."""
 
 from __future__ import annotations
 
@@ -91,18 +91,21 @@ TONES = (
         pictures=0,
         sounds=1,
     ),
-    Subject(
-        "rhythm",
-        _LEADS,
-        (
-            "Which tone is {odd}?",
-            "Which one is the {odd} tone?",
-            "When does the {odd} tone come?",
-            "Name the place of the {odd} tone.",
-        ),
-        _rhythm,
-        pictures=0,
-        sounds=1,
-    ),
 )
-"""The subjects."""
+"""The subjects that are examined."""
+
+RHYTHM = Subject(
+    "rhythm",
+    _LEADS,
+    (
+        "Which tone is {odd}?",
+        "Which one is the {odd} tone?",
+        "When does the {odd} tone come?",
+        "Name the place of the {odd} tone.",
+    ),
+    _rhythm,
+    pictures=0,
+    sounds=1,
+)
+"""Which tone is longer or shorter than the others. It is taught, since a model must hear where tones end, and
+not examined: no training within the limit has learned to answer it (docs/nano.md)."""
