@@ -169,6 +169,18 @@ def test_options_become_arguments_of_the_engine(tmp_path: Path) -> None:
     assert vllm_engine.llm_arguments(asked, (1, 8))["max_lora_rank"] == 9, "vLLM itself says what it can do"
 
 
+def test_an_assistant_is_what_vllm_calls_mtp(tmp_path: Path) -> None:
+    draft = {"method": "assistant", "checkpoint": str(tmp_path), "tokens": 2}
+    made = vllm_engine.llm_arguments(setup(options={"speculation": draft}), ())
+    assert made["speculative_config"]["method"] == "mtp"
+    assert "assistant" in vllm_engine.FEATURES
+    assert [vllm_engine._known(method) for method in ("mtp", "eagle3", "ngram")] == [
+        "assistant",
+        "eagle3",
+        "ngram",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

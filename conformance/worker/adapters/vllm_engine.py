@@ -47,6 +47,7 @@ FEATURES = (
     "pipeline-split",
     "expert-parallel",
     "eagle3",
+    "assistant",
     "lora",
     "mixed-adapters",
     "prefill-chunk",
@@ -61,6 +62,8 @@ FEATURES = (
 _SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
 _SMALL_BLOCK = 32
 """Tokens: the smallest block that the attention for CPUs takes."""
+_METHODS = {"eagle3": "eagle3", "assistant": "mtp"}
+"""vLLM's names for kinds of draft models."""
 _ADAPTERS = 4
 """Different adapters in one batch."""
 _USUAL_RANK = 8
@@ -217,7 +220,7 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
     arguments |= _schedule_arguments(options)
     if options["speculation"] is not None:
         arguments["speculative_config"] = {
-            "method": options["speculation"]["method"],
+            "method": _METHODS[options["speculation"]["method"]],
             "model": options["speculation"]["checkpoint"],
             "num_speculative_tokens": options["speculation"]["tokens"],
         }
@@ -514,10 +517,15 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
         "tensor_parallel": [str(parallel_state.get_tp_group().world_size)],
         "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
-        "speculation": [drafter.method] if drafter is not None else [],
+        "speculation": [_known(drafter.method)] if drafter is not None else [],
         "adapter": _adapted(runner, adapter) if adapter else [],
         **_layers(runner),
     }
+
+
+def _known(method: str) -> str:
+    """The protocol's name for a kind of draft model; vLLM's own where it has none."""
+    return next((name for name, known in _METHODS.items() if known == method), method)
 
 
 def scheduled(scheduler: Any) -> dict[str, list[str]]:
