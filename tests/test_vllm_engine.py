@@ -11,6 +11,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -215,6 +216,19 @@ def test_a_step_has_tokens_for_the_drafts_of_each_sequence(
     assert (made["max_num_batched_tokens"], made["max_num_seqs"]) == (chunk, sequences)
     assert made["per_request_spec_decode_metrics"] == "detailed"
     assert "per_request_spec_decode_metrics" not in vllm_engine.llm_arguments(setup(), ())
+
+
+def test_an_engine_that_does_not_start_leaves_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_arguments: Any) -> None:
+        raise AttributeError("drafter")
+
+    forgotten: list[bool] = []
+    monkeypatch.setitem(sys.modules, "vllm", cast(Any, SimpleNamespace(LLM=refuse)))
+    monkeypatch.setitem(sys.modules, "vllm.config.lora", cast(Any, SimpleNamespace(MaxLoRARanks=None)))
+    monkeypatch.setattr(vllm_engine, "_forget_shared_memory", lambda: forgotten.append(True))
+    with pytest.raises(AttributeError, match="drafter"):
+        vllm_engine._LlmEngine(setup())
+    assert forgotten == [True]
 
 
 def test_an_answer_of_the_engine_becomes_a_generation() -> None:

@@ -383,9 +383,11 @@ class _LlmEngine:
         from vllm import LLM  # type: ignore[import-not-found]
         from vllm.config.lora import MaxLoRARanks  # type: ignore[import-not-found]
 
-        self._llm = LLM(**llm_arguments(setup, typing.get_args(MaxLoRARanks)))
+        try:
+            self._llm = LLM(**llm_arguments(setup, typing.get_args(MaxLoRARanks)))
+        finally:
+            _forget_shared_memory()  # of an engine that did not start too
         self._adapters: dict[str, int] = {}
-        _forget_shared_memory()
 
     def answer(self, request: Json) -> Json:
         self._llm.reset_prefix_cache()
