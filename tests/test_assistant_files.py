@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conformance.invariance.models import MODELS
+from conformance.targets import reference_model
 from model_impl.checkpoint import parameter_count
 from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError, ConfigError
 from model_impl.layers.backend_choice import BackendError
+from model_impl.speculative import guessing
 from model_impl.speculative.assistant import (
     AssistantConfig,
     CentroidConfig,
@@ -287,3 +291,18 @@ def test_folders_without_weights_or_configuration_are_refused(tmp_path: Path) ->
     assert "weights are missing" in refusal(tmp_path)
     save_file({}, tmp_path / "model.safetensors")
     assert "missing: " in refusal(tmp_path)
+
+
+def test_a_drawn_assistant_s_configuration_has_the_published_keys(tmp_path: Path) -> None:
+    """Engines check some that this implementation need not read."""
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    for folder in (target, draft):
+        folder.mkdir()
+    reference_model.write_speaking(MODELS["moe"], target, seed=1)
+    guessing.write_assistant(target, draft, guesses=False, seed=1)
+    written_text = json.loads((draft / "config.json").read_text())["text_config"]
+    for name in ASSISTANTS:
+        published = assistant_config(name)["text_config"]
+        assert published.keys() <= written_text.keys()
+        for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
+            assert written_text[key] == published[key] == 0

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from conformance import resources
 from conformance.checks import judge
+from conformance.checks.base import refuses
 from conformance.errors import EngineError, SuiteError
 from conformance.invariance.pairs import repeats
 from conformance.invariance_suite import (
@@ -524,6 +525,25 @@ def test_every_stage_boundary_of_a_model_with_shared_keys_has_a_case() -> None:
     }
     boundaries = {split[0] for split in splits if split is not None}
     assert {1, 3, 4, 5} <= boundaries
+
+
+def test_what_finds_prefixes_is_compared_with_an_engine_that_keeps_none() -> None:
+    finding = [case for suite in SUITES for case in suite.cases if case.finds]
+    assert len(finding) > 8
+    assert {case.base.prefix_cache for case in finding} == {False}
+
+
+def test_a_lack_of_shared_memory_is_no_refusal_to_share_keys() -> None:
+    words = {
+        case.or_refused
+        for suite in SUITES
+        for case in suite.cases
+        if case.or_refused is not None and case.model == "e2b-like" and case.base.draft is None
+    }
+    assert words
+    for pattern in words:
+        assert refuses(EngineError("ValueError: KV sharing target layer of layers.5 is not valid"), pattern)
+        assert not refuses(EngineError("RuntimeError: no shared memory block, no shared_memory"), pattern)
 
 
 def test_options_say_what_must_have_run() -> None:

@@ -206,6 +206,10 @@ def test_closing_the_target_lets_the_engine_put_things_in_order(target: WorkerTa
         ("torch.OutOfMemoryError: 3 GiB\n", ("OutOfMemoryError", "3 GiB")),
         ("(EngineCore pid=3) ValueError: first\nKeyError: 2\n", ("ValueError", "first")),
         ("(Main pid=1) INFO 11-21 14:12:41 [a.py:1] ValueError: no\n", None),
+        (
+            "ERROR 11-22 16:04:37 [b.py:3] Worker proc One died unexpectedly (exit code: -11)\nKeyError: 2\n",
+            ("RuntimeError", "Worker proc One died unexpectedly (exit code: -11)"),
+        ),
     ],
 )
 def test_the_first_error_of_a_log(log: str, cause: tuple[str, str] | None) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -169,14 +170,80 @@ def test_options_become_arguments_of_the_engine(tmp_path: Path) -> None:
     assert vllm_engine.llm_arguments(asked, (1, 8))["max_lora_rank"] == 9, "vLLM itself says what it can do"
 
 
+def test_an_assistant_is_what_vllm_calls_mtp(tmp_path: Path) -> None:
+    draft = {"method": "assistant", "checkpoint": str(tmp_path), "tokens": 2}
+    made = vllm_engine.llm_arguments(setup(options={"speculation": draft}), ())
+    assert made["speculative_config"]["method"] == "mtp"
+    assert "assistant" in vllm_engine.FEATURES
+    assert [vllm_engine._known(method) for method in ("mtp", "eagle3", "ngram")] == [
+        "assistant",
+        "eagle3",
+        "ngram",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {}),
+        ({"prefix_cache": False}, {"enable_prefix_caching": False}),
+        ({"prefix_cache": True}, {"enable_prefix_caching": True, "block_size": 32}),
+        ({"prefix_cache": True, "block_size": 64}, {"enable_prefix_caching": True, "block_size": 64}),
+        ({"block_size": 64}, {"block_size": 64}),
+        ({"max_sequences": 2}, {"max_num_seqs": 2}),
+        ({"expert_parallel": True}, {"enable_expert_parallel": True}),
+        ({"prefill_chunk": 7}, {"max_num_batched_tokens": 7, "max_num_seqs": 7}),
+        ({"prefill_chunk": 7, "max_sequences": 2}, {"max_num_batched_tokens": 7, "max_num_seqs": 2}),
+    ],
+)
+def test_a_schedule_becomes_arguments_of_the_engine(
+    options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    made = vllm_engine.llm_arguments(setup(options=options), ())
+    plain = vllm_engine.llm_arguments(setup(), ())
+    if "prefill_chunk" in options:
+        expected = {"enable_chunked_prefill": True, **expected}
+    assert {name: value for name, value in made.items() if name not in plain} == expected
+
+
+@pytest.mark.parametrize(("chunk", "sequences"), [(7, 1), (8, 2), (16, 4), (2, 1)])
+def test_a_step_has_tokens_for_the_drafts_of_each_sequence(
+    chunk: int, sequences: int, tmp_path: Path
+) -> None:
+    draft = {"method": "eagle3", "checkpoint": str(tmp_path), "tokens": 3}
+    asked = setup(options={"prefill_chunk": chunk, "speculation": draft})
+    made = vllm_engine.llm_arguments(asked, ())
+    assert (made["max_num_batched_tokens"], made["max_num_seqs"]) == (chunk, sequences)
+    assert made["per_request_spec_decode_metrics"] == "detailed"
+    assert "per_request_spec_decode_metrics" not in vllm_engine.llm_arguments(setup(), ())
+
+
+def test_an_engine_that_does_not_start_leaves_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_arguments: Any) -> None:
+        raise AttributeError("drafter")
+
+    forgotten: list[bool] = []
+    monkeypatch.setitem(sys.modules, "vllm", cast(Any, SimpleNamespace(LLM=refuse)))
+    monkeypatch.setitem(sys.modules, "vllm.config.lora", cast(Any, SimpleNamespace(MaxLoRARanks=None)))
+    monkeypatch.setattr(vllm_engine, "_forget_shared_memory", lambda: forgotten.append(True))
+    with pytest.raises(AttributeError, match="drafter"):
+        vllm_engine._LlmEngine(setup())
+    assert forgotten == [True]
+
+
 def test_an_answer_of_the_engine_becomes_a_generation() -> None:
     at = [{5: SimpleNamespace(logprob=-0.5), 7: SimpleNamespace(logprob=-1.5)}] * 2
     output = SimpleNamespace(token_ids=[5, 7], finish_reason="length", logprobs=at)
     top = [{5: -0.5, 7: -1.5}] * 2
     expected = {"token_ids": [5, 7], "finish_reason": "length", "logprobs": [-0.5, -1.5]}
-    assert vllm_engine.generation(output, top=True) == expected | {"top": top, "cached_tokens": None}
+    untold = {"accepted": None, "drafted": []}
+    made = vllm_engine.generation(output, top=True)
+    assert made == expected | untold | {"top": top, "cached_tokens": None}
     made = vllm_engine.generation(output, top=False, cached=16)
-    assert made == expected | {"top": [], "cached_tokens": 16}
+    assert made == expected | untold | {"top": [], "cached_tokens": 16}
+    output.spec_decode_metrics = SimpleNamespace(per_step_accepted=[3, 0], per_step_drafted=[3, 1])
+    made = vllm_engine.generation(output, top=False)
+    assert (made["accepted"], made["drafted"]) == ([3, 0], [3, 1])
 
 
 def test_likelihoods_are_of_the_end_of_a_prompt() -> None:
@@ -203,6 +270,26 @@ def test_what_ranks_disagree_about_is_said() -> None:
         "dtype": "bfloat16, float32",
         "speculation": "eagle3",
         "adapter": "layers.0, layers.1",
+    }
+
+
+def test_what_the_scheduler_goes_by_is_read_from_it() -> None:
+    scheduler = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(enable_caching=False),
+        max_num_scheduled_tokens=7,
+        max_num_running_reqs=2,
+    )
+    ranks = [{"block_size": ["32"], "expert_parallel": ["on"], "stage": [(0, 2)]}, {"stage": [(2, 3)]}]
+    none = dict.fromkeys(("attention", "dtype", "tensor_parallel", "pipeline_parallel"), "none")
+    assert vllm_engine.agreed([*ranks, vllm_engine.scheduled(scheduler)]) == none | {
+        "speculation": "none",
+        "adapter": "none",
+        "expert_parallel": "on",
+        "prefix_cache": "off",
+        "block_size": "32",
+        "prefill_chunk": "7",
+        "max_sequences": "2",
+        "pipeline_split": "2,1",
     }
 
 
@@ -367,6 +454,11 @@ def test_a_draft_head_changes_nothing(engine: WorkerTarget, tmp_path: Path) -> N
     result = engine.generate(request(options={"speculation": draft}))
     assert result.effective.items() >= (PLAIN | {"speculation": "eagle3"}).items()
     assert answered(result) == lines()
+    for answer in result.generations:
+        assert answer.accepted is not None, "vLLM tells of every round"
+        assert sum(answer.accepted) + len(answer.accepted) + 1 >= len(answer.token_ids)
+        rounds = list(zip(answer.accepted, answer.drafted, strict=True))
+        assert all(0 <= accepted <= drafted <= 3 for accepted, drafted in rounds)
 
 
 @pytest.fixture(scope="module")

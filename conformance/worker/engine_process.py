@@ -35,6 +35,8 @@ _SHOWN = 12_000
 _RAISED = re.compile(r"^(?:[\w.]+\.)?(?P<name>[A-Z]\w*(?:Error|Exception|Exit))(?:: ?(?P<message>.*))?$")
 _PREFIX = re.compile(r"^\([^)]*pid=\d+\) (?:(?P<level>[A-Z]+) \d\S* \S+ \[\S+\] )?")
 """What vLLM puts before a line of its log."""
+_DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
+"""What vLLM says of a rank that raised nothing: its own exception is then just that it stops waiting."""
 
 
 class Engine(Protocol):
@@ -227,7 +229,7 @@ def _members(group: int) -> list[int]:
 
 
 def root_cause(log: str) -> tuple[str, str] | None:
-    """Name and message of the first exception that an engine's log reports as an error.
+    """Name and message of the first exception, or death of a rank, that an engine's log reports as an error.
 
     An exception without a message is told by the line of code that raised it.
     """
@@ -240,6 +242,8 @@ def root_cause(log: str) -> tuple[str, str] | None:
         raised = _RAISED.match(text)
         if raised is not None:
             return raised["name"], raised["message"] or f"at `{before}`"
+        if (died := _DIED.search(text)) is not None:
+            return "RuntimeError", died[0]
         if text.strip(" ^~"):
             before = text.strip()
     return None

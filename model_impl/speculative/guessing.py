@@ -189,6 +189,7 @@ def _assistant_config(text: dict[str, Any], target: TextConfig) -> dict[str, Any
             "sliding_window": target.sliding_window,
             "hidden_activation": "gelu_pytorch_tanh",
             "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
             "rms_norm_eps": target.rms_norm_eps,
             "final_logit_softcapping": None,
             "tie_word_embeddings": True,
@@ -197,6 +198,7 @@ def _assistant_config(text: dict[str, Any], target: TextConfig) -> dict[str, Any
             "max_position_embeddings": text["max_position_embeddings"],
             "rope_parameters": text["rope_parameters"],
             "attention_bias": False,
+            "use_bidirectional_attention": None,
             "pad_token_id": 0,
         },
     }

@@ -6,8 +6,9 @@
   the repetitions of one.
 * The engine is kept while requests need the same one: `engine_setup` says what decides that.
 * Likelihoods are those that it gives the tokens of a prompt, before a token that nobody wants.
-* What really runs is read back inside each rank: from its attention layers, parameters, parallel groups and
-  the buffers of its LoRA layers.
+* What really runs is read back inside each rank: from its attention layers, parameters, parallel groups,
+  layers of experts and the buffers of its LoRA layers; and from the scheduler, of which there is one, as
+  ranks have copies of what it was told.
 
 `EngineProcess` holds it: each engine is a fork of the worker, in which vLLM is imported already.
 """
@@ -29,7 +30,6 @@ from conformance.worker.engine_process import EngineProcess
 VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 """For the engine, where the worker's environment says nothing else."""
 
@@ -47,6 +47,7 @@ FEATURES = (
     "pipeline-split",
     "expert-parallel",
     "eagle3",
+    "assistant",
     "lora",
     "mixed-adapters",
     "prefill-chunk",
@@ -59,6 +60,10 @@ FEATURES = (
     "sounds",
 )
 _SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
+_SMALL_BLOCK = 32
+"""Tokens: the smallest block that the attention for CPUs takes."""
+_METHODS = {"eagle3": "eagle3", "assistant": "mtp"}
+"""vLLM's names for kinds of draft models."""
 _ADAPTERS = 4
 """Different adapters in one batch."""
 _USUAL_RANK = 8
@@ -215,10 +220,11 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
     arguments |= _schedule_arguments(options)
     if options["speculation"] is not None:
         arguments["speculative_config"] = {
-            "method": options["speculation"]["method"],
+            "method": _METHODS[options["speculation"]["method"]],
             "model": options["speculation"]["checkpoint"],
             "num_speculative_tokens": options["speculation"]["tokens"],
         }
+        arguments["per_request_spec_decode_metrics"] = "detailed"
     if setup["rank"]:
         fitting = [rank for rank in ranks if rank >= setup["rank"]]
         arguments["enable_lora"] = True
@@ -232,17 +238,24 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
 
 
 def _schedule_arguments(options: Json) -> Json:
-    """Those of the scheduler and the cache, as far as they are asked for."""
+    """Those of the scheduler and the cache, as far as they are asked for.
+
+    Where prefixes are to be found and nothing is said of blocks, they are small: vLLM's own for a CPU have
+    128 tokens, and of a prompt nothing but whole blocks can be found.
+    """
     chunk, sequences = options["prefill_chunk"], options["max_sequences"]
+    drafted = options["speculation"]["tokens"] if options["speculation"] is not None else 0
     arguments: Json = {"enable_expert_parallel": True} if options["expert_parallel"] else {}
     if options["prefix_cache"] is not None:
         arguments["enable_prefix_caching"] = options["prefix_cache"]
-    if options["block_size"] is not None:
-        arguments["block_size"] = options["block_size"]
+    block = options["block_size"] or (_SMALL_BLOCK if options["prefix_cache"] else None)
+    if block is not None:
+        arguments["block_size"] = block
     if chunk is not None:
         arguments["enable_chunked_prefill"] = True
         arguments["max_num_batched_tokens"] = chunk
-        sequences = sequences or chunk  # vLLM wants a step to have a token for each sequence
+        # vLLM wants a step to have a token for each sequence, and drops drafts for which it has none.
+        sequences = sequences or max(1, chunk // (1 + drafted))
     if sequences is not None:
         arguments["max_num_seqs"] = sequences
     return arguments
@@ -317,6 +330,7 @@ def likelihood(prompt_logprobs: Sequence[Any], continuation: Sequence[int]) -> J
 def generation(output: Any, *, top: bool, cached: int | None = None) -> Json:
     """A `Generation` from a `vllm.CompletionOutput`."""
     tokens = list(output.token_ids)
+    rounds = getattr(output, "spec_decode_metrics", None)
     return {
         "token_ids": tokens,
         "finish_reason": output.finish_reason,
@@ -325,14 +339,16 @@ def generation(output: Any, *, top: bool, cached: int | None = None) -> Json:
         if top
         else [],
         "cached_tokens": cached,
+        "accepted": list(rounds.per_step_accepted) if rounds is not None else None,
+        "drafted": list(rounds.per_step_drafted) if rounds is not None else [],
     }
 
 
 def agreed(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """`GenerateResult.effective` from what each rank says of itself."""
+    """`GenerateResult.effective` from what each rank, and the scheduler, says of itself."""
     effective = {}
     for key in ("attention", "dtype", "tensor_parallel", "pipeline_parallel", "speculation"):
-        values = {value for rank in ranks for value in rank[key]}
+        values = {value for rank in ranks for value in rank.get(key, ())}
         effective[key] = ", ".join(sorted(values)) or "none"
     for key in _SCHEDULE:
         values = {value for rank in ranks for value in rank.get(key, ())}
@@ -341,7 +357,7 @@ def agreed(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     stages = sorted({tuple(stage) for rank in ranks for stage in rank.get("stage", ())})
     if stages:
         effective["pipeline_split"] = ",".join(str(stop - start) for start, stop in stages)
-    modules = {module for rank in ranks for module in rank["adapter"]}
+    modules = {module for rank in ranks for module in rank.get("adapter", ())}
     return {**effective, "adapter": ", ".join(sorted(modules)) or "none"}
 
 
@@ -352,6 +368,7 @@ def _load() -> None:
     """Import in the worker what its forks use."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is read where this runs
     for module in _PRELOADED:
         importlib.import_module(module)
     if importlib.import_module("vllm.platforms").current_platform.is_cpu():
@@ -366,9 +383,11 @@ class _LlmEngine:
         from vllm import LLM  # type: ignore[import-not-found]
         from vllm.config.lora import MaxLoRARanks  # type: ignore[import-not-found]
 
-        self._llm = LLM(**llm_arguments(setup, typing.get_args(MaxLoRARanks)))
+        try:
+            self._llm = LLM(**llm_arguments(setup, typing.get_args(MaxLoRARanks)))
+        finally:
+            _forget_shared_memory()  # of an engine that did not start too
         self._adapters: dict[str, int] = {}
-        _forget_shared_memory()
 
     def answer(self, request: Json) -> Json:
         self._llm.reset_prefix_cache()
@@ -388,7 +407,7 @@ class _LlmEngine:
                 likelihood(output.prompt_logprobs, rest)
                 for output, (_, rest) in zip(outputs, pairs, strict=True)
             ],
-            "effective": agreed(self._llm.collective_rpc(read_back, args=(0,))),
+            "effective": self._effective(0),
         }
 
     def _generate(self, request: Json) -> Json:
@@ -414,7 +433,7 @@ class _LlmEngine:
             # Only the adapters that were used last still have a place in the engine.
             for folder in dict.fromkeys(wanted[place] for place in places):
                 number = 0 if folder is None else self._number(folder)
-                effective = agreed(self._llm.collective_rpc(read_back, args=(number,)))
+                effective = self._effective(number)
                 if folder is not None:
                     found = effective["adapter"]
                     adapted[folder] = [] if found == "none" else found.split(", ")
@@ -427,6 +446,11 @@ class _LlmEngine:
             "effective": {**effective, "adapter": ", ".join(modules) or "none"},
             "adapted": adapted,
         }
+
+    def _effective(self, adapter: int) -> dict[str, str]:
+        """What runs, the LoRA adapter of this number (0 for none) with it."""
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        return agreed([*self._llm.collective_rpc(read_back, args=(adapter,)), scheduled(scheduler)])
 
     def _number(self, folder: str) -> int:
         """An adapter's; one that was written anew is another one."""
@@ -495,26 +519,42 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
         "tensor_parallel": [str(parallel_state.get_tp_group().world_size)],
         "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
-        "speculation": [drafter.method] if drafter is not None else [],
+        "speculation": [_known(drafter.method)] if drafter is not None else [],
         "adapter": _adapted(runner, adapter) if adapter else [],
-        **_schedule(runner),
+        **_layers(runner),
     }
 
 
-def _schedule(runner: Any) -> dict[str, list[Any]]:
-    """What the scheduler and the cache of a rank run with, and which layers it has."""
-    config = runner.vllm_config
+def _known(method: str) -> str:
+    """The protocol's name for a kind of draft model; vLLM's own where it has none."""
+    return next((name for name, known in _METHODS.items() if known == method), method)
+
+
+def scheduled(scheduler: Any) -> dict[str, list[str]]:
+    """What vLLM's scheduler goes by, as it stands in what it uses."""
+    return {
+        "prefix_cache": ["on" if scheduler.kv_cache_manager.enable_caching else "off"],
+        "prefill_chunk": [str(scheduler.max_num_scheduled_tokens)],
+        "max_sequences": [str(scheduler.max_num_running_reqs)],
+    }
+
+
+def _layers(runner: Any) -> dict[str, list[Any]]:
+    """Which layers a rank has, how its experts are spread, and how long the blocks of its cache are."""
+    modules = list(runner.get_model().modules())
     stages = {
         (module.start_layer, module.end_layer)
-        for module in runner.get_model().modules()
+        for module in modules
         if hasattr(module, "start_layer") and hasattr(module, "end_layer")
     }
+    spread = {
+        "on" if module.moe_config.moe_parallel_config.use_ep else "off"
+        for module in modules
+        if hasattr(module, "moe_config")
+    }
     return {
-        "expert_parallel": ["on" if config.parallel_config.enable_expert_parallel else "off"],
-        "prefix_cache": ["on" if config.cache_config.enable_prefix_caching else "off"],
-        "block_size": [str(config.cache_config.block_size)],
-        "prefill_chunk": [str(config.scheduler_config.max_num_batched_tokens)],
-        "max_sequences": [str(config.scheduler_config.max_num_seqs)],
+        "expert_parallel": sorted(spread) or ["off"],
+        "block_size": [str(runner.vllm_config.cache_config.block_size)],
         "stage": sorted(stages),
     }
 
