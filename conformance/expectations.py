@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +127,7 @@ def load(suites: LoadedSuites) -> Expectations:
     found: list[Expectation] = []
     for root in sorted({suite.root for suite in suites}):
         folder = root / EXPECTATIONS_FOLDER
-        known = tuple(case.address for suite in suites if suite.root == root for case in suite.cases)
+        known = frozenset(case.address for suite in suites if suite.root == root for case in suite.cases)
         for path in sorted(folder.glob("*.yaml")):
             found += _load_file(path, known)
     return Expectations(tuple(found))
@@ -141,7 +141,7 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _load_file(path: Path, known: Sequence[str]) -> list[Expectation]:
+def _load_file(path: Path, known: Set[str]) -> list[Expectation]:
     document = yamlfile.read(path)
     if not isinstance(document.value, dict):
         raise document.error((), "an expectation file is a mapping with `target` and `expectations`")
@@ -178,10 +178,11 @@ def _may_meet(first: Sequence[str], second: Sequence[str]) -> bool:
     return not (first or second) or bool(set(first) & set(second))
 
 
-def _addresses(
-    document: yamlfile.Document, loc: yamlfile.Loc, pattern: str, known: Sequence[str]
-) -> set[str]:
-    matches = {address for address in known if fnmatch.fnmatchcase(address, pattern)}
+def _addresses(document: yamlfile.Document, loc: yamlfile.Loc, pattern: str, known: Set[str]) -> set[str]:
+    if _GLOB.search(pattern):
+        matches = {address for address in known if fnmatch.fnmatchcase(address, pattern)}
+    else:
+        matches = {pattern} & known
     if not matches:
         raise document.error(loc, f"{pattern!r} matches no case; a case is named `suite-id::case-id`")
     if len(matches) == 1 and _GLOB.search(pattern):

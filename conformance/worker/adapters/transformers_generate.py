@@ -1,7 +1,8 @@
 """Generation with Gemma 4 in Hugging Face transformers, by its own `generate`, and likelihoods.
 
-* Prompts without media are one batch, padded on the left as `generate` wants it. Where some have media, all
-  run one by one. Images and sounds are prepared as the checkpoint's `processor_config.json` says.
+* Prompts are batches, padded on the left as `generate` wants it. With media, those are together whose tensors
+  can be: its towers take padded pieces of one size. Images and sounds are prepared as the checkpoint's
+  `processor_config.json` says.
 * Log-probabilities are taken from the scores that `generate` chooses by, before they are warped and thrown
   away. No processor of the checkpoint's `generation_config.json` changes them, because it is not used.
 * Each repetition has a cache of its own: nothing is shared between requests, so that they must agree.
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor  # type: ignore[import-not-found]
 from transformers.utils import logging  # type: ignore[import-not-found]
 
@@ -31,6 +34,8 @@ _PADDING = 0
 
 _MOST_ROWS = 1000
 """Of one batch."""
+_MOST_WITH_MEDIA = 32
+"""Of one batch whose pieces all pass the towers together."""
 _CACHES = {"DynamicCache": "dynamic", "StaticCache": "static"}
 """What classes of caches are called where they are asked for."""
 
@@ -72,7 +77,7 @@ def generate(request: Json) -> Json:
 
 
 def _answers(model: Any, request: Json, places: Sequence[int]) -> list[list[Json]]:
-    """All samples of some of the prompts: as one batch, or one by one where there are media."""
+    """All samples of some of the prompts."""
     if request["sampling"] is not None:
         torch.manual_seed(request["sampling"]["seed"])
     prompts = [request["prompts"][place] for place in places]
@@ -80,24 +85,22 @@ def _answers(model: Any, request: Json, places: Sequence[int]) -> list[list[Json
         [request[kind][place] if request[kind] else [] for place in places] for kind in ("images", "sounds")
     ]
     if any(map(any, media)):
-        rows = [_with_media(model, request, ids, *files) for ids, *files in zip(prompts, *media, strict=True)]
-        _check_length(max(len(ids) for ids, _ in rows) + request["max_new_tokens"], request["options"])
-        return [
-            [
-                _batch(model, request, ids[None], torch.ones_like(ids[None]), arguments)[0]
-                for _ in range(request["samples"])
-            ]
-            for ids, arguments in rows
-        ]
-    _check_length(max(map(len, prompts)) + request["max_new_tokens"], request["options"])
-    samples = request["samples"]
-    copies = [prompt for prompt in prompts for _ in range(samples)]
-    made = [
-        row
-        for start in range(0, len(copies), _MOST_ROWS)
-        for row in _batch(model, request, *_padded(copies[start : start + _MOST_ROWS]), {})
-    ]
-    return [made[start : start + samples] for start in range(0, len(made), samples)]
+        rows = _with_media(model, request, prompts, *media)
+    else:
+        rows = [_Row(torch.tensor(prompt), {}) for prompt in prompts]
+    _check_length(max(len(row.ids) for row in rows) + request["max_new_tokens"], request["options"])
+    together: dict[Any, list[int]] = {}
+    for number, row in enumerate(rows):
+        together.setdefault(row.form, []).extend([number] * request["samples"])
+    made: list[list[Json]] = [[] for _ in rows]
+    for form, numbers in together.items():
+        most = _MOST_WITH_MEDIA if form else _MOST_ROWS
+        for start in range(0, len(numbers), most):
+            part = numbers[start : start + most]
+            answers = _batch(model, request, *_stacked(model, [rows[number] for number in part]))
+            for number, answer in zip(part, answers, strict=True):
+                made[number].append(answer)
+    return made
 
 
 def loglikelihood(request: Json) -> Json:
@@ -200,16 +203,49 @@ def _batch(model: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, med
     return [chosen.generation(row, tokens, stops) for row, tokens in enumerate(answers)]
 
 
-def _with_media(
-    model: Any, request: Json, prompt: list[int], images: list[str], sounds: list[str]
-) -> tuple[torch.Tensor, Json]:
-    """Token ids with a placeholder for each soft token, [tokens], and what `generate` takes besides."""
-    from conformance.worker.adapters import transformers_media as media
-    from conformance.worker.adapters.transformers_processor import prepare
+@dataclass(frozen=True)
+class _Row:
+    """A prompt as the model reads it."""
 
-    tensors = prepare(Path(request["checkpoint"]), images, sounds)
+    ids: torch.Tensor
+    """Token ids with a placeholder for each soft token, [tokens]."""
+    media: dict[str, torch.Tensor]
+    """What `generate` takes besides, [pieces, ...]; without pieces nothing."""
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Equal for rows whose media fit into one tensor each."""
+        return tuple((name, tensor.dtype, *tensor.shape[1:]) for name, tensor in sorted(self.media.items()))
+
+
+def _with_media(
+    model: Any,
+    request: Json,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[list[str]],
+    sounds: Sequence[list[str]],
+) -> list[_Row]:
+    from conformance.worker.adapters import transformers_media as media
+    from conformance.worker.adapters.transformers_processor import checkpoint_processor, prepare
+
+    processor = checkpoint_processor(Path(request["checkpoint"]))
+    rows = []
+    for prompt, *files in zip(prompts, images, sounds, strict=True):
+        tensors = prepare(processor, *files)
+        ids = _expanded(prompt, tensors, model.config)
+        rows.append(_Row(ids, media.RowMedia(tensors, len(ids)).arguments(model)))
+    return rows
+
+
+def _expanded(prompt: Sequence[int], tensors: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+    """A prompt's ids with as many placeholders for each of its media as they are soft tokens.
+
+    Raises:
+        RequestError: it has more or fewer places than media.
+    """
+    from conformance.worker.adapters import transformers_media as media
+
     row: list[int] = []
-    config = model.config
     left = {kind: iter(media.soft_tokens(tensors, kind, config)) for kind in ("image", "audio")}
     around = {
         config.image_token_id: ("image", config.boi_token_id, config.eoi_token_id),
@@ -226,19 +262,24 @@ def _with_media(
         row += [begin, *[token] * count, end]
     if any(next(counts, None) is not None for counts in left.values()):
         raise RequestError("a prompt has fewer placeholders than media")
-    ids = torch.tensor(row)
+    return torch.tensor(row)
+
+
+def _stacked(model: Any, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, Json]:
+    """Token ids and attention mask, [rows, longest row], and what `generate` takes besides."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.stack([F.pad(row.ids, (width - len(row.ids), 0), value=_PADDING) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row.ids), (width - len(row.ids), 0)) for row in rows])
+    names = rows[0].media
+    if not names:
+        return ids, mask, {}
+    from conformance.worker.adapters import transformers_media as media
+
     types = torch.zeros_like(ids)
     for number, kind in enumerate(media.KINDS, 1):
-        types[media.is_placeholder(ids, config, kind)] = number
-    return ids, {"mm_token_type_ids": types[None], **media.RowMedia(tensors, len(row)).arguments(model)}
-
-
-def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [prompts, longest prompt]."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[_PADDING] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+        types[media.is_placeholder(ids, model.config, kind)] = number
+    pieces = {name: torch.cat([row.media[name] for row in rows]) for name in names}
+    return ids, mask, {"mm_token_type_ids": types, **pieces}
 
 
 class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not here when types are checked

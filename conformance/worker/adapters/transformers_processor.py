@@ -107,13 +107,17 @@ def preprocess(request: Json) -> Json:
     return {"path": request["output"], "prompt": processor.expanded}
 
 
-def prepare(checkpoint: Path, images: Sequence[str], sounds: Sequence[str]) -> dict[str, Tensor]:
-    """Files as a checkpoint's own processor prepares them, named as in a `PreprocessResult`.
+def checkpoint_processor(checkpoint: Path) -> Any:
+    """A checkpoint's own processor. Loading it takes longer than preparing a picture."""
+    return AutoProcessor.from_pretrained(checkpoint)
+
+
+def prepare(processor: Any, images: Sequence[str], sounds: Sequence[str]) -> dict[str, Tensor]:
+    """Files as a processor prepares them, named as in a `PreprocessResult`.
 
     Raises:
         NotAskedError: a sound cannot be decoded here.
     """
-    processor = AutoProcessor.from_pretrained(checkpoint)
     made: Json = {}
     if images:
         made |= processor.image_processor([[load_image(path) for path in images]], return_tensors="pt")
