@@ -34,7 +34,7 @@ _PADDING = 0
 
 _MOST_ROWS = 1000
 """Of one batch."""
-_MOST_WITH_MEDIA = 32
+_MOST_WITH_MEDIA = 64
 """Of one batch whose pieces all pass the towers together."""
 _CACHES = {"DynamicCache": "dynamic", "StaticCache": "static"}
 """What classes of caches are called where they are asked for."""
