@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from conformance.invariance.models import DrawnModel
+from conformance.invariance.models import DrawnModel, TrainedModel
 from conformance.media import PicturePrompt
 from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 from conformance.targets.protocol import DType, EngineOptions, Sampling, Speculation
@@ -16,7 +16,7 @@ DRAWS = 10_000
 
 
 class Draft(Strict):
-    """A draft model for the case's model."""
+    """A draft model for the case's model. A trained model's is trained, and only `tokens` can be chosen."""
 
     guesses: bool = True
     """It knows which token follows which, as far as nothing but the last one counts; else its weights are
@@ -112,6 +112,14 @@ class ScriptedPrompts(Strict):
         return self
 
 
+class ExamPrompts(Strict):
+    """Questions of an examination that a trained model has not learned, as its accuracy gate asks them."""
+
+    task: Literal["nano_gsm8k", "nano_mmmu", "nano_sounds"]
+    items: int = Field(ge=1, le=500)
+    """How many, in the gate's order."""
+
+
 class Acceptance(Strict):
     """What is known of a draft that guesses."""
 
@@ -122,11 +130,11 @@ class Acceptance(Strict):
 class InvarianceCase(CaseBase):
     """Judge whether a change of configuration changes the output."""
 
-    model: DrawnModel | Literal["scripted"]
-    """Drawn at random, or the bundled scripted checkpoint."""
+    model: DrawnModel | Literal["scripted"] | TrainedModel
+    """Drawn at random, the bundled scripted checkpoint, or a trained one."""
     weights: int = 1
     """Seed of a drawn model's weights."""
-    prompts: DrawnPrompts | ScriptedPrompts = DrawnPrompts()
+    prompts: DrawnPrompts | ScriptedPrompts | ExamPrompts = DrawnPrompts()
     base: Way = Way()
     """Of both sides, but for what is changed."""
     change: Way
@@ -165,12 +173,28 @@ class InvarianceCase(CaseBase):
             raise ValueError("two dtypes differ by right; set `dtype` in `base`, for both sides")
         if (self.model == "scripted") != isinstance(self.prompts, ScriptedPrompts):
             raise ValueError("`lines` and `pictures` are for the scripted checkpoint, and for it alone")
+        if (self.model in get_args(TrainedModel)) != isinstance(self.prompts, ExamPrompts):
+            raise ValueError("`task` and `items` are for trained models, and for them alone")
+        self._check_trained()
         self._check_drawn()
         if self.acceptance is not None and self.changed.draft is None:
             raise ValueError("`acceptance` is of a draft; change `eagle3` or `assistant`")
         if self.finds and not self.changed.prefix_cache:
             raise ValueError("`finds` needs `prefix_cache: true` in `change`")
         return self
+
+    def _check_trained(self) -> None:
+        """Refuse what a trained model's own weights and head decide."""
+        if self.model not in get_args(TrainedModel):
+            return
+        if "weights" in self.model_fields_set:
+            raise ValueError("`weights` is the seed of a drawn model; leave it out")
+        for way in (self.base, self.changed):
+            if way.assistant is not None:
+                raise ValueError("trained models have no `assistant`; use `eagle3`")
+            if way.eagle3 is not None and (ignored := way.eagle3.model_fields_set - {"tokens"}):
+                names = ", ".join(f"`{name}`" for name in sorted(ignored))
+                raise ValueError(f"a trained head has its own {names}; leave it out")
 
     def _check_drawn(self) -> None:
         """Refuse what would be ignored: with `sampling` what is of greedy answers, without it `draws`."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 
@@ -24,8 +24,13 @@ from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
 from conformance.gates.suite import AccuracyCase, AccuracySuite
-from conformance.invariance.models import MODELS
-from conformance.invariance_suite import InvarianceCase, InvarianceSuite, ScriptedPrompts
+from conformance.invariance.models import MODELS, DrawnModel
+from conformance.invariance_suite import (
+    ExamPrompts,
+    InvarianceCase,
+    InvarianceSuite,
+    ScriptedPrompts,
+)
 from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.media import MARKERS, Piece, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
@@ -288,7 +293,7 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
     if isinstance(case, GenerationCase):
         content["checkpoint"] = bundled.digests()
     if isinstance(case, InvarianceCase):
-        content["checkpoint"] = bundled.digests() if case.model == "scripted" else MODELS[case.model]
+        content["checkpoint"] = _deciding(case)
     if isinstance(case, AccuracyCase):
         from conformance.gates import loading as gates
 
@@ -296,6 +301,18 @@ def case_digest(case: Case, suite: AnySuite, folder: Path | None = None) -> str:
         content["reference"] = gates.reference_sha256(case, folder)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _deciding(case: InvarianceCase) -> Any:
+    """What makes the model, and the prompts that lie elsewhere."""
+    if case.model == "scripted":
+        return bundled.digests()
+    if not isinstance(case.prompts, ExamPrompts):
+        return MODELS[cast(DrawnModel, case.model)]
+    drafted = case.base.draft is not None or case.changed.draft is not None
+    names = [case.model, *([bundled.draft_name(case.model)] if drafted else [])]
+    data = resources.task_data(case.prompts.task).read_bytes()
+    return {**{name: bundled.digests(name) for name in names}, "data": hashlib.sha256(data).hexdigest()}
 
 
 def json_schema() -> dict[str, Any]:
@@ -353,6 +370,8 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         elif isinstance(case, InvarianceCase):
             if isinstance(case.prompts, ScriptedPrompts):
                 _check_lines(document, (*loc, "prompts", "lines"), case.prompts.lines)
+            elif isinstance(case.prompts, ExamPrompts):
+                _check_trained(document, loc, case)
         elif isinstance(case, LoraCase):
             assert isinstance(suite, LoraSuite)
             _check_config(document, loc, case.config, suite.configs)
@@ -362,6 +381,17 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
         else:
             assert isinstance(suite, ToolsSuiteBase)
             _check_chat(document, loc, case, suite)
+
+
+def _check_trained(document: yamlfile.Document, loc: tuple[str | int, ...], case: InvarianceCase) -> None:
+    names: list[str] = [case.model]
+    if case.base.draft is not None or case.changed.draft is not None:
+        names.append(bundled.draft_name(case.model))
+    for name in names:
+        if not bundled.has(name):
+            raise document.error(
+                (*loc, "model"), f"no checkpoint {name!r} is bundled; train it: docs/nano.md says how"
+            )
 
 
 def _check_split(

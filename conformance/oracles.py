@@ -271,7 +271,7 @@ class Oracles:
         )
 
     def speaking_draft(self, checkpoint: Path, way: Way) -> Path:
-        """The folder of a draft model for a checkpoint.
+        """The folder of a draft model for a checkpoint: a trained one's own, which is bundled with it.
 
         Raises:
             EngineError: the checkpoint has no such draft.
@@ -279,6 +279,8 @@ class Oracles:
         from conformance.targets import reference_model
 
         assert way.draft is not None
+        if trained := bundled.trained_draft(checkpoint):
+            return trained
         draft, kind = way.draft, "eagle3" if way.eagle3 is not None else "assistant"
         return self._folder_of(
             lambda folder: reference_model.write_speaking_draft(

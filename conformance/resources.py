@@ -40,6 +40,11 @@ def schemas_dir() -> Path:
     return _PACKAGE / "schemas"
 
 
+def task_data(task: str) -> Path:
+    """Documents of a bundled task, JSON Lines."""
+    return _PACKAGE / "tasks" / "data" / f"{task}.jsonl"
+
+
 def _data(name: str) -> Path:
     root = checkout_root()
     path = (root if root is not None else _PACKAGE / "data") / name

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from conformance import resources
 from conformance.errors import EngineError, TargetTimeoutError
 from conformance.targets import bundled
 from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation, TargetInfo
-from conformance.tasks.nano import FOLDER, documents
+from conformance.tasks.nano import documents
 
 TURN_END = 106
 CUT = " but wait,"
@@ -26,7 +27,7 @@ def _answers() -> dict[str, str]:
     """Question to the number that answers it."""
     return {
         doc["question"]: doc["answer"].rpartition("#### ")[2]
-        for doc in documents(FOLDER / "nano_gsm8k.jsonl")
+        for doc in documents(resources.task_data("nano_gsm8k"))
     }
 
 

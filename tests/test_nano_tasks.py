@@ -11,7 +11,7 @@ import pytest
 import soundfile  # type: ignore[import-untyped]
 from lm_eval import evaluator
 
-from conformance import evaluation_tasks
+from conformance import evaluation_tasks, resources
 from conformance.answering import picture_sha256, sound_sha256
 from conformance.lm_eval_model import Asked, ConformanceLM
 from conformance.targets import bundled
@@ -89,7 +89,7 @@ def test_a_perfect_pupil_scores_everything(name: str) -> None:
 
 
 def test_letters_are_balanced_and_subjects_many() -> None:
-    documents = nano.documents(nano.FOLDER / "nano_mmmu.jsonl")
+    documents = nano.documents(resources.task_data("nano_mmmu"))
     letters = [doc["answer"] for doc in documents]
     assert {letter: letters.count(letter) for letter in "ABCD"} == pytest.approx(
         dict.fromkeys("ABCD", len(letters) / 4), rel=0.1

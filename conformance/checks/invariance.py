@@ -26,7 +26,7 @@ from conformance.invariance.asking import Answers, Asker, Prompts
 from conformance.invariance.noise import Noise, follow, measure
 from conformance.invariance.pairs import Comparison, Difference, repeats
 from conformance.invariance.prompting import checkpoint_of, prompts_of
-from conformance.invariance_suite import InvarianceCase, Way
+from conformance.invariance_suite import ExamPrompts, InvarianceCase, Way
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
 from conformance.targets.protocol import DType, Feature, Generation, Target, TargetInfo
@@ -70,9 +70,14 @@ def _cannot(case: InvarianceCase, target: Target, info: TargetInfo) -> str:
                     f"{target.spec} has no {option} {name!r}; it has {', '.join(known) or 'no choice of it'}"
                 )
     asked["sampling"] = case.sampling is not None
-    asked["images"] = case.model == "scripted" and bool(getattr(case.prompts, "pictures", ()))
+    asked["images"] = bool(getattr(case.prompts, "pictures", ())) or _asks(case, "nano_mmmu")
+    asked["sounds"] = _asks(case, "nano_sounds")
     lacking = [name for name, is_asked in asked.items() if is_asked and name not in info.features]
     return f"{target.spec} cannot generate with {', '.join(lacking)}" if lacking else ""
+
+
+def _asks(case: InvarianceCase, task: str) -> bool:
+    return isinstance(case.prompts, ExamPrompts) and case.prompts.task == task
 
 
 @dataclass
@@ -136,7 +141,7 @@ class _Pair:
         """Why the control says that this case would notice nothing; empty if it would."""
         part = PERTURBATION[self.case.base.dtype]
         folder = self.oracles.perturbed(self.asker.checkpoint, part)
-        control = Asker(self.asker.target, self.oracles, folder)
+        control = Asker(self.asker.target, self.oracles, folder, drafted_for=self.asker.checkpoint)
         way = self.case.base.model_copy(update={"repeat": 1})
         limit = self.case.max_new_tokens
         (found, *_), _ = follow(control, way, self.prompts, limit, base, noise.near, counted)

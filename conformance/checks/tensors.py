@@ -44,7 +44,7 @@ def finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
-    # Both ends are NaN where any value is, and one is infinite where any is; one pass, and nothing is allocated.
+    # Both ends are NaN where any value is, and one is infinite where any is: one pass without a mask.
     return all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 

@@ -33,6 +33,8 @@ class Prompts:
     ids: tuple[Ids, ...]
     images: tuple[tuple[str, ...], ...] = ()
     """Files of each prompt's pictures; empty: no prompt has any."""
+    sounds: tuple[tuple[str, ...], ...] = ()
+    """Likewise."""
     stop_ids: Ids = ()
     names: tuple[str, ...] = ()
     """What people call them."""
@@ -43,6 +45,7 @@ class Prompts:
             self,
             ids=tuple(self.ids[number] for number in numbers),
             images=tuple(self.images[number] for number in numbers) if self.images else (),
+            sounds=tuple(self.sounds[number] for number in numbers) if self.sounds else (),
             names=tuple(self.names[number] for number in numbers),
         )
 
@@ -71,11 +74,13 @@ class Asker:
         target: It generates.
         oracles: Makes drafts, and keeps answers for other cases.
         checkpoint: Folder of the model.
+        drafted_for: Folder of the model whose draft it has; None: its own.
     """
 
     target: Target
     oracles: Oracles
     checkpoint: Path
+    drafted_for: Path | None = None
 
     def greedy(self, way: Way, prompts: Prompts, limit: int) -> Answers:
         """The likeliest tokens, with alternatives.
@@ -139,11 +144,12 @@ class Asker:
     def _request(self, way: Way, prompts: Prompts, limit: int) -> GenerateRequest:
         draft = None
         if way.eagle3 is not None or way.assistant is not None:
-            draft = self.oracles.speaking_draft(self.checkpoint, way)
+            draft = self.oracles.speaking_draft(self.drafted_for or self.checkpoint, way)
         return GenerateRequest(
             checkpoint=str(self.checkpoint),
             prompts=prompts.ids,
             images=prompts.images if any(prompts.images) else (),
+            sounds=prompts.sounds if any(prompts.sounds) else (),
             max_new_tokens=limit,
             stop_ids=prompts.stop_ids,
             top_logprobs=TOP,

@@ -1,6 +1,6 @@
-"""Small models that invariance suites draw at random, by the families of the published ones.
+"""Small models for invariance suites: drawn at random, by the families of the published ones, or trained.
 
-Head sizes are those that vLLM's attention for CPUs has kernels for.
+Head sizes of drawn ones are those that vLLM's attention for CPUs has kernels for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 DrawnModel = Literal["e2b-like", "dense", "moe"]
+TrainedModel = Literal["nano-a", "nano-d", "nano-e"]
+"""Bundled checkpoints. Where one has an Eagle3 head, that is beside it."""
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 VOCAB_SIZE = 128

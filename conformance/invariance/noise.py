@@ -53,6 +53,8 @@ class Noise:
 
 _WITH_THREADS = 2
 """Tokens, of the longest prompt alone."""
+_ALONE = 24
+"""Most prompts that are asked one by one: of more, so many at equal distances."""
 
 _WORDS: dict[Benign, str] = {
     "threads": "two threads against one",
@@ -89,6 +91,10 @@ def measure(
             # Small models wait for threads a hundred times longer than they compute.
             asked, most = prompts.pick([longest(prompts)]), min(limit, _WITH_THREADS)
             own = asker.greedy(way, asked, most)
+        elif len(prompts.ids) > _ALONE:
+            chosen = [number * len(prompts.ids) // _ALONE for number in range(_ALONE)]
+            asked = prompts.pick(chosen)
+            own = Answers(tuple(tuple(turn[number] for number in chosen) for turn in base.rounds))
         # Whatever differs counts as a near tie, and is followed teacher-forced on the baseline's tokens.
         (found, *_), _ = follow(asker, variant, asked, most, own, float("inf"))
         measured[name] = found.farthest.value

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import cast
 
 from conformance.invariance.asking import Prompts
-from conformance.invariance.models import VOCAB_SIZE
-from conformance.invariance_suite import DrawnPrompts, InvarianceCase, ScriptedPrompts
+from conformance.invariance.models import VOCAB_SIZE, DrawnModel
+from conformance.invariance_suite import DrawnPrompts, ExamPrompts, InvarianceCase, ScriptedPrompts
 from conformance.media import ImagePiece
 from conformance.oracles import Oracles
 from conformance.targets import bundled
+from conformance.targets.reference_chat import checkpoint_folder
 
 _RESERVED = 8
 """Tokens below this are left out of drawn prompts: padding, and those with which texts begin and end."""
@@ -21,13 +23,19 @@ def checkpoint_of(case: InvarianceCase, oracles: Oracles) -> Path:
     """The folder of the model."""
     if case.model == "scripted":
         return bundled.checkpoint()
-    return oracles.speaking(case.model, case.weights)
+    if isinstance(case.prompts, ExamPrompts):
+        return checkpoint_folder(case.model)
+    return oracles.speaking(cast(DrawnModel, case.model), case.weights)
 
 
 def prompts_of(case: InvarianceCase, oracles: Oracles) -> Prompts:
     """What is asked."""
     if isinstance(case.prompts, DrawnPrompts):
         return _drawn(case.prompts)
+    if isinstance(case.prompts, ExamPrompts):
+        from conformance.invariance import examined  # loads lm-eval, which most sessions need not
+
+        return examined.prompts(case.prompts, checkpoint_of(case, oracles), oracles)
     return _scripted(case.prompts, oracles)
 
 

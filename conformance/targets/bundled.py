@@ -35,9 +35,12 @@ __all__ = [
     "checkpoint",
     "dialogues",
     "digests",
+    "draft_name",
+    "has",
     "lines",
     "text",
     "tokenizer",
+    "trained_draft",
 ]
 
 STOP_IDS = (1, 106, 50)
@@ -69,6 +72,22 @@ def checkpoint(*, causal_images: bool = False) -> Path:
     return _causal_copy().path if causal_images else checkpoint_folder()
 
 
+def has(name: str) -> bool:
+    """Whether there is a bundled checkpoint, or head, of this name."""
+    return (checkpoint_folder().with_name(name) / "manifest.json").is_file()
+
+
+def draft_name(name: str) -> str:
+    """What the folder of a bundled checkpoint's Eagle3 head is called."""
+    return f"{name}-eagle3"
+
+
+def trained_draft(checkpoint: Path) -> Path | None:
+    """Folder of the Eagle3 head of a bundled checkpoint that was trained with one."""
+    folder = checkpoint.with_name(draft_name(checkpoint.name))
+    return folder if folder.parent == checkpoint_folder().parent and has(folder.name) else None
+
+
 def adapter() -> Path:
     """Folder of the scripted checkpoint's adapter, which servers know as `ADAPTER`."""
     return adapter_folder()
@@ -81,10 +100,10 @@ def add_processors(folder: Path) -> None:
 
 
 @cache
-def digests() -> dict[str, str]:
-    """SHA-256 of each of its files, as its manifest has them; a test compares the two."""
-    manifest = json.loads((checkpoint_folder() / "manifest.json").read_text(encoding="utf-8"))
-    return dict(manifest["sha256"])
+def digests(name: str = "scripted") -> dict[str, str]:
+    """SHA-256 of each of a bundled checkpoint's files, as its manifest has them; tests compare the two."""
+    folder = checkpoint_folder().with_name(name)
+    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sha256"])
 
 
 @cache

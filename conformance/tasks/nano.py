@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conformance import resources
 from conformance.tasks import sources
 from conformance.tasks.sources import DataError
 
-FOLDER = Path(__file__).parent / "data"
 _MEDIA = ("image_", "audio_")
 
 
@@ -38,7 +38,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 def _dataset(name: str) -> Callable[..., dict[str, Any]]:
     def load(**_metadata: Any) -> dict[str, Any]:
         """Splits, as lm-eval's `custom_dataset` gives them."""
-        return {"test": sources.dataset(documents(FOLDER / f"{name}.jsonl"))}
+        return {"test": sources.dataset(documents(resources.task_data(name)))}
 
     return load
 
