@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from model_impl.nano import drafts, problems
 from model_impl.nano.batches import Course, encode
 from model_impl.nano.curriculum import nano_tokenizer
 from model_impl.nano.drafts import RECIPES, DraftRecipe, fresh_head, loss, publish, said, train
+from model_impl.nano.scripted import digests
 from model_impl.nano.train import Training
 from model_impl.nano.unrolled import unrolled
 from model_impl.speculative.eagle3 import Eagle3, load_eagle3
@@ -29,6 +30,7 @@ from tests.test_nano_train import BRIEF
 from tests.text_rules import SAME
 
 torch.set_num_threads(1)
+CHECKPOINTS = Path(drafts.__file__).parent / "checkpoints"
 PASSES = 3
 BRIEFLY = replace(RECIPES["nano-d"], steps=2, batch=2, warmup=1)
 
@@ -153,3 +155,17 @@ def test_every_recipe_names_layers_that_its_target_has() -> None:
     for recipe in RECIPES.values():
         assert isinstance(recipe, DraftRecipe)
         assert 0 <= min(recipe.layers) < max(recipe.layers) <= 6
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_bundled_head_is_the_one_that_its_recipe_made(name: str) -> None:
+    folder = CHECKPOINTS / f"{name}-eagle3"
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    recipe = json.loads(json.dumps(asdict(RECIPES[name])))
+    assert {field: manifest[field] for field in recipe} == recipe
+    assert manifest["recipe"] == f"python -m model_impl.nano.drafts {name}"
+    assert manifest["sha256"] == digests(folder)
+    head = load_eagle3(folder, target_layers=6)
+    own = load_file(CHECKPOINTS / name / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    assert torch.equal(head.embed_tokens.weight, own.float())
+    assert head.embed_tokens.weight.shape[0] > len(head.d2t)

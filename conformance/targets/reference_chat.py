@@ -138,7 +138,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     beside = bundled.checkpoint().parent
     if folder.name == str(name) and (beside / folder.name / "config.json").is_file():
         return beside / folder.name
-    known = sorted(path.parent.name for path in beside.glob("*/config.json"))
+    known = sorted(path.parent.name for path in beside.glob("*/generation_config.json"))
     raise CheckpointError(
         f"{name}: no folder with a config.json, and no bundled checkpoint; those are {', '.join(known)}"
     )
