@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.loading import LoadedCase, load_suites
 from conformance.scoring import Sheet
 from conformance.targets.reference_chat import checkpoint_folder
+from model_impl.nano.curriculum import RECIPES
 
 ROOT = Path(__file__).parents[1]
 NOTICED = 8
@@ -84,3 +86,18 @@ def test_the_reference_has_the_score_of_the_manifest(name: str) -> None:
     sheet = Sheet.read(resources.suites_dir() / "accuracy" / "references" / f"{name}.jsonl")
     right = sum(item.outcome == "correct" for item in sheet.items)
     assert (right, len(sheet.items)) == (score["right"], score["of"])
+
+
+def test_the_guide_has_the_scores_of_the_manifests() -> None:
+    guide = (ROOT / "docs" / "nano.md").read_text(encoding="utf-8")
+    for name in RECIPES:
+        manifest = json.loads((checkpoint_folder(name) / "manifest.json").read_text(encoding="utf-8"))
+        cells = [_score(manifest["scores"].get(task)) for task in ("nano_gsm8k", "nano_mmmu", "nano_sounds")]
+        assert f"| `{name}` | {' | '.join(cells)} |" in guide
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    low, high = (100 * limit for limit in score["interval"])
+    return f"{score['right']} ({low:.1f} to {high:.1f} %)"
