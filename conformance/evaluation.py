@@ -24,13 +24,13 @@ from pydantic import Field
 
 import conformance
 from conformance import evaluation_tasks, fingerprint
-from conformance.answering import Cache, EvaluationError, Progress
+from conformance.answering import Cache, EvaluationError, Progress, UnavailableError
 from conformance.evaluation_tasks import LoadedTask, document_sha256
 from conformance.lm_eval_model import BATCH_SIZE, Asked, ConformanceLM
 from conformance.records import Record
 from conformance.scoring import Item, OutcomeClass, Sheet, SheetHeader, classify, read_extracted
 from conformance.targets import registry
-from conformance.targets.protocol import EngineOptions, Target
+from conformance.targets.protocol import EngineOptions, Feature, Target
 from conformance.targets.reference_chat import checkpoint_folder, checkpoint_sha256
 
 _ANSWER = "#### "
@@ -90,6 +90,7 @@ def evaluate(
     with _quiet():
         loaded = evaluation_tasks.load(task, shots=options.shots, seed=seed)
         scheme = _scheme(loaded, options.filter)
+        _check_media(loaded, target)
         drawn = _draw(loaded, limit, options.order_seed)
         model, about = _model(target, checkpoint, options, progress)
         results = evaluator.evaluate(
@@ -160,6 +161,24 @@ def _draw(loaded: LoadedTask, limit: int | None, seed: int) -> _Drawn:
     if limit is not None and limit < 1:
         raise EvaluationError(f"a limit of {limit} leaves nothing to ask")
     return _Drawn(tuple(order[:limit]), len(every))
+
+
+def _check_media(loaded: LoadedTask, target: Target) -> None:
+    """Look for what would be found out at the first question, before hundreds of pictures are written.
+
+    Raises:
+        UnavailableError: the target generates, and takes no media of the task's kind.
+    """
+    info = target.describe()
+    if "generate" not in info.capabilities:
+        return
+    needed: dict[Feature, bool] = {
+        "images": any(part.config.doc_to_image is not None for part in loaded.parts.values()),
+        "sounds": any(part.config.doc_to_audio is not None for part in loaded.parts.values()),
+    }
+    lacking = [feature for feature, is_needed in needed.items() if is_needed and feature not in info.features]
+    if lacking:
+        raise UnavailableError(f"{target.spec} cannot generate with {', '.join(lacking)}")
 
 
 def _scheme(loaded: LoadedTask, wanted: str | None) -> str:

@@ -509,7 +509,7 @@ def test_the_suites_ask_for_every_option() -> None:
         *("prefill-chunk", "prefix-cache", "block-size", "max-sequences", "threads"),
     }
     assert {case.changed.given for case in cases} == {"together", "alone", "reversed", "twice"}
-    models = {"e2b-like", "dense", "moe", "scripted", "nano-a", "nano-d"}
+    models = {"e2b-like", "dense", "moe", "scripted", "nano-a", "nano-d", "nano-e"}
     assert {case.model for case in cases} == models
     assert any(isinstance(case.prompts, ScriptedPrompts) and case.prompts.pictures for case in cases)
     assert {suite.area for suite in SUITES} == {

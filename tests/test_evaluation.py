@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 from lm_eval.tasks.mmmu import utils as lm_eval_mmmu  # type: ignore[import-untyped]
 
+from conformance import resources
 from conformance.answering import EvaluationError, UnavailableError
 from conformance.evaluation import EvaluationOptions, evaluate
 from conformance.scoring import Sheet
 from conformance.targets import bundled, reference_chat, registry
 from conformance.targets.protocol import EngineOptions
 from conformance.targets.reference_chat import CheckpointError
-from conformance.tasks import mmmu, nano
+from conformance.tasks import mmmu
 from conformance.tasks.sources import DataError
 from tests.miniature_mmmu import BUSINESS, EACH, write_mmmu, write_mmmu_pro
 from tests.speaking_targets import Generates, Serves, refuses
 
+COMMITTED = resources.task_data
+"""The package's own, before tests put theirs in its place."""
 QUESTIONS = [
     {
         "id": f"q{number}",
@@ -39,7 +42,7 @@ def few_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`nano_gsm8k` with a few hand-made documents."""
     lines = [json.dumps(doc) + "\n" for doc in QUESTIONS]
     (tmp_path / "nano_gsm8k.jsonl").write_text("".join(lines), encoding="utf-8")
-    monkeypatch.setattr(nano, "FOLDER", tmp_path)
+    monkeypatch.setattr(resources, "task_data", lambda task: tmp_path / f"{task}.jsonl")
     monkeypatch.setenv("CONFORMANCE_DATA_DIR", str(tmp_path))
 
 
@@ -362,7 +365,7 @@ def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_the_committed_task_is_answered_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano, "FOLDER", Path(nano.__file__).parent / "data")
+    monkeypatch.setattr(resources, "task_data", COMMITTED)
     target = registry.open_target("reference")
     sheet = ask(target, limit=3, thinking=True, max_new_tokens=24)
     assert sheet.header.available >= 500
