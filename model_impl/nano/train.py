@@ -243,7 +243,7 @@ def publish(training: Training, folder: Path, most: int | None = None) -> dict[s
     write_texts(folder, tokenizer, config, family.template)
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
-    tensors |= {_STORED + name: tensor.cpu() for name, tensor in _uneven(training.model).items()}
+    tensors |= {_STORED + name: tensor.cpu() for name, tensor in uneven(training.model).items()}
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(stored, weights, metadata={"format": "pt"})
     model = load_multimodal_model(folder).to(training.device)
@@ -264,20 +264,28 @@ def publish(training: Training, folder: Path, most: int | None = None) -> dict[s
     return manifest
 
 
-def _uneven(model: Gemma4ForConditionalGeneration) -> dict[str, Tensor]:
-    """The weights, with every other head of values twice as large, and the rest half.
+def uneven(model: Gemma4ForConditionalGeneration) -> dict[str, Tensor]:
+    """The weights, with heads of values and experts of unequal size.
 
-    The norm of values undoes it, and powers of two are exact, so that nothing is computed otherwise; but who
-    leaves that norm out mixes heads of unequal size.
+    The norm of values undoes the one, and the scales of experts the other. Powers of two are exact, so that
+    nothing is computed otherwise; but who leaves out that norm or those scales mixes parts of unequal size.
     """
     tensors = dict(model.state_dict())
     for layer in model.config.text.layers:
-        name = f"language_model.layers.{layer.index}.self_attn.v_proj.weight"
-        if name in tensors:
-            heads = tensors[name].clone().view(layer.num_kv_heads, layer.head_dim, -1)
+        prefix = f"language_model.layers.{layer.index}."
+        values, experts = f"{prefix}self_attn.v_proj.weight", f"{prefix}experts.down_proj"
+        if values in tensors:
+            heads = tensors[values].clone().view(layer.num_kv_heads, layer.head_dim, -1)
             heads[::2] *= 2
             heads[1::2] /= 2
-            tensors[name] = heads.flatten(0, 1)
+            tensors[values] = heads.flatten(0, 1)
+        if experts in tensors:
+            scales = f"{prefix}router.per_expert_scale"
+            count = len(tensors[scales])
+            # Each its own size: a factor that two chosen experts share is undone by the norm behind them.
+            factor = torch.exp2(2.0 * (torch.arange(count, device=tensors[scales].device) - count // 2))
+            tensors[experts] = tensors[experts] * factor[:, None, None]
+            tensors[scales] = tensors[scales] / factor
     return tensors
 
 
