@@ -67,8 +67,8 @@ def test_suites_of_tensors_notice_all_and_gates_alone_most() -> None:
     ("case", "fault"),
     [
         ("mmmu-nano-d", "images-seen-causally"),
-        ("gsm8k-nano-a", "window-one-short"),
-        ("gsm8k-nano-e", "per-layer-sum-unscaled"),
+        ("gsm8k-nano-a", "expert-scale-dropped"),
+        ("sounds-nano-e", "window-one-short"),
     ],
 )
 def test_a_row_comes_out_again(case: str, fault: str) -> None:
