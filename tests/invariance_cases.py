@@ -30,7 +30,11 @@ def case_of(**fields: Any) -> InvarianceCase:
 def judged(target: Engine, oracles: Oracles, **fields: Any) -> CheckOutcome:
     oracles.forget()  # every engine of these tests has the same name
     case = case_of(**fields)
-    suite = InvarianceSuite(
+    return judge(case, suite_of(case), target, oracles=oracles)
+
+
+def suite_of(case: InvarianceCase) -> InvarianceSuite:
+    return InvarianceSuite(
         kind="invariance",
         id="tests/one",
         title="Tests",
@@ -38,7 +42,6 @@ def judged(target: Engine, oracles: Oracles, **fields: Any) -> CheckOutcome:
         area="tests",
         cases=(case,),
     )
-    return judge(case, suite, target, oracles=oracles)
 
 
 def rules(outcome: CheckOutcome) -> list[str]:

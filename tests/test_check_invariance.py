@@ -24,7 +24,7 @@ from conformance.invariance_suite import (
 from conformance.loading import case_digest, load_suite, load_suites
 from conformance.oracles import Oracles
 from conformance.targets.protocol import EngineOptions, GenerateRequest, Speculation
-from tests.invariance_cases import CHUNKS, LENGTHS, case_of, judged, rules
+from tests.invariance_cases import CHUNKS, LENGTHS, case_of, judged, rules, suite_of
 from tests.lying_engines import FEATURES, VOCABULARY, Asked, Change, Engine, Logits, raised
 
 
@@ -92,14 +92,7 @@ def test_the_baseline_is_asked_once_for_several_cases(oracles: Oracles) -> None:
     judged(target, oracles)
     before = len(target.requests)
     case = case_of(id="two", change=Way(cache="static"))
-    suite = InvarianceSuite(
-        kind="invariance",
-        id="tests/one",
-        title="Tests",
-        description="For tests.",
-        area="tests",
-        cases=(case,),
-    )
+    suite = suite_of(case)
     assert judge(case, suite, target, oracles=oracles).verdict == "pass"
     assert [request.options.cache for request in target.requests[before:]] == ["static"]
 
@@ -483,14 +476,7 @@ def test_the_digest_holds_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from conformance.invariance.models import MODELS
 
     case = case_of()
-    suite = InvarianceSuite(
-        kind="invariance",
-        id="tests/one",
-        title="Tests",
-        description="For tests.",
-        area="tests",
-        cases=(case,),
-    )
+    suite = suite_of(case)
     before = case_digest(case, suite)
     monkeypatch.setitem(MODELS, "dense", MODELS["dense"] | {"rms_norm_eps": 1e-5})
     assert case_digest(case, suite) != before

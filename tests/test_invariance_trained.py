@@ -14,13 +14,13 @@ from conformance.answering import picture_sha256
 from conformance.errors import SuiteError
 from conformance.invariance.asking import Asker
 from conformance.invariance.prompting import checkpoint_of, prompts_of
-from conformance.invariance_suite import DrawnPrompts, ExamPrompts, InvarianceSuite, Way
+from conformance.invariance_suite import DrawnPrompts, ExamPrompts, Way
 from conformance.loading import case_digest, load_suite
 from conformance.oracles import Oracles
 from conformance.scoring import Sheet
 from conformance.targets import bundled
 from conformance.targets.reference_chat import Chat, checkpoint_folder
-from tests.invariance_cases import case_of, judged
+from tests.invariance_cases import case_of, judged, suite_of
 from tests.lying_engines import Engine
 
 PROBLEMS = {"model": "nano-d", "prompts": {"task": "nano_gsm8k", "items": 5}}
@@ -118,14 +118,7 @@ def test_a_head_that_is_not_bundled_is_an_error_of_the_suite(
 def test_the_digest_holds_weights_questions_and_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     def digest() -> str:
         case = case_of(**PROBLEMS | {"change": {"eagle3": {}}})
-        suite = InvarianceSuite(
-            kind="invariance",
-            id="tests/one",
-            title="Tests",
-            description="For tests.",
-            area="tests",
-            cases=(case,),
-        )
+        suite = suite_of(case)
         return case_digest(case, suite)
 
     before, digests = digest(), bundled.digests
