@@ -32,7 +32,9 @@ class LyingServer:
         self.statuses: list[int] = []
         """Of the honest answers."""
         self.active: list[Exchange] = []
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
+        self.asked: set[str] = set()
+        """What was asked, each wording once."""
         self.stopping = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -52,6 +54,24 @@ class LyingServer:
         for name in self.lies:
             if name in LIES and (exchange.status == 200 or "bad" in name or "error" in name):
                 LIES[name](exchange)
+
+    def meet(self, exchange: Exchange) -> None:
+        """Hold a request until every wording that was ever asked is being asked at the same time.
+
+        The first of its wording is not held: who asks alone asks it for the first time. The last of those
+        that are asked together may find the others gone, and goes on alone after a second.
+        """
+        mine = _wording(exchange)
+        with self.lock:
+            if mine not in self.asked:
+                self.asked.add(mine)
+                return
+            self.lock.wait_for(lambda: self.asked <= {_wording(other) for other in self.active}, timeout=1)
+            exchange.beside = tuple(other for other in self.active if _wording(other) != mine)
+
+
+def _wording(exchange: Exchange) -> str:
+    return json.dumps([exchange.body.get(key) for key in ("messages", "model")])
 
 
 def _handler(server: LyingServer) -> type[BaseHTTPRequestHandler]:
@@ -81,17 +101,10 @@ def _handler(server: LyingServer) -> type[BaseHTTPRequestHandler]:
                 answer(exchange, number)
                 server.statuses.append(exchange.status)
                 server.active.append(exchange)
+                server.lock.notify_all()
             try:
                 if exchange.status == 200 and any(name.startswith("requests-") for name in server.lies):
-                    time.sleep(0.1)
-                    with server.lock:
-                        mine = [exchange.body.get(key) for key in ("messages", "model")]
-                        others = (
-                            other
-                            for other in server.active
-                            if [other.body.get(key) for key in ("messages", "model")] != mine
-                        )
-                        exchange.beside = next(others, None)
+                    server.meet(exchange)
                 server.lies_about(exchange)
                 self._reply(exchange)
             except (BrokenPipeError, ConnectionResetError):

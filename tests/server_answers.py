@@ -37,8 +37,8 @@ class Exchange:
     """Sent instead of the answer."""
     trailer: str | None = None
     """Sent as an event after the last one."""
-    beside: Exchange | None = None
-    """Another request that is answered at the same time."""
+    beside: tuple[Exchange, ...] = ()
+    """Other requests that are answered at the same time."""
     earlier: tuple[int, ...] = ()
     """Statuses of the answers to earlier requests."""
 

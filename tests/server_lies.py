@@ -116,15 +116,15 @@ def truncation_hidden_streamed(e: Exchange) -> None:
 
 @lie
 def requests_mixed(e: Exchange) -> None:
-    if e.beside is not None:
-        e.message["content"] = e.beside.message["content"]
-        e.chunks = e.beside.chunks
+    if e.beside:
+        e.message["content"] = e.beside[0].message["content"]
+        e.chunks = e.beside[0].chunks
 
 
 @lie
 def requests_interleaved(e: Exchange) -> None:
-    if e.beside is not None and e.beside.message["content"]:
-        words = e.beside.message["content"].split()
+    if e.beside and e.beside[0].message["content"]:
+        words = e.beside[0].message["content"].split()
         e.say(" " + " ".join(words[-4:]))
 
 
@@ -516,6 +516,7 @@ def adapter_not_used(e: Exchange) -> None:
 @lie
 def requests_given_the_adapter(e: Exchange) -> None:
     """Beside a request for the adapter, the others are answered with it too."""
-    if e.beside is not None and e.beside.body.get("model") == ADAPTER != e.body.get("model"):
-        answer(adapted := Exchange(e.body | {"model": ADAPTER}, ""), 0)
-        e.whole, e.chunks = adapted.whole, adapted.chunks
+    adapted = any(other.body.get("model") == ADAPTER for other in e.beside)
+    if adapted and e.body.get("model") != ADAPTER:
+        answer(other := Exchange(e.body | {"model": ADAPTER}, ""), 0)
+        e.whole, e.chunks = other.whole, other.chunks
