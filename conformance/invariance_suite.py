@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from conformance.invariance.models import DrawnModel, TrainedModel
 from conformance.media import PicturePrompt
 from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
-from conformance.targets.protocol import DType, EngineOptions, Sampling, Speculation
+from conformance.targets.protocol import DType, EngineOptions, KVDType, Sampling, Speculation
 
 DRAWS = 10_000
 """Fewest answers from which a distribution is judged."""
@@ -44,6 +44,8 @@ class Way(Strict):
     prefill_chunk: int | None = Field(default=None, ge=1)
     prefix_cache: bool | None = None
     block_size: int | None = Field(default=None, ge=1)
+    kv_dtype: KVDType | None = None
+    """In which keys and values are stored; absent: in `dtype`."""
     max_sequences: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
     eagle3: Draft | None = None
@@ -65,6 +67,15 @@ class Way(Strict):
     def draft(self) -> Draft | None:
         """The draft model of either kind."""
         return self.eagle3 or self.assistant
+
+    @property
+    def rounded_to(self) -> DType:
+        """How coarse the numbers are that two ways to compute the same may come to.
+
+        Where keys and values are stored narrower than they are computed, the last place of a sum decides to
+        which of two neighbours one is rounded.
+        """
+        return self.dtype if self.kv_dtype is None else "bfloat16"
 
     def options(self, draft: str | None = None) -> EngineOptions:
         """How the target is set up.

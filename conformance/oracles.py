@@ -25,6 +25,7 @@ from conformance.targets import bundled, environments, registry
 from conformance.targets.protocol import (
     ForwardRequest,
     ForwardResult,
+    KVDType,
     LongBlocks,
     MediaFile,
     PreprocessRequest,
@@ -301,6 +302,7 @@ class Oracles:
         answers: Sequence[Ids],
         dtype: str,
         images: Sequence[Sequence[str]] = (),
+        kv_dtype: KVDType | None = None,
     ) -> list[Tensor]:
         """The bundled implementation's log-probabilities at the answers' tokens, in one pass without a cache.
 
@@ -312,6 +314,7 @@ class Oracles:
             answers: Token ids of each answer.
             dtype: Of weights and activations.
             images: Files of each prompt's pictures, which `files` made; empty: no prompt has any.
+            kv_dtype: To which keys and values are rounded; None: to none.
 
         Returns:
             For each prompt, float32 [tokens of its answer, vocabulary].
@@ -321,9 +324,11 @@ class Oracles:
         """
         from conformance.targets import reference_generate
 
-        key = _digest(str(checkpoint), prompts, answers, dtype, images)
+        key = _digest(str(checkpoint), prompts, answers, dtype, images, kv_dtype)
         if key not in self._logprobs:
-            self._logprobs[key] = reference_generate.logprobs(checkpoint, prompts, images, answers, dtype)
+            self._logprobs[key] = reference_generate.logprobs(
+                checkpoint, prompts, images, answers, dtype, kv_dtype
+            )
         return self._logprobs[key]
 
     def close(self) -> None:

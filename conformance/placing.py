@@ -1,7 +1,8 @@
 """What a cell of the matrix sets, how that is imposed on a case, and what becomes of what was not used.
 
-Settings have the names of the fields of the cases that take them, so a kind takes what its cases have. A case
-that sets one of them itself is left out of the matrix: it is there to be judged with its own.
+Settings have the names of the fields of the cases that take them, so a kind takes what its cases have. Of a
+case that compares two ways to ask, a cell sets the second one, and dtypes in both: they differ by right. A
+case that sets one of the fields itself is left out of the matrix: it is there to be judged with its own.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from conformance.checks.base import CheckOutcome
+from conformance.invariance_suite import InvarianceCase
 from conformance.loading import LoadedCase, case_digest
 from conformance.suitebase import Strict
 from conformance.suites import Case, RandomAdapter, RandomDraft
-from conformance.targets.protocol import DType, EngineOptions, Feature, Speculation
+from conformance.targets.protocol import DType, EngineOptions, Feature, KVDType, Speculation
 
 _NOT_USED = frozenset(
     {"wrong-attention", "wrong-backend", "wrong-dtype", "wrong-tensor-parallel", "wrong-pipeline-parallel"}
-    | {"wrong-speculation", "wrong-adapter"}
+    | {"wrong-expert-parallel", "wrong-kv-dtype", "wrong-speculation", "wrong-adapter"}
 )
 """Rules by which checks compare what ran with what was asked for."""
+
+_OF_BOTH = frozenset({"dtype", "kv_dtype"})
+"""What a comparison has on both sides."""
 
 
 class Settings(Strict):
@@ -32,7 +37,11 @@ class Settings(Strict):
     """Backend, by the target's own name for it."""
     tensor_parallel: int = Field(default=1, ge=1)
     pipeline_parallel: int = Field(default=1, ge=1)
+    expert_parallel: bool = False
+    """Whole experts on each tensor-parallel rank."""
     dtype: DType = "float32"
+    kv_dtype: KVDType | None = None
+    """In which keys and values are stored."""
     eagle3: RandomDraft | None = None
     adapter: RandomAdapter | None = None
 
@@ -50,6 +59,8 @@ class Settings(Strict):
         options = EngineOptions(
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
+            expert_parallel=self.expert_parallel,
+            kv_dtype=self.kv_dtype,
             speculation=draft,
         )
         adapter: tuple[Feature, ...] = () if self.adapter is None else ("lora",)
@@ -80,19 +91,32 @@ def why_not(loaded: LoadedCase, settings: Settings) -> str:
 
 def _changed(loaded: LoadedCase, settings: Settings) -> Case | str:
     case, kind = loaded.case, loaded.suite.suite.kind
-    known = Settings.model_fields.keys() & type(case).model_fields.keys()
+    taking = (case.base, case.change) if isinstance(case, InvarianceCase) else (case,)
+    known = Settings.model_fields.keys() & type(taking[0]).model_fields.keys()
     if not known:
         return f"not applicable: cases of kind `{kind}` take no settings"
-    values = case.model_dump(mode="json")
-    usual = Settings().model_dump(mode="json")
-    own = [name for name in Settings.model_fields if name in known and values[name] != usual[name]]
+    usual = Settings()
+    own = [
+        name
+        for name in Settings.model_fields
+        if name in known and any(getattr(each, name) != getattr(usual, name) for each in taking)
+    ]
     if own:
         return f"not applicable: the case has its own `{own[0]}`"
     refused = [name for name in settings.imposed if name not in known]
     if refused:
         return f"not applicable: cases of kind `{kind}` take no `{refused[0]}`"
+    # What is set and what is left out is not the same: `change` changes what it sets.
+    values = case.model_dump(mode="json", exclude_unset=True)
+    if isinstance(case, InvarianceCase):
+        both = {name: value for name, value in settings.imposed.items() if name in _OF_BOTH}
+        one = {name: value for name, value in settings.imposed.items() if name not in _OF_BOTH}
+        values["base"] = values.get("base", {}) | both
+        values["change"] |= one
+    else:
+        values |= settings.imposed
     try:
-        return type(case).model_validate(values | settings.imposed)
+        return type(case).model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

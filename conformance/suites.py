@@ -22,6 +22,7 @@ from conformance.targets.protocol import (
     AttentionBackend,
     DType,
     EngineOptions,
+    KVDType,
     LongBlocks,
     MediaForm,
     Speculation,
@@ -408,6 +409,8 @@ class GenerationCase(CaseBase):
     attention: str | None = None
     tensor_parallel: int = Field(default=1, ge=1)
     pipeline_parallel: int = Field(default=1, ge=1)
+    kv_dtype: KVDType | None = None
+    """In which keys and values are stored; absent: in `dtype`."""
     eagle3: RandomDraft | None = None
     adapter: RandomAdapter | None = None
     max_new_tokens: int = Field(default=160, ge=1)
@@ -416,8 +419,9 @@ class GenerationCase(CaseBase):
     tolerance: float = Field(default=1e-3, gt=0)
     """How far a log-probability may be from the oracle's, in float32."""
     factor: float = Field(default=3.0, ge=1)
-    """In bfloat16, log-probabilities may be this many times as far from the float32 oracle as those of the
-    oracle's own bfloat16 pass are, at most."""
+    """Log-probabilities may be this many times as far from the float32 oracle as those of the oracle itself
+    are, at most, if it computes and stores keys and values in the dtypes that are asked for. Where it
+    computes in float32 and stores something narrower, they may be half as far from its own."""
 
     def options(self, draft: str | None = None) -> EngineOptions:
         """How the target is set up, with the folder of the draft head where there is one."""
@@ -429,6 +433,7 @@ class GenerationCase(CaseBase):
             attention=self.attention,
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
+            kv_dtype=self.kv_dtype,
             speculation=speculation,
         )
 

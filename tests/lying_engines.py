@@ -31,7 +31,7 @@ VOCABULARY = 24
 LAYERS = 5
 FEATURES: tuple[Feature, ...] = (
     *("tensor-parallel", "pipeline-parallel", "eagle3", "assistant", "prefill-chunk", "prefix-cache"),
-    *("block-size", "max-sequences", "threads", "sampling", "repeat", "states"),
+    *("block-size", "kv-dtype", "max-sequences", "threads", "sampling", "repeat", "states"),
 )
 Logits = tuple[float, ...]
 

@@ -32,6 +32,9 @@ from model_impl.preprocess.images import load_image
 from tests.test_scripted_checkpoint import MANIFEST
 
 LINES = ("plain", "call", "unicode")
+FEATURES: tuple[Feature, ...] = (
+    *("tensor-parallel", "pipeline-parallel", "eagle3", "kv-dtype", "lora", "images"),
+)
 Change = Callable[[GenerateResult], GenerateResult]
 
 
@@ -50,7 +53,7 @@ class Fake:
         change: Change = lambda result: result,
         *,
         capabilities: tuple[Capability, ...] = ("generate",),
-        features: tuple[Feature, ...] = ("tensor-parallel", "pipeline-parallel", "eagle3", "lora", "images"),
+        features: tuple[Feature, ...] = FEATURES,
         merged: Path | None = None,
         ask: Callable[[GenerateRequest], GenerateRequest] = lambda request: request,
     ) -> None:
@@ -74,7 +77,8 @@ class Fake:
     def generate(self, request: GenerateRequest) -> GenerateResult:
         self.requests.append(request)
         options = request.options
-        plain = options.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 1, "speculation": None})
+        alone = {"tensor_parallel": 1, "pipeline_parallel": 1, "speculation": None}
+        plain = self.ask(request).options.model_copy(update=alone)
         answered = self.ask(request).model_copy(
             update={
                 "options": plain,
@@ -147,6 +151,9 @@ def effective(**fields: str) -> Change:
         {"tensor_parallel": 2},
         {"eagle3": RandomDraft(layers=(1, 2, 3))},
         {"top_logprobs": 0},
+        {"kv_dtype": "bfloat16"},
+        {"kv_dtype": "fp8_e4m3"},
+        {"kv_dtype": "fp8_e5m2", "dtype": "bfloat16"},
     ],
 )
 def test_the_bundled_model_passes(fields: dict[str, Any], oracles: Oracles) -> None:
@@ -190,6 +197,7 @@ def backwards(result: GenerateResult) -> GenerateResult:
         (effective(attention="eager"), {"attention": "sdpa"}, {"wrong-attention"}),
         (effective(tensor_parallel="1"), {"tensor_parallel": 2}, {"wrong-tensor-parallel"}),
         (effective(pipeline_parallel="1"), {"pipeline_parallel": 2}, {"wrong-pipeline-parallel"}),
+        (effective(kv_dtype="float32"), {"kv_dtype": "fp8_e4m3"}, {"wrong-kv-dtype"}),
         (effective(speculation="none"), {"eagle3": RandomDraft(layers=(1, 2, 3))}, {"wrong-speculation"}),
         (effective(speculation="eagle3"), {}, {"wrong-speculation"}),
         (effective(adapter="4 modules"), {}, {"wrong-adapter"}),
@@ -225,6 +233,27 @@ def test_bfloat16_numbers_that_are_no_rounding(oracles: Oracles) -> None:
         return with_row(0, logprobs=lambda row: tuple(value - 0.01 for value in row.logprobs))(result)
 
     assert rules(judged(case_of(dtype="bfloat16"), Fake(far), oracles)) == ["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        ("fp8_e4m3", None),
+        ("fp8_e4m3", "bfloat16"),
+        ("fp8_e4m3", "fp8_e5m2"),
+        ("fp8_e5m2", "fp8_e4m3"),
+        ("bfloat16", "float16"),
+    ],
+)
+def test_an_engine_that_stores_something_else_than_it_says(
+    asked: str, used: str | None, oracles: Oracles
+) -> None:
+    def other(request: GenerateRequest) -> GenerateRequest:
+        options = request.options.model_copy(update={"kv_dtype": used})
+        return request.model_copy(update={"options": options})
+
+    outcome = judged(case_of(kv_dtype=asked), Fake(effective(kv_dtype=asked), ask=other), oracles)
+    assert rules(outcome) == ["logprobs"]
 
 
 ADAPTER = RandomAdapter(seed=1, modules=("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -433,6 +462,7 @@ def test_the_suite_covers_every_option_and_line() -> None:
         "tensor-parallel",
         "pipeline-parallel",
         "eagle3",
+        "kv-dtype",
     }
     assert {name for case in suite.cases if case.adapter for name in case.adapter.modules} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -492,7 +492,7 @@ def test_the_suites_ask_for_every_option() -> None:
     asked = {feature for case in cases for feature in case.changed.options("draft").features}
     assert asked == {
         *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel", "eagle3", "assistant"),
-        *("prefill-chunk", "prefix-cache", "block-size", "max-sequences", "threads"),
+        *("prefill-chunk", "prefix-cache", "block-size", "kv-dtype", "max-sequences", "threads"),
     }
     assert {case.changed.given for case in cases} == {"together", "alone", "reversed", "twice"}
     models = {"e2b-like", "dense", "moe", "scripted", "nano-a", "nano-d", "nano-e"}

@@ -15,6 +15,7 @@ from conformance.checks.base import CheckOutcome
 from conformance.cli import invoke
 from conformance.covering import combinations, covering
 from conformance.errors import ConformanceError, SuiteError, UsageError
+from conformance.invariance_suite import Draft, InvarianceCase, Way
 from conformance.loading import LoadedCase, load_suite
 from conformance.matrix import Matrix
 from conformance.placing import Settings
@@ -325,20 +326,48 @@ def test_durations_are_kept_beside_the_file_and_forget_cells_that_are_gone(small
 # ------------------------------------------------------------------------------------------ placing
 
 FULL = Settings(
-    attention="eager", tensor_parallel=2, pipeline_parallel=2, dtype="bfloat16",
+    attention="eager", tensor_parallel=2, pipeline_parallel=2, dtype="bfloat16", kv_dtype="fp8_e4m3",
     eagle3={"layers": [1, 2]}, adapter={"modules": ["q_proj"]},
 )  # fmt: skip
 
 
-def test_a_generation_case_takes_all_settings() -> None:
+def test_a_generation_case_takes_all_settings_of_a_model_without_experts() -> None:
     loaded = case_of("generation/scripted", "one-alone")
     placed = placing.place(loaded, FULL, "some+cell")
     assert isinstance(placed, LoadedCase)
     assert isinstance(placed.case, GenerationCase)
-    assert Settings(**{name: getattr(placed.case, name) for name in Settings.model_fields}) == FULL
+    names = Settings.model_fields.keys() - {"expert_parallel"}
+    assert Settings(**{name: getattr(placed.case, name) for name in names}) == FULL
     assert (placed.cell, placed.address) == ("some+cell", loaded.address)
     assert placed.digest != loaded.digest
     assert placed.case.lines == loaded.case.lines  # type: ignore[union-attr]
+
+
+def test_a_comparison_takes_settings_on_its_second_side_and_dtypes_on_both() -> None:
+    loaded = case_of("invariance/again", "experts")
+    settings = Settings(
+        tensor_parallel=2,
+        expert_parallel=True,
+        dtype="bfloat16",
+        kv_dtype="fp8_e5m2",
+        eagle3={"layers": [1, 2]},
+    )
+    placed = placing.place(loaded, settings, "some+cell")
+    assert isinstance(placed, LoadedCase)
+    assert isinstance(placed.case, InvarianceCase)
+    base, changed = placed.case.base, placed.case.changed
+    assert base == Way(dtype="bfloat16", kv_dtype="fp8_e5m2")
+    assert (changed.tensor_parallel, changed.expert_parallel, changed.repeat) == (2, True, 2)
+    assert (changed.dtype, changed.kv_dtype) == (base.dtype, base.kv_dtype)
+    assert changed.eagle3 == Draft(layers=(1, 2))
+    assert placed.digest != loaded.digest
+    assert "take no `adapter`" in placing.why_not(loaded, Settings(adapter={"modules": ["q_proj"]}))
+
+
+@pytest.mark.parametrize("case", ["layouts::pp-4", "caches::chunks-fp8", "speculation::problems-eagle3"])
+def test_a_comparison_with_settings_of_its_own_is_not_in_the_matrix(case: str) -> None:
+    suite, name = case.split("::")
+    assert "the case has its own" in placing.why_not(case_of(f"invariance/{suite}", name), Settings())
 
 
 def test_usual_settings_leave_a_case_and_its_digest_alone() -> None:
@@ -364,6 +393,7 @@ def _parity() -> Iterator[LoadedCase]:
     [
         ("parity/e2b-like", Settings(tensor_parallel=2), "cases of kind `parity` take no `tensor_parallel`"),
         ("parity/e2b-like", Settings(attention="CPU_ATTN"), "take no such `attention`"),
+        ("generation/scripted", Settings(expert_parallel=True), "take no `expert_parallel`"),
         ("mask/text", Settings(dtype="bfloat16"), "cases of kind `mask` take no `dtype`"),
         ("parser/reasoning", Settings(dtype="bfloat16"), "cases of kind `parser` take no settings"),
     ],

@@ -6,7 +6,9 @@
    each answer in one pass without a cache. So right tokens from wrong numbers are noticed.
 3. With a LoRA adapter, the oracle reads a checkpoint into which the adapter is merged. With a draft head, the
    oracle has none: what a head proposes may change no number.
-4. What ran, as read back from the engine, must be what was asked for.
+4. Where keys and values are to be stored in a narrower dtype than is computed in, the oracle rounds them so
+   too. Then numbers must be clearly nearer to its own than those without rounding are.
+5. What ran, as read back from the engine, must be what was asked for.
 """
 
 from __future__ import annotations
@@ -214,13 +216,16 @@ def _number_problems(
         checkpoint = oracles.merged(checkpoint, case.adapter)
     prompts = [dialogue.prompt for dialogue, _ in pairs]
     answers = [made.token_ids for _, made in pairs]
-    truth, own = (
-        oracles.logprobs(checkpoint, prompts, answers, dtype, images) for dtype in ("float32", case.dtype)
-    )
+    truth = oracles.logprobs(checkpoint, prompts, answers, "float32", images)
+    own = oracles.logprobs(checkpoint, prompts, answers, case.dtype, images, case.kv_dtype)
     # Tokens known by heart have a probability near one, which rounding hardly changes; alternatives do not.
     for values in (_chosen, _alternatives):
-        limit = max(case.tolerance, case.factor * _apart(pairs, truth, own, values))
+        apart = _apart(pairs, truth, own, values)
+        limit = max(case.tolerance, case.factor * apart)
         worst, where = _worst(pairs, truth, values)
+        if case.kv_dtype is not None and case.dtype == "float32":
+            limit = max(case.tolerance, apart / 2)
+            worst, where = _worst(pairs, own, values)
         if worst > limit:
             yield Problem(
                 rule="logprobs",

@@ -139,7 +139,7 @@ class _Pair:
 
     def _uncontrolled(self, base: Answers, noise: Noise, counted: Sequence[int]) -> str:
         """Why the control says that this case would notice nothing; empty if it would."""
-        part = PERTURBATION[self.case.base.dtype]
+        part = PERTURBATION[self.case.base.rounded_to]
         folder = self.oracles.perturbed(self.asker.checkpoint, part)
         control = Asker(self.asker.target, self.oracles, folder, drafted_for=self.asker.checkpoint)
         way = self.case.base.model_copy(update={"repeat": 1})

@@ -34,6 +34,7 @@ def registry() -> dict[str, Fault]:
         layouts.faults,
         ranks.faults,
         runtime.faults,
+        runtime.generating,
         lora.faults,
     )
     return {fault.id: fault for collection in classes for fault in collection.faults}

@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
-from model_impl.config import AttentionKind
-from model_impl.runtime import blocks, engine, generate, paged, prefix, runner, scheduler
+from model_impl.config import AttentionKind, LayerConfig
+from model_impl.runtime import blocks, engine, generate, paged, prefix, runner, scheduler, stored
 from model_impl.runtime.blocks import FIRST, BlockPool, Digest
 from model_impl.runtime.engine import Engine
 from model_impl.runtime.masks import Blocks, visible
-from model_impl.runtime.paged import Place
+from model_impl.runtime.paged import PagedView, Place
 from model_impl.runtime.prefix import FULL, BlockTables, Content, Span
 from model_impl.runtime.request import Output
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import Sampling
 from model_impl.runtime.scheduler import SequenceState
+from model_impl.runtime.stored import narrowed
 from model_impl.speculative import proposer, verify
 from model_impl.speculative.assistant import TargetKV
 from model_impl.speculative.proposer import Grown
@@ -29,6 +31,8 @@ from model_impl.text import SoftTokens, States
 faults = Collection("invariance")
 cache = partial(faults, area="invariance-caches")
 draft = partial(faults, area="invariance-speculation")
+generating = Collection("generation")
+narrow = partial(generating, area="generation")
 
 
 # ------------------------------------------------------------------------------------- chunks and prefixes
@@ -120,6 +124,53 @@ def _beyond_the_window() -> Patch:
         return visible(queries, keys, None if window is None else window + 4, images)
 
     return replace(paged, "visible", wider)
+
+
+# ------------------------------------------------------------------------------ keys and values of eight bits
+
+
+@narrow("digits-cut-off", source=("B06",), module=stored)
+def _cut_off() -> Patch:
+    """Keys and values are stored rounded toward zero, not to the nearest number."""
+
+    def toward_zero(x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype:
+            return x
+        nearest = narrowed(x, dtype)
+        # Of positive numbers and their bits, the next smaller number has the bits before.
+        bits = nearest.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
+        return torch.where(nearest.to(x.dtype).abs() > x.abs(), bits - 1, bits).view(dtype)
+
+    return replace(paged, "narrowed", toward_zero)
+
+
+@narrow("other-format-of-eight-bits", source=("B06",), module=stored)
+def _other_format() -> Patch:
+    """A cache that is to have three bits of mantissa has two, and says that it has three."""
+
+    def coarser(x: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float8_e4m3fn:
+            x = narrowed(x, torch.float8_e5m2).to(x.dtype)
+        return narrowed(x, dtype)
+
+    return replace(paged, "narrowed", coarser)
+
+
+@narrow("new-tokens-not-rounded", source=("B17",), module=paged)
+def _fresh() -> Patch:
+    """Attention reads earlier tokens as they are stored, and those of its own pass as they were computed."""
+    original = PagedView.extend
+
+    def fresh(self: PagedView, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        read_k, read_v = original(self, layer, k, v)
+        positions = self._cache.slots(layer.kind, self._places)[1]
+        for row, place in enumerate(self._places):
+            new = positions[row] >= place.start
+            read_k[row, :, new] = k[row, :, : place.count]
+            read_v[row, :, new] = v[row, :, : place.count]
+        return read_k, read_v
+
+    return replace(PagedView, "extend", fresh)
 
 
 # ---------------------------------------------------------------------------------------------------- drafts

@@ -32,6 +32,6 @@ def first_layer(asker: Asker, base: Way, other: Way, prompt: Prompts) -> str:
         return f"states of {list(got.shape)} layers and features came, and {list(expected.shape)} before"
     distances = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     for layer, distance in enumerate(distances.tolist()):
-        if not distance <= _LIMIT[base.dtype]:
+        if not distance <= _LIMIT[base.rounded_to]:
             return f"layer {layer} is the first that differs, by {distance:.2g} of its norm"
     return "no layer differs for the last token before that place when it is asked for alone"

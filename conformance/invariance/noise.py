@@ -47,7 +47,7 @@ class Noise:
             return ""
         return (
             f"the target differs from itself by {self.measured[worst]:.3g} ({_WORDS[worst]}), above "
-            f"{CAP[self.dtype]:g} in {self.dtype}: no comparison says anything"
+            f"{CAP[self.dtype]:g} of {self.dtype}: no comparison says anything"
         )
 
 
@@ -98,7 +98,7 @@ def measure(
         # Whatever differs counts as a near tie, and is followed teacher-forced on the baseline's tokens.
         (found, *_), _ = follow(asker, variant, asked, most, own, float("inf"))
         measured[name] = found.farthest.value
-    return Noise(way.dtype, measured)
+    return Noise(way.rounded_to, measured)
 
 
 def longest(prompts: Prompts) -> int:

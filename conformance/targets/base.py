@@ -34,6 +34,7 @@ Feature = Literal[
     "prefill-chunk",
     "prefix-cache",
     "block-size",
+    "kv-dtype",
     "max-sequences",
     "threads",
     "sampling",
@@ -46,7 +47,7 @@ Feature = Literal[
     "media",
     "long-blocks",
 ]
-"""What not every target that generates or runs forward passes can do. The first eleven are `EngineOptions`
+"""What not every target that generates or runs forward passes can do. The first twelve are `EngineOptions`
 (`eagle3` and `assistant`: drafts of that kind). `sampling` to `sounds`: generation with them
 (`mixed-adapters`: with several adapters in one batch, not one after the other). `media`: forward passes with
 images, videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
@@ -55,6 +56,9 @@ Choice = Literal["attention", "cache", "dtype"]
 """Options of which a target can have several kinds."""
 
 DType = Literal["float32", "bfloat16"]
+
+KVDType = Literal["float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
+"""Of stored keys and values: of eight bits without a scale, `fp8_e4m3` with a mantissa of three of them."""
 
 
 class Model(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from conformance.targets.base import DType, Feature, Model
+from conformance.targets.base import DType, Feature, KVDType, Model
 
 
 class Speculation(Model):
@@ -58,6 +58,8 @@ class EngineOptions(Model):
     """Keep blocks of prompts for others that begin alike."""
     block_size: int | None = Field(default=None, ge=1)
     """Tokens of a block of the cache."""
+    kv_dtype: KVDType | None = None
+    """In which keys and values are stored; None: in `dtype`."""
     max_sequences: int | None = Field(default=None, ge=1)
     """Most answers under way at a time."""
     threads: int | None = Field(default=None, ge=1)
@@ -85,6 +87,7 @@ class EngineOptions(Model):
             "prefill-chunk": self.prefill_chunk is not None,
             "prefix-cache": self.prefix_cache is not None,
             "block-size": self.block_size is not None,
+            "kv-dtype": self.kv_dtype is not None,
             "max-sequences": self.max_sequences is not None,
             "threads": self.threads is not None,
         }
@@ -106,7 +109,8 @@ class EngineOptions(Model):
             asked["pipeline_split"] = ",".join(map(str, self.pipeline_split))
         if self.prefix_cache is not None:
             asked["prefix_cache"] = "on" if self.prefix_cache else "off"
-        for name in ("attention", "cache", "prefill_chunk", "block_size", "max_sequences", "threads"):
+        chosen = ("attention", "cache", "prefill_chunk", "block_size", "kv_dtype", "max_sequences", "threads")
+        for name in chosen:
             if (value := getattr(self, name)) is not None:
                 asked[name] = str(value)
         return asked
@@ -210,7 +214,7 @@ class GenerateResult(Model):
     """Read back from the running engine: `attention`, `dtype`, `tensor_parallel`, `pipeline_parallel`,
     `speculation` (its method, or `none`), `adapter` (modules it is applied to, or `none`). Where the target
     has such options also `cache`, `pipeline_split` (`3,3`), `expert_parallel` and `prefix_cache` (`on`,
-    `off`), `prefill_chunk`, `block_size`, `max_sequences`, `threads`."""
+    `off`), `prefill_chunk`, `block_size`, `kv_dtype`, `max_sequences`, `threads`."""
     adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """By folder of each adapter that was asked for: the modules that it changes, by the target's own names
     for them, read back from the running engine. Parts of a fused module are numbered: `qkv_proj[1]`."""

@@ -18,6 +18,7 @@ from conformance.targets.base import Capability as Capability
 from conformance.targets.base import Choice as Choice
 from conformance.targets.base import DType as DType
 from conformance.targets.base import Feature as Feature
+from conformance.targets.base import KVDType as KVDType
 from conformance.targets.base import Model as Model
 from conformance.targets.generation import EngineOptions as EngineOptions
 from conformance.targets.generation import GenerateRequest as GenerateRequest

@@ -6,7 +6,8 @@ from conformance.targets.protocol import Feature
 
 FEATURES: tuple[Feature, ...] = (
     *("tensor-parallel", "pipeline-parallel", "pipeline-split", "expert-parallel"),
-    *("eagle3", "assistant", "prefill-chunk", "prefix-cache", "block-size", "max-sequences", "threads"),
+    *("eagle3", "assistant", "prefill-chunk", "prefix-cache", "block-size", "kv-dtype"),
+    *("max-sequences", "threads"),
     *("sampling", "repeat", "states", "images", "sounds", "lora", "mixed-adapters"),
 )
 CACHES = ("contiguous", "paged")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -33,7 +34,9 @@ from model_impl.speculative.eagle3 import load_eagle3
 from model_impl.speculative.eagle3_config import Eagle3Config
 from model_impl.speculative.proposer import AssistantProposer, Eagle3Proposer, Proposer
 
-PAGED: frozenset[Feature] = frozenset(("eagle3", "assistant", "prefix-cache", "block-size", "max-sequences"))
+PAGED: frozenset[Feature] = frozenset(
+    ("eagle3", "assistant", "prefix-cache", "block-size", "kv-dtype", "max-sequences")
+)
 """What takes a paged cache."""
 _BLOCK_SIZE = 4
 """Small, so that short prompts have several."""
@@ -97,7 +100,10 @@ class PagedEngine:
                 reader.model, Path(request.checkpoint), request.adapter_of, self._spread
             )
             self._runner = self._make_runner(
-                _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted)
+                replace(
+                    _sizes(reader.text.config, size, sequences, longest + drafted, step + 2 * drafted),
+                    stored=options.kv_dtype,
+                )
             )
             self._engine = Engine(
                 self._runner,
@@ -176,6 +182,7 @@ class PagedEngine:
             "prefill_chunk": str(engine.config.max_tokens_per_step),
             "prefix_cache": "on" if engine.blocks.caching else "off",
             "block_size": str(self._runner.sizes.block_size["full_attention"]),
+            "kv_dtype": self._runner.stored,
             "max_sequences": str(engine.config.max_sequences),
             "speculation": _method(engine.proposer),
             "adapter": self._adapters.summary() if self._adapters is not None else "none",

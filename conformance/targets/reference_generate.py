@@ -22,6 +22,7 @@ from conformance.targets.protocol import (
     GenerateRequest,
     GenerateResult,
     Generation,
+    KVDType,
     Loglikelihood,
     LoglikelihoodRequest,
     LoglikelihoodResult,
@@ -80,7 +81,12 @@ def loglikelihood(request: LoglikelihoodRequest) -> LoglikelihoodResult:
 
 
 def logprobs(
-    checkpoint: Path, prompts: Sequence[Ids], images: Sequence[Files], answers: Sequence[Ids], dtype: str
+    checkpoint: Path,
+    prompts: Sequence[Ids],
+    images: Sequence[Files],
+    answers: Sequence[Ids],
+    dtype: str,
+    kv_dtype: KVDType | None = None,
 ) -> list[Tensor]:
     """Log-probabilities of every token where the answers' tokens stand, by one pass without a cache.
 
@@ -90,6 +96,7 @@ def logprobs(
         images: Files of each prompt's pictures; empty: no prompt has any.
         answers: Token ids of each answer.
         dtype: Of weights and activations.
+        kv_dtype: To which keys and values are rounded; None: to none.
 
     Returns:
         For each prompt, float32 [tokens of its answer, vocabulary].
@@ -100,7 +107,7 @@ def logprobs(
     with engine(), torch.inference_mode():
         reader = Reader(checkpoint, dtype, None, media=any(images))
         rows = zip(prompts, images or [()] * len(prompts), answers, strict=True)
-        return [reader.logprobs(prompt, answer, files) for prompt, files, answer in rows]
+        return [reader.logprobs(prompt, answer, files, kv_dtype=kv_dtype) for prompt, files, answer in rows]
 
 
 def _generate(request: GenerateRequest) -> GenerateResult:

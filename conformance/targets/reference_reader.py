@@ -12,18 +12,27 @@ import torch
 from torch import Tensor
 
 from conformance.targets import reference_lora
+from conformance.targets.protocol import KVDType
 from conformance.targets.reference_forward import DTYPES, dtype_of
 from model_impl.checkpoint import load_text_model
+from model_impl.config import LayerConfig
 from model_impl.errors import MediaError
 from model_impl.media_config import FrameConfig, PatchConfig
 from model_impl.multimodal import Gemma4ForConditionalGeneration, Media, load_multimodal_model
 from model_impl.preprocess.audio import AudioBatch, load_audio, prepare_audio, prepare_waves
 from model_impl.preprocess.images import ImageBatch, load_image, prepare_images
+from model_impl.runtime.cache import KVCache
 from model_impl.text import SoftTokens, TextModel
 
 Ids = Sequence[int]
 Files = Sequence[str]
 _PADDING = 0
+_FORMATS: dict[KVDType, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class Reader:
@@ -53,10 +62,18 @@ class Reader:
             "adapter": "none",
         }
 
-    def logprobs(self, prompt: Ids, answer: Ids, images: Files = (), sounds: Files = ()) -> Tensor:
+    def logprobs(
+        self,
+        prompt: Ids,
+        answer: Ids,
+        images: Files = (),
+        sounds: Files = (),
+        kv_dtype: KVDType | None = None,
+    ) -> Tensor:
         """Of every token where the answer's tokens stand: float32 [tokens of the answer, vocabulary]."""
         (row,), soft = self.read([prompt], [images], [sounds], answer[:-1])
-        hidden = self.text(torch.tensor([[*row, *answer[:-1]]]), soft=soft)
+        cache = _Rounded(self.text, _FORMATS[kv_dtype]) if kv_dtype is not None else None
+        hidden = self.text(torch.tensor([[*row, *answer[:-1]]]), soft=soft, cache=cache)
         return self.text.logits(hidden[0, len(row) - 1 :]).float().log_softmax(dim=-1)
 
     def read(
@@ -108,6 +125,25 @@ class Reader:
         width = max(map(len, rows)) + len(behind)
         ids = torch.tensor([[*row, *[_PADDING] * (width - len(row))] for row in rows])
         return rows, (encode or self._whole.soft_tokens)(ids, media)
+
+
+class _Rounded(KVCache):
+    """Lets the only pass over one row attend to rounded keys and values.
+
+    It is what engines with a cache of another dtype are judged by, so it shares nothing with the bundled one.
+    """
+
+    def __init__(self, model: TextModel, dtype: torch.dtype) -> None:
+        super().__init__(model.config, 1, dtype=model.dtype)
+        self._format = dtype
+
+    def extend(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.extend`, of what is left of keys and values."""
+        return super().extend(layer, self._left(k), self._left(v))
+
+    def _left(self, x: Tensor) -> Tensor:
+        end = torch.finfo(self._format).max
+        return x.clamp(-end, end).to(self._format).to(x.dtype)
 
 
 def _check_counts(prompts: Sequence[Ids], files: Sequence[Files], token: int | None, what: str) -> None:

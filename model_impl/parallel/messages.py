@@ -75,7 +75,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class MakePools:
-    """An empty paged cache."""
+    """An empty paged cache; a rank answers with the dtypes of its pools."""
 
     cache: int
     sizes: CacheSizes

@@ -41,7 +41,8 @@ class ParallelRunner:
         # Without pools: what it refuses is refused here, and not in the ranks.
         self._judge = PagedCache(model.config, sizes, layers=(), dtype=model.dtype)
         self._number = model.new_number()
-        self._ask_all(MakePools(self._number, sizes))
+        made = self._ask_all(MakePools(self._number, sizes))
+        self.stored = ", ".join(sorted({stored.decode() for stored in made.values() if stored}))
         self._closed = False
 
     def run(self, batch: Batch) -> States:

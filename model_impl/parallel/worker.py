@@ -88,7 +88,8 @@ class Rank:
             for number in request.caches:
                 self._caches.pop(number, None)
         if isinstance(request, MakePools):
-            self._caches[request.cache] = self._stage.new_pools(request.sizes)
+            self._caches[request.cache] = pools = self._stage.new_pools(request.sizes)
+            return (pools.stored or "").encode()
         if isinstance(request, Embed):
             table: nn.Module = self._stage.embed_tokens
             return self._first({"embedded": table(unpacked(request.ids)["ids"])})

@@ -17,6 +17,7 @@ from model_impl.config import AttentionKind, LayerConfig, TextConfig
 from model_impl.errors import CacheError
 from model_impl.layers.backends import Mask
 from model_impl.runtime.masks import NO_BLOCK, BlockMode, Blocks, visible
+from model_impl.runtime.stored import StoredAs, dtype_name, movable, narrowed, storage_dtype
 
 NO_TABLE_ENTRY = -1
 """In a table: a block that was given back, because its positions have left the window."""
@@ -27,12 +28,14 @@ Table = Sequence[int]
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Sizes of the pools, for each kind of layer."""
+    """Sizes of the pools, for each kind of layer, and the dtype of what they hold."""
 
     block_size: Mapping[AttentionKind, int]
     """Positions in a block."""
     blocks: Mapping[AttentionKind, int]
     """Blocks in the pool of each layer."""
+    stored: StoredAs | None = None
+    """The dtype of keys and values in the pools; None: that of the computation."""
 
     def check(self, kinds: Sequence[AttentionKind]) -> None:
         """Refuse sizes that are not positive, or that leave out a kind.
@@ -84,11 +87,11 @@ class PagedCache:
         sizes: Of the pools.
         layers: Whose keys and values these are, with the heads that they have here; left out, all layers of
             the model with keys and values of their own.
-        dtype: Of keys and values.
+        dtype: Of the computation, and of keys and values unless the sizes name another.
         device: Where they live.
 
     Raises:
-        CacheError: sizes are missing or not positive.
+        CacheError: sizes are missing or not positive, or name no dtype.
     """
 
     def __init__(
@@ -104,10 +107,17 @@ class PagedCache:
         self.config = config
         self.sizes = sizes
         self._dtype = dtype
+        self._stored = storage_dtype(sizes.stored, dtype)
         self._device = torch.device(device)
         own = [layer for layer in config.layers if not layer.shares_kv] if layers is None else layers
         self.pools: dict[int, tuple[Tensor, Tensor]] = {layer.index: self._pool(layer) for layer in own}
         """Keys and values by the layer's index, each [blocks, block_size, g, d]."""
+
+    @property
+    def stored(self) -> str | None:
+        """Names of the dtypes of all pools, commonly one; None where there is no pool."""
+        dtypes = {pool.dtype for pair in self.pools.values() for pool in pair}
+        return ", ".join(sorted(map(dtype_name, dtypes))) or None
 
     def view(self, places: Sequence[Place]) -> PagedView:
         """The cache as one pass sees it, a place for each row.
@@ -127,7 +137,7 @@ class PagedCache:
             raise CacheError("the cache was made for another configuration; make one for this model")
         if dtype != self._dtype:
             raise CacheError(
-                f"the cache holds {self._dtype}, the model computes in {dtype}; pass dtype={dtype}"
+                f"the cache is for {self._dtype}, the model computes in {dtype}; pass dtype={dtype}"
             )
 
     def kept(self, layer: LayerConfig, places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,17 +175,25 @@ class PagedCache:
         slots = blocks.gather(1, entry) * size + positions % size
         return torch.where(inside, slots, slots[:, :1]), torch.where(inside, positions, -1)
 
-    @staticmethod
-    def gather(pool: Tensor, slots: Tensor | slice, rows: int) -> Tensor:
-        """Keys or values of some slots, [B, g, S, d]; of a run of slots without a copy."""
-        flat = pool.flatten(0, 1)
+    def gather(self, pool: Tensor, slots: Tensor | slice, rows: int) -> Tensor:
+        """Keys or values of some slots in the dtype of the computation, [B, g, S, d].
+
+        Of a run of slots that are stored in it, without a copy.
+        """
+        flat = movable(pool).flatten(0, 1)
         found = flat[slots] if isinstance(slots, slice) else flat.index_select(0, slots)
-        return found.view(rows, -1, *pool.shape[2:]).transpose(1, 2)
+        read = found.view(pool.dtype).to(self._dtype)
+        return read.view(rows, -1, *pool.shape[2:]).transpose(1, 2)
+
+    def put(self, pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Store keys or values [M, g, d] in slots, int [M]."""
+        stored = movable(narrowed(rows, pool.dtype))
+        movable(pool).flatten(0, 1).index_copy_(0, slots, stored)
 
     def _pool(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
         blocks, size = self.sizes.blocks[layer.kind], self.sizes.block_size[layer.kind]
         shape = blocks, size, layer.num_kv_heads, layer.head_dim
-        k, v = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in "kv")
+        k, v = (torch.zeros(shape, dtype=self._stored, device=self._device) for _ in "kv")
         return k, v
 
 
@@ -234,7 +252,7 @@ class PagedView:
         seen = []
         for pool, made in zip(self._cache.pools[layer.index], (k, v), strict=True):
             rows = made.transpose(1, 2).flatten(0, 1)
-            pool.flatten(0, 1).index_copy_(0, plan.written, rows if plan.new is None else rows[plan.new])
+            self._cache.put(pool, plan.written, rows if plan.new is None else rows[plan.new])
             seen.append(self._cache.gather(pool, plan.read, len(self._places)))
         return seen[0], seen[1]
 

@@ -105,6 +105,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def stored(self) -> str:
+        """Names of the dtypes in which the pools hold keys and values, commonly one."""
+        ...
+
+    @property
     def aux_layers(self) -> tuple[int, ...]:
         """After how many layers `run` gives the residual stream as well; see `TextModel.states`."""
         ...
@@ -182,6 +187,7 @@ class LocalRunner:
         self.sizes = sizes
         self.aux_layers = tuple(aux_layers)
         self.cache = PagedCache(model.config, sizes, dtype=weight.dtype, device=weight.device)
+        self.stored = self.cache.stored or ""
         self._device = weight.device
         self._activate = activate
 

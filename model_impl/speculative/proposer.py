@@ -178,7 +178,7 @@ class Eagle3Proposer:
         if differ:
             raise ConfigError(f"the draft head does not fit this runner: {'; '.join(differ)}")
         weight = head.fc.weight
-        sizes = CacheSizes(*({KIND: part[KIND]} for part in (runner.sizes.block_size, runner.sizes.blocks)))
+        sizes = CacheSizes({KIND: runner.sizes.block_size[KIND]}, {KIND: runner.sizes.blocks[KIND]})
         self.head = head
         self.aux_layers = config.aux_layers
         self.cache = PagedCache(config.decoder, sizes, dtype=weight.dtype, device=weight.device)

@@ -53,13 +53,14 @@ FEATURES = (
     "prefill-chunk",
     "prefix-cache",
     "block-size",
+    "kv-dtype",
     "max-sequences",
     "sampling",
     "repeat",
     "images",
     "sounds",
 )
-_SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "prefill_chunk", "max_sequences")
+_SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "kv_dtype", "prefill_chunk", "max_sequences")
 _SMALL_BLOCK = 32
 """Tokens: the smallest block that the attention for CPUs takes."""
 _METHODS = {"eagle3": "eagle3", "assistant": "mtp"}
@@ -215,6 +216,8 @@ def llm_arguments(setup: Mapping[str, Any], ranks: Sequence[int]) -> Json:
         # Prompts are token ids; with media, the processor of the model needs a tokenizer.
         "skip_tokenizer_init": not setup["images"] and not setup["sounds"],
     }
+    if options["kv_dtype"] is not None:
+        arguments["kv_cache_dtype"] = options["kv_dtype"]
     if options["attention"] is not None:
         arguments["attention_config"] = {"backend": options["attention"]}
     arguments |= _schedule_arguments(options)
@@ -513,16 +516,24 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
     layers = runner.vllm_config.compilation_config.static_forward_context.values()
     drafter = getattr(runner, "drafter", None)
     parameters = [parameter for parameter in runner.get_model().parameters() if parameter.is_floating_point()]
-    backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    attending = [layer for layer in layers if hasattr(layer, "attn_backend")]
+    backends = {layer.attn_backend.get_name() for layer in attending}
     return {
         "attention": sorted(backends),
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
         "tensor_parallel": [str(parallel_state.get_tp_group().world_size)],
         "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
         "speculation": [_known(drafter.method)] if drafter is not None else [],
+        "kv_dtype": sorted({_stored(layer) for layer in attending}),
         "adapter": _adapted(runner, adapter) if adapter else [],
         **_layers(runner),
     }
+
+
+def _stored(layer: Any) -> str:
+    """The dtype of an attention layer's cache: that of its memory, or which one of eight bits that holds."""
+    held = layer.kv_cache.dtype
+    return str(layer.kv_cache_dtype) if held.itemsize == 1 else str(held).removeprefix("torch.")
 
 
 def _known(method: str) -> str:
