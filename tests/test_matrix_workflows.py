@@ -49,7 +49,7 @@ def test_workflows_follow_the_schema_of_their_system(system: str, schema: str) -
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(files) == (4 if system == "github" else 3)
+    assert len(files) == 4
 
 
 def test_a_shard_that_is_not_in_the_workflow_is_none_of_the_matrix() -> None:
@@ -137,6 +137,41 @@ def test_the_night_is_the_script_and_may_write_nothing() -> None:
     for step in night["jobs"]["night"]["steps"]:
         assert "${{" not in step.get("run", "")
         assert len(step.get("uses", "x@" + 40 * "0").split("#")[0].strip().partition("@")[2]) == 40
+
+
+@pytest.mark.parametrize(("code", "annotated"), [(0, 0), (1, 0), (3, 0), (0, 1)])
+def test_the_night_of_buildkite_tells_what_it_found_and_ends_as_it_did(
+    code: int, annotated: int, tmp_path: Path
+) -> None:
+    """Its commands are one script there; what models said is no markup of the annotation."""
+    (night,) = yaml.safe_load((BELOW / "buildkite/nightly.yml").read_text())["steps"]
+    assert night["soft_fail"] == [{"exit_status": 3}]
+    night_script = tmp_path / "ci" / "nightly"
+    night_script.parent.mkdir()
+    night_script.write_text(
+        "#!/bin/sh\nmkdir -p runs/night\n"
+        f"printf '%s\\n' '# **bold**' \"$@\" > runs/night/nightly.txt\nexit {code}\n"
+    )
+    agent = tmp_path / "bin" / "buildkite-agent"
+    agent.parent.mkdir()
+    agent.write_text(f"#!/bin/sh\ncat > told\nexit {annotated}\n")
+    (tmp_path / "bin" / "make").write_text("#!/bin/sh\n")
+    for program in (night_script, agent, tmp_path / "bin" / "make"):
+        program.chmod(0o755)
+    # The agent reads `$$` as `$` when a pipeline is uploaded, and runs all commands in one shell.
+    script = "\n".join(night["command"]).replace("$$", "$")
+    done = subprocess.run(
+        ["bash", "-e", "-c", script],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CONFORMANCE_DATABASE": "sqlite:///mine"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == (code or annotated)
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[0] == "    # **bold**"
+    assert all(line.startswith("    ") for line in told)
+    assert told[-2:] == ["    --database", "    sqlite:///mine"]
 
 
 def test_the_script_of_the_night_goes_on_without_targets(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The matrix as workflows of CI systems: install, run a shard of cells, upload, merge, publish.
 
-Every tier becomes one file, and the rest of a night another one on GitHub. What it runs are commands of this
+Every tier becomes one file, and the rest of a night another one. What it runs are commands of this
 harness, so that a job can be repeated by hand; the folder of the environment is `$VENV`, by default `.venv`.
 """
 
@@ -62,9 +62,9 @@ def render(system: System, file: MatrixFile) -> dict[str, str]:
         for name, tier in file.tiers.items()
     }
     nightly = [name for name, tier in file.tiers.items() if tier.trigger == "nightly"]
-    if system == "github" and nightly:
-        night = env.get_template("nightly.github.yml.j2")
-        made["github/nightly.yml"] = night.render(prepare=prepare, tier=nightly[0])
+    if nightly:
+        night = env.get_template(f"nightly.{system}.yml.j2")
+        made[f"{system}/nightly.yml"] = night.render(prepare=prepare, tier=nightly[0])
     return made
 
 
