@@ -546,6 +546,23 @@ def test_a_result_of_another_version_of_the_harness_says_so(store: Store, tmp_pa
         store.run("run-1")
 
 
+def test_one_result_of_another_version_does_not_cost_the_others(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for day, run in enumerate(("run-1", "run-2", "run-3")):
+        started = f"2026-11-0{day + 1}T00:00:00+00:00"
+        lines = header(run).model_copy(update={"started": started}), result("a")
+        store.merge_file(write(tmp_path / f"{run}.jsonl", *lines))
+    with store._database.writing() as session:
+        table = _table("results")
+        row = session.scalars(select(table).where(table.run_id == "run-2")).one()
+        row.body = row.body.replace('"reason"', '"why"')
+    found = store.evidence_series(result("a").suite, "a", "fake")
+    assert [verdict.run_id for verdict, _ in found] == ["run-1", "run-3"]
+    (said,) = caplog.messages
+    assert "of run run-2: was stored by another version" in said
+
+
 # ----------------------------------------------------------------------- the same on every database
 
 

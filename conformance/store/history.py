@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ from conformance.store.rows import (
 )
 from conformance.store.tables import ResultRow, RunRow, VersionRow
 
+_LOG = logging.getLogger(__name__)
 _READINGS = 5
 """How often a file that is being written is read again."""
 _NO_BODY = defer(ResultRow.body)
@@ -347,13 +349,21 @@ class Store:
     def evidence_series(
         self, suite: str, case: str, target: str | None = None, cell: str | None = None
     ) -> list[tuple[StoredVerdict, Result]]:
-        """The same with the results, whose accuracy evidence comes without its items."""
+        """The same with the results, whose accuracy evidence comes without its items.
+
+        A result that another version of the harness has stored in a form of its own is left out, which is
+        logged: what came before it and after it is still of use.
+        """
         query = self._series(suite, case, target, cell)
-        with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
-            return [
-                (_verdict(result, run), Result.model_validate_json(result.body))
-                for result, run in session.execute(query)
-            ]
+        found = []
+        with self._database.reading() as session:
+            for row, run in session.execute(query):
+                try:
+                    with _of_this_version(f"{suite}::{case} of run {run.run_id}"):
+                        found.append((_verdict(row, run), Result.model_validate_json(row.body)))
+                except OtherVersionError as error:
+                    _LOG.warning("left out: %s", error)
+        return found
 
     def accuracy(self, besides: Collection[Key] = ()) -> dict[Key, list[tuple[StoredVerdict, Result]]]:
         """Results of every accuracy case on every target, oldest first; the newest with scores has its items.
