@@ -180,8 +180,9 @@ class InvarianceCase(CaseBase):
     def _fits_together(self) -> InvarianceCase:
         if self.changed == self.base:
             raise ValueError("`change` changes nothing")
-        if self.change.dtype != self.base.dtype and "dtype" in self.change.model_fields_set:
-            raise ValueError("two dtypes differ by right; set `dtype` in `base`, for both sides")
+        for name in ("dtype", "kv_dtype"):
+            if getattr(self.changed, name) != getattr(self.base, name):
+                raise ValueError(f"two dtypes differ by right; set `{name}` in `base`, for both sides")
         if (self.model == "scripted") != isinstance(self.prompts, ScriptedPrompts):
             raise ValueError("`lines` and `pictures` are for the scripted checkpoint, and for it alone")
         if (self.model in get_args(TrainedModel)) != isinstance(self.prompts, ExamPrompts):

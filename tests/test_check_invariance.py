@@ -432,6 +432,7 @@ def test_what_a_target_cannot_do_is_skipped(
         ({"change": Way()}, "changes nothing"),
         ({"base": CHUNKS, "change": CHUNKS}, "changes nothing"),
         ({"change": {"dtype": "bfloat16"}}, "two dtypes differ by right"),
+        ({"change": {"kv_dtype": "fp8_e4m3"}}, "two dtypes differ by right; set `kv_dtype` in `base`"),
         ({"model": "scripted"}, "for the scripted checkpoint"),
         ({"prompts": {"lines": ["plain"]}}, "for the scripted checkpoint"),
         ({"sampling": {"top_p": 0.9}}, "needs a `top_k` of 2 to 8"),
