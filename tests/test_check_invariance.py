@@ -500,7 +500,8 @@ def test_the_suites_ask_for_every_option() -> None:
     assert {case.model for case in cases} == models
     assert any(isinstance(case.prompts, ScriptedPrompts) and case.prompts.pictures for case in cases)
     assert {suite.area for suite in SUITES} == {
-        *("invariance-layouts", "invariance-speculation", "invariance-caches", "invariance-backends")
+        *("invariance-layouts", "invariance-speculation", "invariance-caches", "invariance-backends"),
+        "invariance-again",
     }
 
 
