@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from conformance import yamlfile
 from conformance.discovery import EXPECTATIONS_FOLDER
-from conformance.loading import LoadedSuites
+from conformance.loading import LoadedSuite, LoadedSuites, load_suites
 from conformance.suitebase import SourceRef, Strict
 
 _GLOB = re.compile(r"[*?\[]")
@@ -131,6 +131,15 @@ def load(suites: LoadedSuites) -> Expectations:
         for path in sorted(folder.glob("*.yaml")):
             found += _load_file(path, known)
     return Expectations(tuple(found))
+
+
+def beside(suites: Iterable[LoadedSuite]) -> Expectations:
+    """Load the expectations beside the roots of some suites, which may be a part of what the roots hold.
+
+    Raises:
+        SuiteError: with file and line.
+    """
+    return load(load_suites(sorted({suite.root for suite in suites})))
 
 
 def json_schema() -> dict[str, Any]:

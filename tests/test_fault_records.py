@@ -13,13 +13,14 @@ from conformance.commands.selection import select
 from conformance.errors import UsageError
 from conformance.execute import Ended, Job
 from conformance.faults import measure as measuring
-from conformance.faults import record, registry
-from conformance.faults.measure import Found, Plan, measure, passing, points_at, recorded
+from conformance.faults import reach, record, registry
+from conformance.faults.cleanly import Clean
+from conformance.faults.measure import Found, Plan, measure, points_at, recorded
 from conformance.faults.places import LEVEL_OF_KIND
 from conformance.faults.record import Basis, FaultRecord, FaultsFile, RecordError
 from conformance.faults.run import Catch
+from conformance.loading import LoadedCase
 from conformance.results import Verdict
-from tests import run_fixtures as fixtures
 from tests.conftest import Run
 from tests.test_cli import validated
 
@@ -39,7 +40,7 @@ def catch(
 
 
 def outcome(fault: str, *caught: Catch, earlier: FaultRecord | None = None) -> FaultRecord:
-    found = Found(fault=fault, basis=TODAY, cases=9, seconds=1.0, at=AT, commit="c1", caught=caught)
+    found = Found(fault=fault, basis=TODAY, cases=9, asked=7, seconds=1.0, at=AT, commit="c1", caught=caught)
     return recorded(registry()[fault], found, TODAY, earlier)
 
 
@@ -191,6 +192,7 @@ class Processes:
                     fault=fault.id,
                     basis=TODAY,
                     cases=2,
+                    asked=2,
                     seconds=1.0,
                     at=AT,
                     commit="c1",
@@ -204,17 +206,10 @@ class Processes:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     cases = select(QUICK).cases
-    monkeypatch.setattr(measuring, "clean_run", lambda plan, today: fixtures_run(tmp_path))
-    monkeypatch.setattr(measuring, "passing", lambda run, chosen: list(chosen))
+    clean = Clean(left_out={}, functions=(), passed={case.address: () for case in cases})
+    monkeypatch.setattr(measuring, "clean_run", lambda plan, today: (clean, tmp_path / "clean.json"))
     faults = [registry()[name] for name in ("label-kept", "double-bos")]
     return Plan(faults, QUICK, cases, tmp_path / "faults.json", tmp_path / "work")
-
-
-def fixtures_run(folder: Path) -> Path:
-    path = folder / "clean.jsonl"
-    run = fixtures.wide_run(1)
-    path.write_text("".join(line.model_dump_json() + "\n" for line in (run.header, *run.results)))
-    return path
 
 
 def test_a_fault_is_measured_once_and_again_when_asked(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,18 +249,58 @@ def test_a_process_that_dies_costs_its_own_fault(plan: Plan, monkeypatch: pytest
 
 
 def test_without_a_case_that_passes_nothing_is_measured(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "passing", lambda run, chosen: [])
-    with pytest.raises(UsageError, match="no case passes without a fault"):
+    nothing = Clean(left_out={"skip": 2}, functions=(), passed={})
+    monkeypatch.setattr(measuring, "clean_run", lambda plan, today: (nothing, Path("clean.json")))
+    with pytest.raises(UsageError, match=r"no case passes without a fault.*clean.json"):
         measure(plan)
 
 
-def test_only_cases_that_passed_as_they_are_now_count() -> None:
-    run = fixtures.realistic_run(fixtures.realistic_suites())
-    cases = [case for suite in fixtures.realistic_suites() for case in suite.cases]
-    passed = {f"{r.suite}::{r.case}" for r in run.latest().values() if r.verdict == "pass"}
-    assert {case.address for case in passing(run, cases)} == passed & {case.address for case in cases}
-    edited = [replace(case, digest="another") for case in cases]
-    assert passing(run, edited) == []
+def test_a_clean_run_is_made_once_and_again_when_it_was_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Executor:
+        started = 0
+
+        def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+            for job in jobs:
+                Executor.started += 1
+                clean = Clean(left_out={}, functions=(), passed={"parser/x::y": ()})
+                job.run_file.parent.mkdir(parents=True, exist_ok=True)
+                job.run_file.write_text(clean.model_dump_json() if Executor.started != 2 else "{")
+                yield Ended(job, 0, 1.0, "the last words")
+
+    monkeypatch.setattr(measuring, "LocalExecutor", Executor)
+    plan = Plan([], (), (), tmp_path / "faults.json", tmp_path / "work")
+    clean, path = measuring.clean_run(plan, TODAY)
+    assert measuring.clean_run(plan, TODAY) == (clean, path)
+    assert Executor.started == 1
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(RecordError, match=r"did not come to their end.*the last words"):
+        measuring.clean_run(plan, TODAY)
+    assert measuring.clean_run(plan, TODAY)[0] == clean
+
+
+def test_gates_are_asked_about_what_nothing_else_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no case is that runs nothing of what the fault replaces."""
+    gate, word, turn = "accuracy/nano::gsm8k-nano-d", *QUICK
+    cases = select((gate, *QUICK)).cases
+    (parsing,) = reach.replaced(registry()["label-flushed-at-end"]) or ()
+    clean = Clean(left_out={}, functions=(parsing,), passed={gate: (0,), word: (0,), turn: ()})
+    asked: list[str] = []
+
+    def failures(chosen: Sequence[LoadedCase], known: object, pool: object) -> list[Catch]:
+        asked.extend(case.address for case in chosen)
+        return [catch()] if noticing and chosen else []
+
+    monkeypatch.setattr(measuring, "failures", failures)
+    noticing = True
+    found = measuring.look_for(registry()["label-flushed-at-end"], cases, clean)
+    assert asked == [word]
+    assert (found.cases, found.asked) == (3, 1)
+    noticing = False
+    found = measuring.look_for(registry()["label-flushed-at-end"], cases, clean)
+    assert asked == [word, word, gate]
+    assert found.asked == 2
 
 
 def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
@@ -278,7 +313,7 @@ def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
     assert rows["label-kept"]["last"]["localised"]
     assert rows["label-kept"]["last"]["kinds"] == {"parser": 1}
     assert not rows["no-soft-cap"]["last"]["detected"]
-    assert "no-soft-cap: NOT NOTICED by 1 cases" in done.stderr
+    assert "no-soft-cap: NOT NOTICED by 1 cases, of which 0 run what it replaces" in done.stderr
     assert validated("faults-check", run_conformance("faults", "check", "f.json", *common, "--json")) == {
         "file": "f.json", "faults": 2, "stale": [], "gone": [],
     }  # fmt: skip

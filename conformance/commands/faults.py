@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from conformance import expectations, runfile
+from conformance import expectations
 from conformance.commands import output
 from conformance.commands.output import json_option
 from conformance.commands.run import seconds
@@ -23,10 +23,11 @@ from conformance.commands.trial_output import (
 from conformance.errors import UsageError
 from conformance.faults import Fault, measure, record
 from conformance.faults import select as select_faults
+from conformance.faults.cleanly import Clean
 from conformance.faults.places import CLASSES, places
 from conformance.faults.record import FaultRecord, FaultsFile
 from conformance.faults.run import Detection, detect
-from conformance.loading import load_suites
+from conformance.records import Record
 
 _PATH = click.Path(path_type=Path)
 _faults = click.option("--fault", "ids", multiple=True, metavar="ID", help="Only this one; may be repeated.")
@@ -67,7 +68,7 @@ def run_faults(
     """
     chosen = {fault.id: fault for fault in select_faults(faults)}
     suites = select(paths).suites
-    known = expectations.load(load_suites(sorted({suite.root for suite in suites})))
+    known = expectations.beside(suites)
 
     def report(fault: Fault, detection: Detection) -> None:
         word = "noticed" if detection.localised else "NOTICED ELSEWHERE"
@@ -181,6 +182,14 @@ def check_faults(
     context.exit(3 if stale or gone else 0)
 
 
+@faults_group.command("run-cleanly", hidden=True)
+@click.argument("cases", nargs=-1)
+@click.option("--out", type=_PATH, required=True)
+def run_cleanly(cases: tuple[str, ...], out: Path) -> None:
+    """What `measure` starts first."""
+    _write(Clean.of(select(cases, quick=True).cases), out)
+
+
 @faults_group.command("look-for", hidden=True)
 @click.argument("fault")
 @click.argument("cases", nargs=-1)
@@ -189,8 +198,14 @@ def check_faults(
 def look_for_fault(fault: str, cases: tuple[str, ...], clean: Path, out: Path) -> None:
     """What `measure` starts for each fault."""
     (chosen,) = select_faults((fault,))
-    selected = select(cases, quick=True).cases
-    found = measure.look_for(chosen, selected, measure.passing(runfile.read(clean), selected))
+    known = Clean.read(clean)
+    if known is None:
+        raise UsageError(f"--clean: {clean} is not what `conformance faults measure` writes first")
+    _write(measure.look_for(chosen, select(cases, quick=True).cases, known), out)
+
+
+def _write(found: Record, out: Path) -> None:
+    """Whoever reads it sees the whole file or none."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_suffix(".new")
     new.write_text(found.model_dump_json() + "\n", encoding="utf-8")
@@ -217,8 +232,9 @@ def _chosen(ids: Sequence[str], classes: Sequence[str]) -> list[Fault]:
 def _told(found: FaultRecord) -> str:
     last = found.last
     if not last.detected:
-        return f"{found.fault}: NOT NOTICED by {last.cases} cases" + (
-            f"; {last.reason}" if last.reason else ""
+        return (
+            f"{found.fault}: NOT NOTICED by {last.cases} cases, of which {last.asked} run what it replaces"
+            + (f"; {last.reason}" if last.reason else "")
         )
     by = ", ".join(f"{count} of {kind}" for kind, count in last.kinds.items())
     where = "where it is" if last.localised else "ELSEWHERE"

@@ -15,7 +15,7 @@ from conformance.commands.output import LadderOutput, json_option
 from conformance.commands.selection import select
 from conformance.errors import TargetError, UsageError
 from conformance.history import BAD, GOOD, Cell, Ladder, LadderRow, Releases, Rung, climb
-from conformance.loading import LoadedCase, load_suites
+from conformance.loading import LoadedCase
 from conformance.results import Verdict
 from conformance.targets import environments, registry
 
@@ -61,7 +61,7 @@ def ladder_command(
     runfile.check_parent(path)
     if install:
         _install(specs)
-    known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
+    known = expectations.beside(selected.suites)
 
     def expected(loaded: LoadedCase, version: str) -> bool:
         return known.find(loaded.address, target, version) is not None

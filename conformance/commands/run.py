@@ -24,7 +24,7 @@ from conformance.commands.output import AreaCounts, ProblemRow, RunOutput, json_
 from conformance.commands.report import DEFAULT_SITE
 from conformance.commands.selection import Selected, select
 from conformance.errors import UsageError
-from conformance.loading import LoadedSuites, load_suite, load_suites
+from conformance.loading import LoadedSuites, load_suite
 from conformance.progress import ProgressPlugin
 from conformance.recording import new_run_id
 from conformance.results import Preflight, Result, Run
@@ -144,7 +144,7 @@ def run_command(
     selected = select(cases, quick=quick) if cell is None else _of_cell(cell, matrix, cases, targets, quick)
     if cell is None:
         select_targets(targets)  # all refuse what is wrong before anything starts
-    known = expectations.load(load_suites(sorted({suite.root for suite in selected.suites})))
+    known = expectations.beside(selected.suites)
     for note in known.overdue():
         click.echo(f"warning: {note}", err=True)
     options = [

@@ -2,7 +2,9 @@
 
 1. First the suites run with no fault switched on. A case counts if it passes then.
 2. Each fault has a process, so that one that crashes, hangs or leaves something behind costs itself only.
-3. What a process found is kept in the working folder under what it rests on; a measurement that was ended
+3. A case that runs nothing of what the fault replaces is not asked again (`conformance.faults.reach`), and
+   gates are asked only about a fault that nothing else notices: they ask hundreds of questions each.
+4. What a process found is kept in the working folder under what it rests on; a measurement that was ended
    goes on from there.
 """
 
@@ -19,26 +21,27 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from conformance import expectations, fingerprint, runfile
-from conformance.errors import RunFileError, UsageError
+from conformance import expectations, fingerprint
+from conformance.errors import UsageError
 from conformance.execute import Ended, Job, LocalExecutor
 from conformance.faults.base import Fault
+from conformance.faults.cleanly import Clean
 from conformance.faults.places import LEVEL_OF_KIND, LEVELS, Level, places
 from conformance.faults.record import (
     Basis,
     FaultRecord,
     FaultsFile,
     Outcome,
+    RecordError,
     basis,
     place_of,
     read,
     stale,
     write,
 )
-from conformance.faults.run import REFERENCE, REQUEST_SECONDS, Catch, failures, notices
-from conformance.loading import LoadedCase, load_suites
+from conformance.faults.run import REQUEST_SECONDS, Catch, failures, notices
+from conformance.loading import LoadedCase
 from conformance.records import Record
-from conformance.results import Run
 from conformance.runner import TargetPool
 from conformance.targets.guarded import ending
 
@@ -52,6 +55,7 @@ class Found(Record):
     fault: str
     basis: Basis
     cases: int
+    asked: int
     seconds: float
     at: str
     """When it ended; ISO 8601, UTC."""
@@ -83,8 +87,8 @@ def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record:
 
     Raises:
         UsageError: no case passes without a fault.
-        RecordError: the record cannot be read, or a fault's place is not written down.
-        RunFileError: the suites could not be run without a fault.
+        RecordError: the record cannot be read, a fault's place is not written down, or the suites could not
+            be run without a fault.
     """
     file = read(plan.out) if plan.out.exists() else FaultsFile()
     today = {fault.id: basis(fault, plan.cases) for fault in plan.faults}
@@ -93,12 +97,10 @@ def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record:
     }
     if not wanted:
         return file
-    clean_file = clean_run(plan, next(iter(today.values())))
-    clean = runfile.read(clean_file)
-    if not passing(clean, plan.cases):
+    clean, clean_file = clean_run(plan, next(iter(today.values())))
+    if not clean.passed:
         raise UsageError(f"no case passes without a fault, so none can notice one; see {clean_file}")
-    left_out = Counter(result.verdict for result in clean.latest().values() if result.verdict != "pass")
-    file = file.model_copy(update={"selection": plan.arguments, "left_out": dict(sorted(left_out.items()))})
+    file = file.model_copy(update={"selection": plan.arguments, "left_out": clean.left_out})
     for fault, found, reason in _found(plan, wanted, today, clean_file):
         record = recorded(fault, found, today[fault.id], file.of(fault.id), reason)
         known = {entry.fault: entry for entry in file.faults} | {fault.id: record}
@@ -109,62 +111,48 @@ def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record:
     return read(plan.out)
 
 
-def clean_run(plan: Plan, today: Basis) -> Path:
-    """The run file of the chosen cases with no fault switched on; made if it is not there.
+def clean_run(plan: Plan, today: Basis) -> tuple[Clean, Path]:
+    """What the chosen cases do with no fault switched on, and its file; made if it is not there.
 
     Raises:
-        RunFileError: the run did not come to its end.
+        RecordError: the run did not come to its end.
     """
-    path = plan.work / f"clean-{today.sources}-{today.cases}.jsonl"
-    with contextlib.suppress(RunFileError):
-        if runfile.read(path).footer is not None:
-            return path
-        # What is left of a run that was killed is resumed; a file with no header is none.
-    where = "--resume" if path.exists() and _readable(path) else "--out"
-    if where == "--out":
-        path.unlink(missing_ok=True)
-    workers = ("-n", str(plan.workers)) if plan.workers > 1 else ()
-    arguments = ("run", *plan.arguments, "--quick", "-t", REFERENCE, "--no-report", *workers, where, "{}")
+    path = plan.work / f"clean-{today.sources}-{today.cases}.json"
+    clean = Clean.read(path)
+    if clean is not None:
+        return clean, path
+    arguments = ("faults", "run-cleanly", *plan.arguments, "--out", "{}")
     (ended,) = LocalExecutor().run([Job("no fault", arguments, path, plan.limit)])
-    if not path.exists() or runfile.read(path).footer is None:
-        raise RunFileError(f"{path}: the suites did not come to their end without a fault: {_why(ended)}")
-    return path
+    clean = Clean.read(path)
+    if clean is None:
+        raise RecordError(f"{path}: the suites did not come to their end without a fault: {_why(ended)}")
+    return clean, path
 
 
-def _readable(path: Path) -> bool:
-    try:
-        runfile.read(path)
-    except RunFileError:
-        return False
-    return True
-
-
-def passing(run: Run, cases: Sequence[LoadedCase]) -> list[LoadedCase]:
-    """The cases that passed in a run as they are now."""
-    passed = {
-        (f"{result.suite}::{result.case}", result.digest)
-        for result in run.latest().values()
-        if result.verdict == "pass"
-    }
-    return [case for case in cases if (case.address, case.digest) in passed]
-
-
-def look_for(fault: Fault, cases: Sequence[LoadedCase], counted: Sequence[LoadedCase]) -> Found:
+def look_for(fault: Fault, cases: Sequence[LoadedCase], clean: Clean) -> Found:
     """Run cases with a fault switched on; this is what its process does.
 
     Args:
         fault: It.
         cases: All that were chosen.
-        counted: Those that pass without it.
+        clean: What they do without it.
     """
     started = time.monotonic()
-    known = expectations.load(load_suites(sorted({case.suite.root for case in cases})))
+    known = expectations.beside(case.suite for case in cases)
+    counted = [case for case in cases if case.address in clean.passed]
+    asked = clean.reaching(fault, counted)
+    gates = [case for case in asked if LEVEL_OF_KIND[case.suite.suite.kind] == "score"]
+    others = [case for case in asked if case not in gates]
     with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, fault.applied():
-        caught = failures(counted, known, pool)
+        caught = failures(others, known, pool)
+        if any(notices(fault, catch) for catch in caught):
+            gates = []
+        caught += failures(gates, known, pool)
     return Found(
         fault=fault.id,
         basis=basis(fault, cases),
         cases=len(counted),
+        asked=len(others) + len(gates),
         seconds=round(time.monotonic() - started, 1),
         at=_now(),
         commit=fingerprint.git_commit(),
@@ -232,6 +220,7 @@ def recorded(
         commit=found.commit if found is not None else fingerprint.git_commit(),
         basis=today,
         cases=found.cases if found is not None else 0,
+        asked=found.asked if found is not None else 0,
         seconds=found.seconds if found is not None else 0.0,
         detected=bool(noticed),
         crash_only=not judged and (bool(caught) or found is None),

@@ -62,7 +62,9 @@ class Outcome(Record):
     commit: str | None
     basis: Basis
     cases: int
-    """How many ran: those that pass without the fault."""
+    """How many could notice it: those that pass without the fault."""
+    asked: int
+    """How many of them ran: those that run what it replaces, gates only where nothing else noticed it."""
     seconds: float
     detected: bool
     """Some case that passes without the fault failed by a rule; see `conformance.faults.run.notices`."""
