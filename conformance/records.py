@@ -8,4 +8,5 @@ from pydantic import BaseModel, ConfigDict
 class Record(BaseModel):
     """Base of run-file lines, and of what stands in them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built where one is first used, as a command needs few of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)

@@ -36,7 +36,8 @@ Words = Annotated[str, StringConstraints(min_length=3), AfterValidator(_compiles
 class Strict(BaseModel):
     """Base: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built where one is first used, as a command needs few of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class CaseBase(Strict):

@@ -27,7 +27,8 @@ json_option = click.option(
 class Output(BaseModel):
     """Base of what `--json` prints."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built where one is first used, as a command needs few of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class SuiteRow(Output):

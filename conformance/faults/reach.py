@@ -22,8 +22,6 @@ from types import FunctionType, TracebackType
 from typing import Any, Self
 from unittest import mock
 
-from coverage import Coverage
-
 import model_impl
 from conformance.faults.base import Fault
 
@@ -44,6 +42,9 @@ class Watch(AbstractContextManager["Watch"]):
     """
 
     def __init__(self) -> None:
+        # Commands that watch nothing need not wait for it.
+        from coverage import Coverage
+
         self._coverage = Coverage(data_file=None, config_file=False, include=[f"{_ROOT}/*"])
 
     def __enter__(self) -> Self:

@@ -64,4 +64,5 @@ KVDType = Literal["float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
 class Model(BaseModel):
     """Base of all protocol types: immutable, and strict about unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built where one is first used, as a command needs few of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
