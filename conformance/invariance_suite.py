@@ -73,7 +73,7 @@ class Way(Strict):
         """How coarse the numbers are that two ways to compute the same may come to.
 
         Where keys and values are stored narrower than they are computed, the last place of a sum decides to
-        which of two neighbours one is rounded.
+        which of two neighbours one is rounded. That counts as bfloat16, whichever narrower dtype it is.
         """
         return self.dtype if self.kv_dtype is None else "bfloat16"
 

@@ -304,7 +304,7 @@ class Oracles:
         images: Sequence[Sequence[str]] = (),
         kv_dtype: KVDType | None = None,
     ) -> list[Tensor]:
-        """The bundled implementation's log-probabilities at the answers' tokens, in one pass without a cache.
+        """The bundled implementation's log-probabilities at the answers' tokens, in one pass.
 
         Its parity with other implementations is what suites of kind `parity` judge.
 

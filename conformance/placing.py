@@ -120,7 +120,8 @@ def _changed(loaded: LoadedCase, settings: Settings) -> Case | str:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        return f"not applicable: cases of kind `{kind}` take no such `{where}`: {first['msg']}"
+        what = f" take no such `{where}`" if where else ""
+        return f"not applicable: cases of kind `{kind}`{what}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def settle(outcome: CheckOutcome) -> CheckOutcome:

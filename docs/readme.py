@@ -42,10 +42,11 @@ def numbers() -> str:
     ]
     return (
         f"There are {sum(kinds.values())} cases in {len(suites.suites)} suites of {len(kinds)} kinds, and "
-        f"{len(registry())} faults to switch on, each noticed by a case.\n"
+        f"{len(registry())} faults to switch on, each noticed by a case "
+        "that cites where it was seen (`tests/test_faults.py`).\n"
         f"{len(findings)} causes of failures were found in engines and scorers. These show in the newest "
         "releases, outside the matrix:\n\n"
-        "| engine | release | causes | cases that fail by them |\n"
+        "| engine | release | causes | cases that are expected to fail by them |\n"
         f"| --- | --- | --- | --- |\n{''.join(rows)}"
     )
 

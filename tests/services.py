@@ -87,6 +87,15 @@ def running(
         process.wait(timeout=60)
 
 
+def logged(served: Running, line: str) -> str:
+    """The log once a line is in it: a request is logged when its answer is on its way already."""
+    until = time.monotonic() + _DEADLINE
+    while line not in (log := served.log.read_text()):
+        assert time.monotonic() < until, f"{line!r} is not in the log: {log}"
+        time.sleep(0.05)
+    return log
+
+
 def _url(process: subprocess.Popen[str], out: Path, log: Path) -> str:
     until = time.monotonic() + _DEADLINE
     while time.monotonic() < until:

@@ -535,6 +535,22 @@ def test_a_lack_of_shared_memory_is_no_refusal_to_share_keys() -> None:
         assert not refuses(EngineError("RuntimeError: no shared memory block, no shared_memory"), pattern)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ParallelError: rank 1 (stage 0, layers 3 to 5, shard 0 of 2): was ended by SIGSEGV",
+        "ParallelError: no answer within 60 seconds: rank 3 (stage 1, layer 6, shard 1 of 2)",
+        "RuntimeError: pipeline parallel worker VllmWorker-1 died unexpectedly (exit code: -11)",
+        "AttributeError: 'NoneType' object has no attribute 'pipeline_parallel_size'",
+    ],
+)
+def test_a_rank_that_died_has_refused_nothing(message: str) -> None:
+    words = {case.or_refused for suite in SUITES for case in suite.cases} - {None}
+    assert len(words) > 2
+    for pattern in words:
+        assert not refuses(EngineError(message), str(pattern)), pattern
+
+
 def test_options_say_what_must_have_run() -> None:
     options = EngineOptions(
         tensor_parallel=2,

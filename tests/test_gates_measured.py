@@ -68,7 +68,6 @@ def test_suites_of_tensors_notice_all_and_gates_alone_most() -> None:
     [
         ("mmmu-nano-d", "images-seen-causally"),
         ("gsm8k-nano-a", "expert-scale-dropped"),
-        ("sounds-nano-e", "window-one-short"),
     ],
 )
 def test_a_row_comes_out_again(case: str, fault: str) -> None:

@@ -115,6 +115,18 @@ def test_what_a_job_did_is_kept_when_it_is_over_its_time() -> None:
             assert int(minutes.removesuffix("m")) < step["timeout_in_minutes"]
 
 
+def test_what_a_night_did_is_kept_when_it_is_over_its_time() -> None:
+    job = yaml.safe_load((BELOW / "github/nightly.yml").read_text())["jobs"]["night"]
+    names = [step.get("name") for step in job["steps"]]
+    ran = names.index("Run the night")
+    assert job["steps"][ran]["timeout-minutes"] <= job["timeout-minutes"] - 20
+    assert {step["if"] for step in job["steps"][ran + 1 :]} == {"${{ always() }}"}
+    (step,) = yaml.safe_load((BELOW / "buildkite/nightly.yml").read_text())["steps"]
+    (night,) = [line for line in step["command"] if "ci/nightly" in line]
+    assert "--kill-after=60 300m " in night
+    assert step["timeout_in_minutes"] > 300
+
+
 def test_what_is_published_by_a_schedule_does_not_hang_on_what_its_event_says() -> None:
     """The event of a schedule need not name the repository; without it, another event publishes nothing."""
     condition = yaml.safe_load((BELOW / "github/matrix-nightly.yml").read_text())["jobs"]["publish"]["if"]
@@ -132,7 +144,7 @@ def test_the_night_is_the_script_and_may_write_nothing() -> None:
     assert night["permissions"] == {"contents": "read"}
     run, said = (step for step in night["jobs"]["night"]["steps"] if "runs/night" in step.get("run", ""))
     assert run["run"].startswith("ci/nightly --skip matrix ")
-    assert said["if"] == "${{ !cancelled() }}"
+    assert said["if"] == "${{ always() }}"
     assert os.access(BELOW / "nightly", os.X_OK)
     for step in night["jobs"]["night"]["steps"]:
         assert "${{" not in step.get("run", "")

@@ -99,6 +99,25 @@ def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(nig
     assert len({*chosen, *tomorrow}) == 5
 
 
+def test_where_no_record_holds_the_oldest_come_first(night: Night) -> None:
+    """So that nights after changes of the sources get round all faults, too."""
+    first, *others = registry().values()
+    known = []
+    for minute, fault in enumerate([first, *reversed(others)]):
+        found = outcome(fault.id, catch())
+        at = f"2026-11-21T{minute // 60:02}:{minute % 60:02}:00+00:00"
+        known.append(found.model_copy(update={"last": found.last.model_copy(update={"at": at})}))
+    record.write(FaultsFile(faults=tuple(known)), night.record)
+    assert sample(night) == [first.id, others[-1].id, others[-2].id]
+
+
+def test_a_record_of_another_version_is_set_aside(night: Night) -> None:
+    night.record.write_text('{"schema_version": 1}')
+    assert by_name(night)["faults-check"].arguments == ("faults", "check", str(night.record))
+    assert record.read(night.record) == record.read(record.default_path())
+    assert night.record.with_name("faults.json.unreadable").read_text() == '{"schema_version": 1}'
+
+
 # ------------------------------------------------------------------------------------------- running
 
 

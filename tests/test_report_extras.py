@@ -36,7 +36,9 @@ def found(fault: str, run: Run, *, area: str, cases: int, verdict: Verdict = "fa
         Catch(case=address, kind=kind, area=area, verdict=verdict, rules=("expected",))
         for address in addresses
     )
-    result = Found(fault=fault, basis=BASIS, cases=99, seconds=1.0, at=AT, commit="c1", caught=caught)
+    result = Found(
+        fault=fault, basis=BASIS, cases=99, asked=88, seconds=1.0, at=AT, commit="c1", caught=caught
+    )
     return recorded(registry()[fault], result, BASIS, None)
 
 

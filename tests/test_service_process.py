@@ -18,7 +18,7 @@ import pytest
 from conformance.service.listening import is_loopback
 from conformance.store.history import Store
 from tests.history_runs import accuracy_result, decision, footer, header, items_of, result, sheet
-from tests.services import SENDER, TOKEN, Running, lines, running
+from tests.services import SENDER, TOKEN, Running, lines, logged, running
 
 FILE = lines(header(), result("a"), footer())
 RUNS = "/api/v1/runs"
@@ -159,8 +159,7 @@ def test_it_ends_when_told_and_answers_what_is_open(tmp_path: Path, number: sign
 def test_the_log_has_no_token_wherever_it_was_put(served: Running) -> None:
     httpx2.get(f"{served.url}{RUNS}?token={TOKEN}".replace(" ", "+"), headers={"Cookie": f"t={TOKEN}"})
     httpx2.post(served.url + RUNS, headers={"Authorization": f"Bearer {TOKEN}"})
-    log = served.log.read_text()
-    assert "POST /api/v1/runs 415" in log
+    log = logged(served, "POST /api/v1/runs 415")
     assert TOKEN not in log
     assert TOKEN.replace(" ", "+") not in log
 

@@ -561,6 +561,9 @@ def test_one_result_of_another_version_does_not_cost_the_others(
     assert [verdict.run_id for verdict, _ in found] == ["run-1", "run-3"]
     (said,) = caplog.messages
     assert "of run run-2: was stored by another version" in said
+    points, total = store.points(result("a").suite, "a", "fake")
+    assert [point.verdict.run_id for point in points] == ["run-1", "run-2", "run-3"]
+    assert total == 3
 
 
 # ----------------------------------------------------------------------- the same on every database

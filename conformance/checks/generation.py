@@ -7,7 +7,8 @@
 3. With a LoRA adapter, the oracle reads a checkpoint into which the adapter is merged. With a draft head, the
    oracle has none: what a head proposes may change no number.
 4. Where keys and values are to be stored in a narrower dtype than is computed in, the oracle rounds them so
-   too. Then numbers must be clearly nearer to its own than those without rounding are.
+   too. In float32, numbers must be clearly nearer to its own than those without rounding are. In bfloat16
+   they may be as far from the truth as others may, which says of what is stored no more than a read-back.
 5. What ran, as read back from the engine, must be what was asked for.
 """
 

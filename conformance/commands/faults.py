@@ -232,9 +232,8 @@ def _chosen(ids: Sequence[str], classes: Sequence[str]) -> list[Fault]:
 def _told(found: FaultRecord) -> str:
     last = found.last
     if not last.detected:
-        return (
-            f"{found.fault}: NOT NOTICED by {last.cases} cases, of which {last.asked} run what it replaces"
-            + (f"; {last.reason}" if last.reason else "")
+        return f"{found.fault}: NOT NOTICED by {last.cases} cases, of which {last.asked} were asked" + (
+            f"; {last.reason}" if last.reason else ""
         )
     by = ", ".join(f"{count} of {kind}" for kind, count in last.kinds.items())
     where = "where it is" if last.localised else "ELSEWHERE"

@@ -36,7 +36,7 @@ class Clean(Record):
         with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, reach.Watch() as watch:
             for case in cases:
                 # What one case leaves for the next would hide what the next one runs by itself.
-                pool.oracles.forget()
+                pool.oracles.close()
                 watch.case(case.address)
                 verdicts[case.address] = run_case(case, REFERENCE, pool, known, search="none").verdict
             # Targets are closed after the last case, not as a part of it.

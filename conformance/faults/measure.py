@@ -47,6 +47,8 @@ from conformance.targets.guarded import ending
 
 FAULT_LIMIT = 3600.0
 """Seconds that the suites may take with one fault."""
+CLEAN_LIMIT = 4 * FAULT_LIMIT
+"""Seconds that they may take without any, when every case is asked, watched, and by itself."""
 
 
 class Found(Record):
@@ -122,7 +124,7 @@ def clean_run(plan: Plan, today: Basis) -> tuple[Clean, Path]:
     if clean is not None:
         return clean, path
     arguments = ("faults", "run-cleanly", *plan.arguments, "--out", "{}")
-    (ended,) = LocalExecutor().run([Job("no fault", arguments, path, plan.limit)])
+    (ended,) = LocalExecutor().run([Job("no fault", arguments, path, CLEAN_LIMIT)])
     clean = Clean.read(path)
     if clean is None:
         raise RecordError(f"{path}: the suites did not come to their end without a fault: {_why(ended)}")

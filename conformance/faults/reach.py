@@ -22,6 +22,7 @@ from types import FunctionType, TracebackType
 from typing import Any, Self
 from unittest import mock
 
+import conformance
 import model_impl
 from conformance.faults.base import Fault
 
@@ -37,8 +38,7 @@ Reached = Mapping[str, frozenset[str]]
 class Watch(AbstractContextManager["Watch"]):
     """Watches the bundled implementation, in all threads that start meanwhile.
 
-    What modules keep between calls (`functools.cache`) is dropped before each case, as a later case would not
-    run what filled it.
+    What modules keep between calls is dropped before each case, as a later case would not run what filled it.
     """
 
     def __init__(self) -> None:
@@ -58,8 +58,7 @@ class Watch(AbstractContextManager["Watch"]):
 
     def case(self, address: str) -> None:
         """What runs from now on, a case runs."""
-        for cached in _caches():
-            cached.cache_clear()
+        forget()
         self._coverage.switch_context(address)
 
     def reached(self) -> Reached:
@@ -73,6 +72,15 @@ class Watch(AbstractContextManager["Watch"]):
                     for case in cases:
                         found[case].add(name)
         return {case: frozenset(names) for case, names in found.items()}
+
+
+def forget() -> None:
+    """Empty all caches of functions of the implementation and of the harness (`functools.cache`)."""
+    packages = (_PACKAGE, conformance.__name__)
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]
+    for value in [value for module in modules for value in vars(module).values()]:
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
 
 
 def can_reach(replaced: frozenset[str] | None, functions: frozenset[str]) -> bool:
@@ -155,10 +163,3 @@ def _walk(node: ast.AST, around: str) -> Iterator[tuple[str, ast.FunctionDef | a
                 yield from _walk(child, f"{around}{name}.")
             case _:
                 yield from _walk(child, around)
-
-
-def _caches() -> list[Any]:
-    """Functions of the loaded implementation that keep what they gave."""
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == _PACKAGE]
-    values = [value for module in modules for value in vars(module).values()]
-    return [value for value in values if isinstance(value, functools._lru_cache_wrapper)]

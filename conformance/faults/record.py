@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -22,20 +23,29 @@ from conformance.faults.places import CLASSES, Class, Layer, Level, Place, mispl
 from conformance.loading import LoadedCase
 from conformance.records import Record
 
-_OF_NO_VERDICT = (
-    *("conformance/faults/", "conformance/commands/", "conformance/reporting/", "conformance/schemas/"),
-    *("conformance/service/", "conformance/store/", "conformance/workflows/", "conformance/backtests/"),
-    *("conformance/gates/", "conformance/targets/locks/", "conformance/report.py", "conformance/history.py"),
-    *("conformance/matrix.py", "conformance/covering.py", "conformance/execute.py", "conformance/cli.py"),
-    *(
-        "conformance/ray_executor.py",
-        "conformance/nightly",
-        "conformance/trials",
-        "conformance/comparison.py",
-        "conformance/resources.py",
-    ),
+_PATCHES = (
+    "architecture",
+    "layouts",
+    "lora",
+    "masks",
+    "media",
+    "parser",
+    "processing",
+    "ranks",
+    "runtime",
+    "template",
 )
-"""Beginnings of files whose change makes no record doubtful. Each fault's own patch counts by itself."""
+_OF_NO_VERDICT = (
+    *(f"conformance/faults/{name}.py" for name in _PATCHES),
+    *("conformance/faults/places", "conformance/faults/record.py"),
+    *("conformance/commands/", "conformance/reporting/", "conformance/schemas/", "conformance/service/"),
+    *("conformance/store/", "conformance/workflows/", "conformance/backtests/", "conformance/targets/locks/"),
+    *("conformance/report.py", "conformance/history.py", "conformance/matrix.py", "conformance/covering.py"),
+    *("conformance/execute.py", "conformance/ray_executor.py", "conformance/cli.py", "conformance/nightly"),
+    *("conformance/trials", "conformance/comparison.py", "conformance/resources.py"),
+)
+"""Beginnings of files whose change makes no record doubtful. Each fault's own patch and place count by
+themselves."""
 _SHORT = 16
 
 
@@ -122,7 +132,7 @@ class Rates(Record):
 class FaultsFile(Record):
     """What `conformance faults measure` writes."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = 2
     selection: tuple[str, ...] = ()
     """Cases that were asked for; empty for all quick ones."""
     left_out: dict[str, int] = Field(default_factory=dict)
@@ -155,7 +165,10 @@ def read(path: Path) -> FaultsFile:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is not what `conformance faults measure` writes") from error
+        raise RecordError(
+            f"{path}: is not what this version's `conformance faults measure` writes; measure into another "
+            "file (`--out`), or remove this one"
+        ) from error
     if file.digest != _digest_of(file):
         raise RecordError(f"{path}: was changed by hand: its digest is not its own; measure the faults again")
     return file

@@ -13,7 +13,7 @@ from pathlib import Path
 from conformance.commands.selection import select
 from conformance.errors import ConformanceError
 from conformance.faults import record, registry
-from conformance.faults.record import FaultsFile
+from conformance.faults.record import FaultsFile, RecordError
 from conformance.recording import new_run_id
 from conformance.targets import registry as targets
 
@@ -182,6 +182,7 @@ def _ladder(night: Night, target: str) -> Step:
 def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     if {"faults-check", "faults-sample"} <= night.skip:
         return ()  # what follows loads torch
+    _set_aside(night.record)
     if not night.record.exists():
         source = record.default_path()
         if source.is_file():
@@ -198,12 +199,23 @@ def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     return check, Step("faults-sample", (*measure, *several))
 
 
+def _set_aside(path: Path) -> None:
+    """Rename a record that this version cannot read, such as an older one out of a cache, to begin anew."""
+    if path.exists():
+        try:
+            record.read(path)
+        except RecordError:
+            path.replace(path.with_name(f"{path.name}.unreadable"))
+
+
 def sample(night: Night) -> list[str]:
-    """The faults of a night: those whose record does not hold first, else others each night."""
+    """The faults of a night: those whose record does not hold, the oldest first, then others each night."""
     known = record.read(night.record) if night.record.exists() else FaultsFile()
     cases = select(night.cases, quick=True).cases
     faults = list(registry().values())
     stale = [fault.id for fault in faults if record.stale(known.of(fault.id), record.basis(fault, cases))]
+    when = {found.fault: found.last.at for found in known.faults}
+    stale.sort(key=lambda name: when.get(name, ""))
     start = night.today.toordinal() * night.sample % len(faults)
     others = [fault.id for fault in (*faults[start:], *faults[:start]) if fault.id not in stale]
     return [*stale, *others][: night.sample]

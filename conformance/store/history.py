@@ -351,18 +351,16 @@ class Store:
     ) -> list[tuple[StoredVerdict, Result]]:
         """The same with the results, whose accuracy evidence comes without its items.
 
-        A result that another version of the harness has stored in a form of its own is left out, which is
-        logged: what came before it and after it is still of use.
+        A result that another version of the harness has stored in a form of its own is left out: what came
+        before it and after it is still of use.
         """
         query = self._series(suite, case, target, cell)
         found = []
         with self._database.reading() as session:
             for row, run in session.execute(query):
-                try:
-                    with _of_this_version(f"{suite}::{case} of run {run.run_id}"):
-                        found.append((_verdict(row, run), Result.model_validate_json(row.body)))
-                except OtherVersionError as error:
-                    _LOG.warning("left out: %s", error)
+                result = _readable(row, run)
+                if result is not None:
+                    found.append((_verdict(row, run), result))
         return found
 
     def accuracy(self, besides: Collection[Key] = ()) -> dict[Key, list[tuple[StoredVerdict, Result]]]:
@@ -402,6 +400,8 @@ class Store:
     ) -> tuple[list[StorePoint], int]:
         """A case over time, oldest first, with what its gate decided, and how many points there are in all.
 
+        Of a result that another version of the harness has stored in a form of its own, the verdict alone.
+
         Args:
             suite: As in `series`; so are `case`, `target` and `cell`.
             case: Its id.
@@ -415,15 +415,15 @@ class Store:
             RunRow.started.desc(), RunRow.run_id.desc(), ResultRow.target.desc()
         )
         points = []
-        with self._database.reading() as session, _of_this_version(f"{suite}::{case}"):
+        with self._database.reading() as session:
             found = query.with_only_columns(ResultRow.id).order_by(None).subquery()
             total = session.scalars(select(func.count()).select_from(found)).one()
             rows = session.execute(newest.options(*_LIGHT[1:]).limit(limit).offset(offset)).all()
-            read = [(row, run, Result.model_validate_json(row.body)) for row, run in reversed(rows)]
-            scored = [row.id for row, _, result in read if result.evidence.accuracy is not None]
+            read = [(row, run, _readable(row, run)) for row, run in reversed(rows)]
+            scored = [row.id for row, _, result in read if result is not None and result.evidence.accuracy]
             outcomes = outcomes_of(session, scored)
             for row, run, result in read:
-                accuracy = result.evidence.accuracy
+                accuracy = result.evidence.accuracy if result is not None else None
                 points.append(
                     StorePoint(
                         verdict=_verdict(row, run),
@@ -475,6 +475,16 @@ class Store:
         if target is not None:
             query = query.where(ResultRow.target == target)
         return query if cell is None else query.where(RunRow.cell == cell if cell else RunRow.cell.is_(None))
+
+
+def _readable(row: ResultRow, run: RunRow) -> Result | None:
+    """A result; None where another version of the harness stored it in a form of its own, which is logged."""
+    try:
+        with _of_this_version(f"{row.suite}::{row.case} of run {run.run_id}"):
+            return Result.model_validate_json(row.body)
+    except OtherVersionError as error:
+        _LOG.warning("left out: %s", error)
+        return None
 
 
 def _verdict(result: ResultRow, run: RunRow) -> StoredVerdict:

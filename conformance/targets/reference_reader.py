@@ -130,7 +130,8 @@ class Reader:
 class _Rounded(KVCache):
     """Lets the only pass over one row attend to rounded keys and values.
 
-    It is what engines with a cache of another dtype are judged by, so it shares nothing with the bundled one.
+    It is what engines with a cache of another dtype are judged by, so it does not use what the bundled engine
+    stores with (`model_impl.runtime.stored`). Positions and masks are the plain cache's, which parity judges.
     """
 
     def __init__(self, model: TextModel, dtype: torch.dtype) -> None:
@@ -143,7 +144,7 @@ class _Rounded(KVCache):
 
     def _left(self, x: Tensor) -> Tensor:
         end = torch.finfo(self._format).max
-        return x.clamp(-end, end).to(self._format).to(x.dtype)
+        return x.float().clamp(-end, end).to(self._format).to(x.dtype)
 
 
 def _check_counts(prompts: Sequence[Ids], files: Sequence[Files], token: int | None, what: str) -> None:

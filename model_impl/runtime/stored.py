@@ -54,7 +54,8 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
+    # In float32: the largest number of float16 is none of bfloat16, and the next one is too large.
+    return x.float().clamp(-largest, largest).to(dtype)
 
 
 def movable(x: Tensor) -> Tensor:
