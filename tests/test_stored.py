@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import get_args
@@ -10,12 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from conformance import expectations
+from conformance.commands.selection import select
+from conformance.faults import registry
+from conformance.faults.run import REQUEST_SECONDS, failures
+from conformance.runner import TargetPool
 from model_impl.errors import CacheError
 from model_impl.runtime.engine import Engine, EngineConfig
 from model_impl.runtime.paged import PagedCache, Place
 from model_impl.runtime.request import Request
 from model_impl.runtime.runner import LocalRunner
-from model_impl.runtime.stored import StoredAs, dtype_name, storage_dtype
+from model_impl.runtime.stored import StoredAs, dtype_name, narrowed, storage_dtype
 from tests.engines import sizes
 from tests.model_configs import FULL, SLIDING
 from tests.test_generate import MODELS, PROMPTS
@@ -113,3 +119,17 @@ def test_narrower_formats_move_numbers_farther(model: str) -> None:
     ]
     assert 0 < moved[0] < moved[1] < moved[2] < moved[3]
     assert moved[1] < 0.05
+
+
+def test_a_cache_that_leaves_new_tokens_unrounded_shows_where_chunks_read_what_is_stored() -> None:
+    chosen = select(("invariance/caches::chunks-fp8",))
+    fault = registry()["new-tokens-not-rounded"]
+    with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, fault.applied():
+        (caught,) = failures(chosen.cases, expectations.beside(chosen.suites), pool)
+    assert (caught.verdict, caught.rules) == ("fail", ("logprobs",))
+
+
+def test_the_largest_number_of_float16_is_none_of_bfloat16() -> None:
+    large = torch.tensor([1e6, -1e6, 7e4, 1.5], dtype=torch.bfloat16)
+    stored = narrowed(large, torch.float16)
+    assert stored.tolist() == [65504.0, -65504.0, 65504.0, 1.5]
