@@ -138,7 +138,7 @@ def test_only_what_may_be_refused_may_be(
     suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_request: object) -> None:
-        raise EngineError("no stages here")
+        raise EngineError("keys that layers share cannot be split over stages here")
 
     monkeypatch.setattr(reference_generate, "spread", refuse)
     assert run("beside::pipeline-shared-keys", suites, pool).verdict == "pass"
