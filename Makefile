@@ -17,6 +17,8 @@ TORCH  := torch==2.13.0
 WORKERS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Runs and tests start hundreds of processes: where this is set, each of them compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .PHONY: install run test vllm engines server lint schemas clean
