@@ -28,9 +28,11 @@ from conformance.reporting.faults import FaultsView
 from conformance.reporting.ladders import views
 from conformance.reporting.pages import Extras, Pages
 from conformance.reporting.runs import RunsView
+from conformance.reporting.trials import TrialsView
 from conformance.reporting.view import Site
 from conformance.results import Run
 from conformance.store import StoredRun
+from conformance.trials.record import TrialsFile
 
 MARKER = ".conformance-site.json"
 """A folder with this file in it was written here, and may be replaced."""
@@ -50,6 +52,7 @@ def make_pages(
     cells: Iterable[Run] = (),
     left_out: Sequence[str] = (),
     faults: FaultsFile | None = None,
+    trials: TrialsFile | None = None,
     comparison: Comparison | None = None,
     runs: Sequence[StoredRun] = (),
     served: bool = False,
@@ -69,6 +72,7 @@ def make_pages(
         matrix if matrix.entries or left_out else None,
         Extras(
             faults=FaultsView(faults, site) if faults is not None else None,
+            trials=TrialsView(trials, site) if trials is not None else None,
             comparison=ComparisonView(comparison, site, matrix) if comparison is not None else None,
             runs=RunsView(runs, run.header.run_id, served=served) if runs else None,
         ),
@@ -86,6 +90,7 @@ def write_site(
     cells: Iterable[Run] = (),
     left_out: Sequence[str] = (),
     faults: FaultsFile | None = None,
+    trials: TrialsFile | None = None,
     comparison: Comparison | None = None,
     runs: Sequence[StoredRun] = (),
 ) -> Path:
@@ -105,6 +110,7 @@ def write_site(
         cells: Runs of cells of the matrix, which get a map beside the run.
         left_out: Sentences for that map, on cells that are not among them.
         faults: Record of faults that gets a page beside the run.
+        trials: Record of trials that gets a page beside the run.
         comparison: What changed since the runs before.
         runs: Of the history, for a list.
 
@@ -130,6 +136,7 @@ def write_site(
                 cells=cells,
                 left_out=left_out,
                 faults=faults,
+                trials=trials,
                 comparison=comparison,
                 runs=runs,
             )

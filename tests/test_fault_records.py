@@ -156,7 +156,7 @@ def test_a_record_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
         record.read(path)
     for text in ("{}x", '{"schema_version": 1}'):
         path.write_text(text)
-        with pytest.raises(RecordError, match=r"is not what .* writes; measure into another file"):
+        with pytest.raises(RecordError, match=r"is not what .* writes; write another file"):
             record.read(path)
     with pytest.raises(RecordError, match="cannot be read"):
         record.read(tmp_path / "none.json")

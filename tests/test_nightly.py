@@ -27,6 +27,8 @@ from tests.test_cli import HONEST, validated
 from tests.test_fault_records import QUICK, catch, outcome
 
 DAY = dt.date(2026, 11, 22)
+LONG = frozenset({"ladder", "matrix", "faults-check", "faults-sample", "trials-check"})
+"""Steps that a test of the others leaves out."""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     found = by_name(replace(night, workers=4, targets=("reference",)))
     assert list(found) == [
         "suites", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers", "matrix",
-        "faults-check", "faults-sample", "clean", "kill",
+        "faults-check", "faults-sample", "trials-check", "clean", "kill",
     ]  # fmt: skip
     suites = found["suites"].arguments
     assert suites[:4] == ("run", *QUICK, "--quick")
@@ -79,7 +81,7 @@ def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
 
 def test_steps_can_be_left_out(night: Night) -> None:
     found = by_name(replace(night, skip=frozenset({"ladder", "matrix", "kill", "faults-check"})))
-    assert list(found) == ["suites", "faults-sample", "clean"]
+    assert list(found) == ["suites", "faults-sample", "trials-check", "clean"]
 
 
 def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(night: Night) -> None:
@@ -188,7 +190,7 @@ def test_a_night_that_was_ended_goes_on_behind_its_last_step(
 def test_what_could_not_run_is_counted_with_its_reason(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nights, "LocalExecutor", Processes({}))
     night.folder.mkdir()
-    found = nights.run(replace(night, skip=frozenset({"ladder", "matrix", "faults-check", "faults-sample"})))
+    found = nights.run(replace(night, skip=LONG))
     skipped = [r for r in fixtures.wide_run(1).results if r.verdict == "skip"]
     rows = [row for row in found.not_run if row.what == "suites"]
     assert sum(row.count for row in rows) == len(skipped)
@@ -256,7 +258,7 @@ def test_the_text_tells_failed_steps_and_a_history_that_was_not_asked() -> None:
 def test_two_nights_of_one_small_suite(run_conformance: Command, suites: Suites, tmp_path: Path) -> None:
     """Real processes: suites, merge, comparison and dashboard; the second night breaks a case."""
     suites.write("one", "two")
-    skipped = ["ladder", "matrix", "faults-check", "faults-sample", "clean", "kill"]
+    skipped = [*LONG, "clean", "kill"]
     common = ["nightly", "suites", "-t", HONEST, "--database", f"sqlite:///{tmp_path}/h.sqlite", "--json"]
     common += [word for name in skipped for word in ("--skip", name)]
     first = run_conformance(*common, "--out", "n1")

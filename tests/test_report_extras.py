@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance import runfile
+from conformance import runfile, sealed
 from conformance.comparison import Comparison, compare
 from conformance.faults import registry
 from conformance.faults.measure import Found, recorded
@@ -19,10 +19,13 @@ from conformance.reporting.view import Site
 from conformance.results import Run, Verdict
 from conformance.store import StoredRun
 from conformance.store.history import Store
+from conformance.trials.clean import Alarm
+from conformance.trials.record import TrialsFile
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
 from tests.test_report import Pages, text_of
 from tests.test_report_matrix import GOOD, HOSTILE, cell_run
+from tests.test_trials import trials
 
 AT = "2026-11-22T02:00:00+00:00"
 BASIS = Basis(sources="s", cases="c", fault="f")
@@ -53,6 +56,23 @@ def record_of(run: Run) -> FaultsFile:
         ),
         digest="d" * 64,
     )
+
+
+def trials_of(run: Run) -> TrialsFile:
+    """Two alarms in the second clean run, one of a case of this run, and a lost result of a killed one."""
+    plan = run.header.manifest[0]
+    known = Alarm(
+        address=f"{plan.suite}::{plan.case}", target=plan.target, verdict="fail", usual="pass", reason=HOSTILE
+    )
+    other = Alarm(
+        address="parser/gone::one", target="reference", verdict=None, usual=None, reason="no result"
+    )
+    file = trials(lost=(f"{known.address} [reference]",))
+    assert file.clean is not None
+    first, second, *others = file.clean.runs
+    alarming = second.model_copy(update={"alarms": (known, other)})
+    clean = file.clean.model_copy(update={"runs": (first, alarming, *others)})
+    return file.model_copy(update={"clean": clean})
 
 
 def changed(run: Run, run_id: str, day: int, verdicts: list[Verdict | None]) -> Run:
@@ -115,7 +135,15 @@ def site(
     cells: list[Run],
 ) -> Pages:
     folder = tmp_path_factory.mktemp("extras") / "site"
-    out = write_site(run, folder, faults=record_of(run), comparison=comparison, runs=runs, cells=cells)
+    out = write_site(
+        run,
+        folder,
+        faults=record_of(run),
+        trials=trials_of(run),
+        comparison=comparison,
+        runs=runs,
+        cells=cells,
+    )
     return Pages(out.resolve())
 
 
@@ -141,13 +169,13 @@ def test_every_new_page_is_linked_from_every_page(site: Pages) -> None:
         links = {
             href.rpartition("/")[2] for href in site.tree(page).xpath("//nav[@aria-label='Site']//@href")
         }
-        assert {"faults.html", "comparison.html", "runs.html"} <= links
+        assert {"faults.html", "trials.html", "comparison.html", "runs.html"} <= links
 
 
 def test_without_them_nothing_links_to_them(tmp_path: Path) -> None:
     pages = Pages(write_site(fixtures.wide_run(1), tmp_path / "site").resolve())
     names = {path.name for path in pages.root.rglob("*.html")}
-    assert not names & {"faults.html", "comparison.html", "runs.html", "alone.html"}
+    assert not names & {"faults.html", "trials.html", "comparison.html", "runs.html", "alone.html"}
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -186,10 +214,42 @@ def test_a_fault_leads_to_the_cases_that_noticed_it(site: Pages, run: Run) -> No
 
 
 def test_hostile_reasons_make_no_element(site: Pages) -> None:
-    for page in ("faults.html", "faults/index-by-tool.html"):
+    for page in ("faults.html", "faults/index-by-tool.html", "trials.html"):
         tree = site.tree(page)
         assert not tree.xpath("//script | //img | //@onerror")
         assert "onerror" in text_of(tree), "it is shown"
+
+
+# ------------------------------------------------------------------------------------------- trials
+
+
+def test_trials_are_told_run_by_run_and_alarms_lead_to_their_case(site: Pages) -> None:
+    tree = site.tree("trials.html")
+    text = text_of(tree)
+    assert "10 runs without a fault, 1 of them with a false alarm." in text
+    assert "One run killed 50 times: 1 thing is wrong." in text
+    (known, gone) = tree.xpath("//*[@id='alarms']//li[@data-item]")
+    assert known.xpath(".//a/@href")[0].startswith("cases/")
+    assert "fail, usually pass" in text_of(known)
+    assert not gone.xpath(".//a")
+    assert "no result" in text_of(gone)
+    rows = tree.xpath("//*[@id='clean']//tbody/tr")
+    assert [text_of(row.xpath("./td[last()]")[0]) for row in rows] == ["0", "2", *["0"] * 8]
+    assert len(tree.xpath("//*[@id='kill']//tbody/tr")) == 50
+    overview = text_of(site.tree("index.html").xpath("//*[@id='trials']")[0])
+    assert "10 runs without a fault: 2 false alarms. One run killed 50 times: something is wrong." in overview
+
+
+def test_a_record_of_one_trial_shows_only_that(tmp_path: Path, run: Run) -> None:
+    file = trials()
+    for left, shown, words in (
+        ({"kill": None}, ["clean", "alarms"], "10 runs without a fault, none of them with a false alarm."),
+        ({"clean": None}, ["kill"], "One run killed 50 times: nothing lost, and the same verdicts."),
+    ):
+        out = write_site(run, tmp_path / shown[0], trials=file.model_copy(update=left))
+        tree = Pages(out.resolve()).tree("trials.html")
+        assert tree.xpath("//section/@id") == shown
+        assert words in text_of(tree)
 
 
 # ------------------------------------------------------------------------------------------- changes
@@ -307,12 +367,23 @@ def test_command_line(run_conformance: Command, tmp_path: Path, run: Run) -> Non
     with Store(f"sqlite:///{tmp_path}/h.sqlite", create=True) as history:
         history.merge(earlier, lines=9)
     write_record(record_of(run), tmp_path / "faults.json")
-    options = ["--faults", "faults.json", "--database", "sqlite:///h.sqlite", "--out", "site"]
+    sealed.write(trials_of(run), tmp_path / "trials.json")
+    options = [
+        "--faults",
+        "faults.json",
+        "--trials",
+        "trials.json",
+        "--database",
+        "sqlite:///h.sqlite",
+        "--out",
+        "site",
+    ]
     done = run_conformance("report", "run.jsonl", *options)
     assert done.returncode == 0, done.stderr
     site = Pages((tmp_path / "site").resolve())
     assert len(listed(site, "comparison.html", "broken")) == 1
     assert len(site.tree("runs.html").xpath("//tbody/tr")) == 1
+    assert len(listed(site, "trials.html", "alarms")) == 2
     (tmp_path / "faults.json").write_text("{}")
     done = run_conformance("report", "run.jsonl", "--faults", "faults.json", "--out", "site")
     assert done.returncode == 2

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from conformance import runfile
+from conformance import grounds, runfile
 from conformance.results import Result, Run, Verdict
 from conformance.trials import clean as cleaning
 from conformance.trials import kill as killing
-from conformance.trials.clean import CleanPlan, clean, drawn
-from conformance.trials.kill import KillPlan, shown_result
+from conformance.trials import record as records
+from conformance.trials.clean import CleanPlan, CleanRun, clean, drawn
+from conformance.trials.kill import Killed, KillPlan, KillTrial, shown_result
+from conformance.trials.record import TrialsFile
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
 from tests.conftest import Suites
@@ -107,6 +109,98 @@ def test_what_is_an_alarm(
     assert [(alarm.address.split("::")[1], alarm.verdict, alarm.usual) for alarm in found.alarms] == alarms
     assert found.reason == reason
     assert found.quiet is not bool(alarms or reason)
+
+
+# ------------------------------------------------------------------------------------------- the record
+
+
+def test_a_trial_is_kept_with_what_it_rests_on(
+    run_conformance: Command, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("one", "two")
+    asked = ("trial", "clean", "suites", "-t", HONEST, "--runs", 2, "--out", "t", "--record", "r/trials.json")
+    assert run_conformance(*asked).returncode == 0
+    kept = records.read(tmp_path / "r" / "trials.json").clean
+    assert kept is not None
+    assert (kept.made.selection, kept.made.targets, kept.made.seed) == (("suites",), (HONEST,), 0)
+    assert [run.run_file for run in kept.runs] == ["clean-0-1.jsonl", "clean-0-2.jsonl"], (
+        "no path of a machine"
+    )
+    done = run_conformance("trial", "check", "r/trials.json")
+    assert done.returncode == 3
+    assert done.stdout.splitlines() == [
+        "clean: to be made again: has 2 of 10 runs",
+        "kill: to be made again: was never made",
+    ]
+    rows = validated("trial-check", run_conformance("trial", "check", "r/trials.json", "--json"))["trials"]
+    assert rows[1] == {"trial": "kill", "stale": "was never made", "bad": False}
+
+
+def trials(*, alarms: bool = False, lost: tuple[str, ...] = ()) -> TrialsFile:
+    """A record of both trials, long enough, of today's sources and of no case."""
+    made = records.begun(CleanPlan(("none",), ("reference",), Path(), 10), ())
+    circumstances = itertools.islice(drawn(0), records.CLEAN_RUNS)
+    runs = tuple(
+        CleanRun(
+            circumstances=found,
+            run_file="clean.jsonl",
+            repeat="conformance run",
+            seconds=1.0,
+            counts={"pass": 1},
+            alarms=(),
+            reason="it hung" if alarms else "",
+        )
+        for found in circumstances
+    )
+    killed = Killed(after=1, shown=1, stored=1, lost=lost, torn=False)
+    trial = KillTrial(
+        planned=60, kills=(killed,) * records.KILLS, differing=(), twice=(), run_file="k", undisturbed="u"
+    )
+    return TrialsFile(
+        clean=records.CleanTrial(made=made, runs=runs), kill=records.Kills(made=made, trial=trial)
+    )
+
+
+def test_a_record_holds_while_sources_and_cases_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = trials()
+    assert records.stale(file, lambda _selection: ()) == {}
+    assert records.bad(file) == frozenset()
+    monkeypatch.setattr(grounds, "sources", lambda: "others")
+    changed = "the implementation or the harness has changed since"
+    assert records.stale(file, lambda _selection: ()) == {"clean": changed, "kill": changed}
+    monkeypatch.setattr(grounds, "of_cases", lambda _cases: "others")
+    changed = "the cases have changed since"
+    assert records.stale(file, lambda _selection: ()) == {"clean": changed, "kill": changed}
+
+
+def test_a_record_of_a_trial_that_went_wrong_is_bad() -> None:
+    assert records.bad(trials(alarms=True)) == {"clean"}
+    assert records.bad(trials(lost=("parser/a::b [reference]",))) == {"kill"}
+
+
+def test_a_trial_with_a_file_that_is_no_record_does_not_begin(
+    run_conformance: Command, suites: Suites, tmp_path: Path
+) -> None:
+    suites.write("one")
+    (tmp_path / "trials.json").write_text("[]")
+    asked = ("suites", "-t", HONEST, "--out", "t", "--record", "trials.json")
+    done = run_conformance("trial", "clean", *asked)
+    assert done.returncode == 2
+    assert (
+        "trials.json: is not what this version's `conformance trial clean|kill --record` writes"
+        in done.stderr
+    )
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_committed_record_is_sound() -> None:
+    file = records.read(records.default_path())
+    assert file.clean is not None
+    assert file.kill is not None
+    assert len(file.clean.runs) >= records.CLEAN_RUNS
+    assert len(file.kill.trial.kills) >= records.KILLS
+    assert records.bad(file) == frozenset()
+    assert file.clean.made.selection == (), "all quick cases"
 
 
 # ------------------------------------------------------------------------------------------- killed runs

@@ -20,6 +20,7 @@ from conformance.errors import RunFileError
 from conformance.faults import record
 from conformance.results import Run
 from conformance.store import StoredRun
+from conformance.trials.record import read as read_trials
 
 if TYPE_CHECKING:
     from conformance.reporting.accuracy import History
@@ -50,6 +51,7 @@ _FILE = click.Path(path_type=Path)
     help="Run files of cells, or folders of them, that `conformance matrix run` wrote; may be repeated.",
 )
 @click.option("--faults", type=_FILE, help="What `conformance faults measure` wrote.")
+@click.option("--trials", type=_FILE, help="What `conformance trial --record` wrote.")
 @database_option("Show the history of accuracy, what changed, and all runs from this database.")
 @json_option
 def report_command(
@@ -61,6 +63,7 @@ def report_command(
     backtests: Path | None,
     cells: tuple[Path, ...],
     faults: Path | None,
+    trials: Path | None,
     database: str | None,
     as_json: bool,
 ) -> None:
@@ -93,6 +96,7 @@ def report_command(
         cells=of_cells,
         left_out=left_out,
         faults=record.read(faults) if faults is not None else None,
+        trials=read_trials(trials) if trials is not None else None,
         comparison=known.comparison,
         runs=known.runs,
     )

@@ -35,6 +35,7 @@ OUTPUTS: dict[str, type[output.Output]] = {
     "faults-check": trial_output.FaultsCheckOutput,
     "trial-clean": trial_output.CleanOutput,
     "trial-kill": trial_output.KillOutput,
+    "trial-check": trial_output.TrialCheckOutput,
     "nightly": trial_output.NightlyOutput,
     "ladder": output.LadderOutput,
     "bisect": output.BisectOutput,

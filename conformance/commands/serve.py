@@ -14,6 +14,7 @@ from conformance.commands.selection import select
 from conformance.commands.store import database_option
 from conformance.errors import UsageError
 from conformance.faults import record
+from conformance.trials.record import read as read_trials
 
 DEFAULT_PORT = 8643
 _NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
@@ -57,6 +58,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--backtests", type=_FILE, help="What `conformance backtest` wrote.")
 @click.option("--faults", type=_FILE, help="What `conformance faults measure` wrote.")
+@click.option("--trials", type=_FILE, help="What `conformance trial --record` wrote.")
 @database_option("The history to serve.  [default: a file in the user's data folder]")
 def serve_command(
     host: str,
@@ -68,6 +70,7 @@ def serve_command(
     ladders: tuple[Path, ...],
     backtests: Path | None,
     faults: Path | None,
+    trials: Path | None,
     database: str | None,
 ) -> None:
     """Serve the history of runs: its dashboard, and queries as JSON under /api/v1.
@@ -104,8 +107,11 @@ def serve_command(
     steps = [history.read(path) for path in ladders]
     findings = read_findings(backtests) if backtests is not None else None
     found = record.read(faults) if faults is not None else None
+    tried = read_trials(trials) if trials is not None else None
     with Store(database, create=token is not None) as store:
-        dashboard = Dashboard(store, tuple(suites), ladders=steps, backtests=findings, faults=found)
+        dashboard = Dashboard(
+            store, tuple(suites), ladders=steps, backtests=findings, faults=found, trials=tried
+        )
         ingest = Ingest(store, token, max_upload * _MIB)
         with listen(host, port) as listening:
             if not is_loopback(host):

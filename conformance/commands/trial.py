@@ -12,10 +12,11 @@ from conformance.commands import output
 from conformance.commands.output import json_option
 from conformance.commands.run import seconds
 from conformance.commands.selection import select
-from conformance.commands.trial_output import CleanOutput, KillOutput
+from conformance.commands.trial_output import CleanOutput, KillOutput, TrialCheckOutput, TrialRow
 from conformance.recording import new_run_id
 from conformance.trials import clean as cleaning
 from conformance.trials import kill as killing
+from conformance.trials import record as records
 from conformance.verdicts import counted
 
 _DEFAULT_TARGET = ("reference",)
@@ -34,6 +35,11 @@ def _common(command: Command) -> Command:
             show_default=True,
             callback=seconds,
             help="Seconds for one run.",
+        ),
+        click.option(
+            "--record",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Put what comes of it into this record, such as ci/trials.json.",
         ),
         json_option,
     ):
@@ -59,6 +65,7 @@ def clean_command(
     seed: int,
     out: Path | None,
     limit: float,
+    record: Path | None,
     as_json: bool,
 ) -> None:
     """Run the quick cases (or CASES of them) again and again with no fault, and list every alarm.
@@ -66,9 +73,11 @@ def clean_command(
     Threads, processes, the order of cases, PYTHONHASHSEED and the seed of sampled chunkings differ from run
     to run. Exits with 1 if a case fails, or does not come out as it did before. Known failures are no alarms.
     """
-    select(cases, quick=True)  # refuses what is wrong before anything starts
     plan = cleaning.CleanPlan(cases, targets or _DEFAULT_TARGET, out or _folder(), runs, seed, limit)
+    made = _begun(plan, record)
     found = cleaning.clean(plan, progress=lambda run: click.echo(_told(run), err=True))
+    if record is not None:
+        records.keep(record, made, found)
     bad = cleaning.alarming(found)
     if as_json:
         output.emit_json(CleanOutput(runs=tuple(found), alarming=len(bad)))
@@ -98,6 +107,7 @@ def kill_command(
     seed: int,
     out: Path | None,
     limit: float,
+    record: Path | None,
     as_json: bool,
 ) -> None:
     """Kill a run of the quick cases (or CASES of them) at random points, and resume it each time.
@@ -105,10 +115,12 @@ def kill_command(
     Exits with 1 if a result that was shown is not in the run file, if one was thrown away, or if a verdict is
     not that of an undisturbed run.
     """
-    select(cases, quick=True)
     targets = targets or _DEFAULT_TARGET
     plan = killing.KillPlan(cases, targets, out or _folder(), times, seed, workers, limit)
+    made = _begun(plan, record)
     found = killing.kill(plan, progress=lambda kill: click.echo(_told_kill(kill), err=True))
+    if record is not None:
+        records.keep(record, made, found)
     if as_json:
         output.emit_json(KillOutput(trial=found, sound=found.sound))
     else:
@@ -121,6 +133,36 @@ def kill_command(
         words = "nothing was lost, and all verdicts are the same" if found.sound else "not sound"
         click.echo(f"{found.planned} cases, killed {len(found.kills)} times: {words}")
     context.exit(0 if found.sound else 1)
+
+
+@trial_group.command("check")
+@click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@json_option
+@click.pass_context
+def check_command(context: click.Context, file: Path | None, as_json: bool) -> None:
+    """Check whether a record (default: the committed one) is long enough and still holds; nothing is run.
+
+    Exits with 1 if a recorded trial went wrong, with 3 if one is to be made again.
+    """
+    path = file or records.default_path()
+    found = records.read(path)
+    stale = records.stale(found, lambda selection: select(selection, quick=True).cases)
+    bad = records.bad(found)
+    rows = tuple(TrialRow(trial=name, stale=stale.get(name, ""), bad=name in bad) for name in records.NAMES)
+    if as_json:
+        output.emit_json(TrialCheckOutput(file=str(path), trials=rows))
+    else:
+        for row in rows:
+            words = (f"to be made again: {row.stale}",) if row.stale else ()
+            click.echo(f"{row.trial}: {'; '.join((*('it went wrong',) * row.bad, *words)) or 'holds'}")
+    context.exit(1 if bad else 3 if stale else 0)
+
+
+def _begun(plan: cleaning.CleanPlan | killing.KillPlan, record: Path | None) -> records.Made:
+    """Refuse what is wrong before anything starts."""
+    if record is not None and record.exists():
+        records.read(record)
+    return records.begun(plan, select(plan.arguments, quick=True).cases)
 
 
 def _folder() -> Path:

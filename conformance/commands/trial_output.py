@@ -8,6 +8,7 @@ from conformance.faults.record import Outcome, Rates
 from conformance.nightly.run import NightResult
 from conformance.trials.clean import CleanRun
 from conformance.trials.kill import KillTrial
+from conformance.trials.record import Name
 
 
 class FaultRow(Output):
@@ -93,6 +94,23 @@ class KillOutput(Output):
     trial: KillTrial
     sound: bool
     """Nothing was lost or thrown away, and all verdicts are those of an undisturbed run."""
+
+
+class TrialRow(Output):
+    """A trial of a record."""
+
+    trial: Name
+    stale: str
+    """Why it is to be made again; empty if it holds."""
+    bad: bool
+    """Whether it had an alarm, or lost something."""
+
+
+class TrialCheckOutput(Output):
+    """Output of `conformance trial check`."""
+
+    file: str
+    trials: tuple[TrialRow, ...]
 
 
 class NightlyOutput(Output):

@@ -3,54 +3,24 @@
 1. A record has the outcome of the fault's first run and of its last one. The first is never replaced.
 2. It holds for what it was measured with: the sources that bear on a verdict, the cases, and the fault's own
    patch and place. `stale` compares these by their digests, and runs nothing.
-3. The file ends with a digest of itself; one that was changed by hand is refused.
+3. The file carries a digest of itself; one that was changed by hand is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from conformance import resources, runfile
-from conformance.errors import ConformanceError
+from conformance import grounds, resources, sealed
 from conformance.faults.base import Fault
 from conformance.faults.places import CLASSES, Class, Layer, Level, Place, misplaced, places
 from conformance.loading import LoadedCase
 from conformance.records import Record
-
-_PATCHES = (
-    "architecture",
-    "layouts",
-    "lora",
-    "masks",
-    "media",
-    "parser",
-    "processing",
-    "ranks",
-    "runtime",
-    "template",
-)
-_OF_NO_VERDICT = (
-    *(f"conformance/faults/{name}.py" for name in _PATCHES),
-    *("conformance/faults/places", "conformance/faults/record.py"),
-    *("conformance/commands/", "conformance/reporting/", "conformance/schemas/", "conformance/service/"),
-    *("conformance/store/", "conformance/workflows/", "conformance/backtests/", "conformance/targets/locks/"),
-    *("conformance/report.py", "conformance/history.py", "conformance/matrix.py", "conformance/covering.py"),
-    *("conformance/execute.py", "conformance/ray_executor.py", "conformance/cli.py", "conformance/nightly"),
-    *("conformance/trials", "conformance/comparison.py", "conformance/resources.py"),
-)
-"""Beginnings of files whose change makes no record doubtful. Each fault's own patch and place count by
-themselves."""
-_SHORT = 16
-
-
-class RecordError(ConformanceError):
-    """A record cannot be read or written."""
+from conformance.sealed import RecordError, Sealed
 
 
 class Basis(Record):
@@ -129,7 +99,7 @@ class Rates(Record):
     crash_only: int
 
 
-class FaultsFile(Record):
+class FaultsFile(Sealed):
     """What `conformance faults measure` writes."""
 
     schema_version: Literal[2] = 2
@@ -138,8 +108,6 @@ class FaultsFile(Record):
     left_out: dict[str, int] = Field(default_factory=dict)
     """Chosen cases that say nothing about faults here, by their verdict without any fault."""
     faults: tuple[FaultRecord, ...] = ()
-    digest: str = ""
-    """SHA-256 of the file with this field empty."""
 
     def of(self, fault: str) -> FaultRecord | None:
         """The record of one fault."""
@@ -160,31 +128,12 @@ def read(path: Path) -> FaultsFile:
     Raises:
         RecordError: there is none, it is something else, or it was changed by hand.
     """
-    try:
-        file = FaultsFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(
-            f"{path}: is not what this version's `conformance faults measure` writes; measure into another "
-            "file (`--out`), or remove this one"
-        ) from error
-    if file.digest != _digest_of(file):
-        raise RecordError(f"{path}: was changed by hand: its digest is not its own; measure the faults again")
-    return file
+    return sealed.read(path, FaultsFile, "`conformance faults measure` (`--out`)")
 
 
 def write(file: FaultsFile, path: Path) -> None:
     """Write a record: readers see the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    text = file.model_copy(update={"digest": _digest_of(file)}).model_dump_json(indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
-def _digest_of(file: FaultsFile) -> str:
-    return _sha(file.model_copy(update={"digest": ""}).model_dump_json())
+    sealed.write(file, path)
 
 
 # --------------------------------------------------------------------------------- what outcomes rest on
@@ -202,9 +151,9 @@ def basis(fault: Fault, cases: Sequence[LoadedCase]) -> Basis:
     place = place_of(fault).model_dump_json(exclude={"faults"})
     pointed = places().points_at[fault.area]
     return Basis(
-        sources=runfile.harness_digest(_OF_NO_VERDICT)[:_SHORT],
-        cases=_sha("\n".join(sorted(f"{case.address} {case.digest}" for case in cases)))[:_SHORT],
-        fault=_sha(f"{_source_of(fault)}\n{place}\n{pointed}")[:_SHORT],
+        sources=grounds.sources(*grounds.OF_TRIALS),
+        cases=grounds.of_cases(cases),
+        fault=grounds.of_text(f"{_source_of(fault)}\n{place}\n{pointed}"),
     )
 
 
@@ -230,10 +179,6 @@ def _source_of(fault: Fault) -> str:
     assert spec is not None  # the fault came from there
     assert spec.origin is not None
     return Path(spec.origin).read_text(encoding="utf-8")
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------- rates

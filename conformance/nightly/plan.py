@@ -16,6 +16,7 @@ from conformance.faults import record, registry
 from conformance.faults.record import FaultsFile, RecordError
 from conformance.recording import new_run_id
 from conformance.targets import registry as targets
+from conformance.trials import record as trials
 
 LADDERS = ("vllm", "sglang-parsers", "transformers")
 """Targets with releases, whose newest is asked each night."""
@@ -62,6 +63,11 @@ class Night:
         """Run files of cells."""
         return self.folder / "cells"
 
+    @property
+    def trials_file(self) -> Path:
+        """Record of the trials; one that is long enough may be committed."""
+        return self.folder / "trials.json"
+
     def ladder_file(self, target: str) -> Path:
         """Where the newest rung of a ladder is written."""
         return self.folder / f"ladder-{target}.json"
@@ -83,7 +89,10 @@ class Step:
     """Why it cannot run."""
 
 
-STEPS = ("suites", "ladder", "matrix", "faults-check", "faults-sample", "clean", "kill", "merge", "report")
+STEPS = (
+    *("suites", "ladder", "matrix", "faults-check", "faults-sample"),
+    *("trials-check", "clean", "kill", "merge", "report"),
+)
 """Names that `--skip` takes; a ladder's step is called `ladder-TARGET`."""
 
 
@@ -107,11 +116,12 @@ def steps(night: Night) -> list[Step]:
             ),
         ),
         *_faults(night, several),
+        _trials_check(),
         Step(
             "clean",
             (
                 *("trial", "clean", *night.cases, "--runs", str(night.clean_runs), "--seed", _seed(night)),
-                *("--out", str(night.folder / "clean")),
+                *("--out", str(night.folder / "clean"), "--record", str(night.trials_file)),
             ),
         ),
         Step(
@@ -120,6 +130,7 @@ def steps(night: Night) -> list[Step]:
                 *("trial", "kill", *(night.cases or KILLED), "--times", str(night.kills)),
                 # A trial that was ended with its night is made anew.
                 *("--seed", _seed(night), "--out", str(night.folder / "kill" / new_run_id())),
+                *("--record", str(night.trials_file)),
             ),
         ),
     ]
@@ -147,6 +158,8 @@ def report(night: Night) -> Step:
         options += ["--matrix", str(night.cells_folder)]
     if night.record.exists():
         options += ["--faults", str(night.record)]
+    if night.trials_file.exists():
+        options += ["--trials", str(night.trials_file)]
     options += [*_database(night), "--out", str(night.site)]
     return Step("report", ("report", str(night.suites_file), *options))
 
@@ -197,6 +210,13 @@ def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     work = ("--work", str(night.folder / "faults"))
     measure = ("faults", "measure", *night.cases, *named, "--again", "--out", str(night.record), *work)
     return check, Step("faults-sample", (*measure, *several))
+
+
+def _trials_check() -> Step:
+    """Of the committed record: what takes too long for a night is made once for each state of the sources."""
+    if not trials.default_path().is_file():
+        return Step("trials-check", reason=f"there is no record {trials.default_path()} yet")
+    return Step("trials-check", ("trial", "check"))
 
 
 def _set_aside(path: Path) -> None:

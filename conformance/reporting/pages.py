@@ -25,6 +25,7 @@ from conformance.reporting.ladders import LadderView
 from conformance.reporting.runs import RunsView
 from conformance.reporting.signs import SIGNS, Status
 from conformance.reporting.text import plain, prose
+from conformance.reporting.trials import TrialsView
 from conformance.reporting.view import STREAM_KINDS, Case, Entry, Group, Site, Target
 
 Render = Callable[[], str]
@@ -142,6 +143,7 @@ class Extras:
     """What is shown beside a run where there is such a thing."""
 
     faults: FaultsView | None = None
+    trials: TrialsView | None = None
     comparison: ComparisonView | None = None
     runs: RunsView | None = None
 
@@ -155,7 +157,7 @@ class Pages:
         backtests: Backtests to show beside it.
         accuracy: Scores of the run, with what history there is; by default of the run alone.
         matrix: Cells to show beside it.
-        extras: Faults, a comparison and a list of runs to show beside it.
+        extras: Faults, trials, a comparison and a list of runs to show beside it.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class Pages:
             accuracy=self._accuracy,
             matrix=matrix,
             faults=self._extras.faults,
+            trials=self._extras.trials,
             comparison=self._extras.comparison,
             runs=self._extras.runs,
             alone=self._alone,
@@ -227,6 +230,8 @@ class Pages:
             yield "comparison.html", self._render("comparison.html", 0)
         if self._extras.runs is not None:
             yield "runs.html", self._render("runs.html", 0)
+        if self._extras.trials is not None:
+            yield "trials.html", self._render("trials.html", 0)
         if self._extras.faults is not None:
             yield "faults.html", self._render("faults.html", 0)
             for fault in self._extras.faults.faults:

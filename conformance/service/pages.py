@@ -25,6 +25,7 @@ from conformance.reporting.pages import Render
 from conformance.results import Run
 from conformance.store import OtherVersionError, StoredRun, UnknownRunError
 from conformance.store.history import Store
+from conformance.trials.record import TrialsFile
 
 KEPT = 4
 """Runs whose pages are kept. All results of a run are in memory for them."""
@@ -50,6 +51,7 @@ class Dashboard:
         ladders: Release ladders that get a page beside every run.
         backtests: Backtests that get a page beside every run.
         faults: Record of faults that gets a page beside every run.
+        trials: Record of trials that gets a page beside every run.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Dashboard:
         ladders: Sequence[Ladder] = (),
         backtests: Findings | None = None,
         faults: FaultsFile | None = None,
+        trials: TrialsFile | None = None,
     ) -> None:
         self._store = store
         self._suites = suites
         self._ladders = ladders
         self._backtests = backtests
         self._faults = faults
+        self._trials = trials
         self._assets = {
             f"assets/{path.name}": Served(path.read_text("utf-8"), _TYPES[path.suffix])
             for path in resources.assets_dir().iterdir()
@@ -131,6 +135,7 @@ class Dashboard:
             cells=cells,
             left_out=left_out,
             faults=self._faults,
+            trials=self._trials,
             comparison=compare(self._store, [run]),
             runs=self._store.runs(),
             served=True,

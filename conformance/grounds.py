@@ -1,0 +1,58 @@
+"""What the results of long work rest on, as short digests: sources that bear on a verdict, and cases.
+
+A result whose grounds are no more those of today is stale; that is found without running anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from conformance import runfile
+from conformance.loading import LoadedCase
+
+_PATCHES = (
+    "architecture",
+    "layouts",
+    "lora",
+    "masks",
+    "media",
+    "parser",
+    "processing",
+    "ranks",
+    "runtime",
+    "template",
+)
+_OF_NO_VERDICT = (
+    *(f"conformance/faults/{name}.py" for name in _PATCHES),
+    *("conformance/faults/places", "conformance/faults/record.py", "conformance/sealed.py"),
+    *("conformance/commands/", "conformance/reporting/", "conformance/schemas/", "conformance/service/"),
+    *("conformance/store/", "conformance/workflows/", "conformance/backtests/", "conformance/targets/locks/"),
+    *("conformance/report.py", "conformance/history.py", "conformance/matrix.py", "conformance/covering.py"),
+    *("conformance/ray_executor.py", "conformance/cli.py", "conformance/nightly"),
+    *("conformance/comparison.py", "conformance/resources.py"),
+)
+"""Beginnings of files whose change makes no result doubtful. Each fault's own patch and place count by
+themselves."""
+OF_TRIALS = ("conformance/execute.py", "conformance/trials")
+"""Files that bear on trials only."""
+_SHORT = 16
+
+
+def sources(*without: str) -> str:
+    """Digest of the harness and the bundled implementation, as far as they bear on a verdict.
+
+    Args:
+        without: Beginnings of more files that do not count.
+    """
+    return runfile.harness_digest((*_OF_NO_VERDICT, *without))[:_SHORT]
+
+
+def of_cases(cases: Iterable[LoadedCase]) -> str:
+    """Digest of cases, whatever their order."""
+    return of_text("\n".join(sorted(f"{case.address} {case.digest}" for case in cases)))
+
+
+def of_text(text: str) -> str:
+    """Digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:_SHORT]
