@@ -93,6 +93,7 @@ class _PublishedText(Published):
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     attention_bias: Literal[False, None] = False
     attn_logit_softcapping: None = None
+    model_type: str | None = None
     use_bidirectional_attention: Literal["vision", None] = None
     tie_word_embeddings: bool | None = None
     max_position_embeddings: Count = 131_072
@@ -209,7 +210,7 @@ class TextConfig:
             else None,
             moe=_moe(text) if text.enable_moe_block else None,
             tie_word_embeddings=bool(text.tie_word_embeddings if tied is None else tied),
-            bidirectional_images=text.use_bidirectional_attention == "vision",
+            bidirectional_images=_image_attention(text) == "vision",
             max_position_embeddings=text.max_position_embeddings,
             pad_token_id=text.pad_token_id or 0,
         )
@@ -223,6 +224,13 @@ class TextConfig:
     def kinds(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention that occur, each once."""
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
+
+
+def _image_attention(text: _PublishedText) -> Literal["vision", None]:
+    """Where a file says nothing, what its class in transformers says, which for the unified model is `vision`."""
+    said = "use_bidirectional_attention" in text.model_fields_set
+    unified = text.model_type == "gemma4_unified_text"
+    return "vision" if unified and not said else text.use_bidirectional_attention
 
 
 def read_config(path: Path) -> dict[str, Any]:

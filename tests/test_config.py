@@ -340,3 +340,19 @@ def test_unreadable_files_are_named(write: Callable[[Path], object], message: st
     with pytest.raises(ConfigError, match=message) as caught:
         TextConfig.from_file(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said", "opened"),
+    [
+        ("gemma4_text", {}, False),
+        ("gemma4_unified_text", {}, True),  # the default of its class in transformers
+        ("gemma4_unified_text", {"use_bidirectional_attention": None}, False),
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}, True),
+    ],
+)
+def test_where_image_attention_is_left_out_the_models_class_says(
+    model_type: str, said: dict[str, str | None], opened: bool
+) -> None:
+    raw = {key: value for key, value in DENSE.items() if key != "use_bidirectional_attention"}
+    assert TextConfig.from_dict(raw | said | {"model_type": model_type}).bidirectional_images is opened

@@ -120,7 +120,8 @@ class Visibility:
         window = text.get("sliding_window")
         if type(window) is not int or window < 1:
             raise EngineError("the configuration needs a positive `sliding_window`")
-        opened = text.get("use_bidirectional_attention")
+        unsaid = "vision" if text.get("model_type") == "gemma4_unified_text" else None  # as in transformers
+        opened = text.get("use_bidirectional_attention", unsaid)
         if opened not in (None, "vision"):
             raise EngineError(
                 f"the configuration has `use_bidirectional_attention: {opened}`; "
