@@ -227,7 +227,7 @@ class TextConfig:
 
 
 def _image_attention(text: _PublishedText) -> Literal["vision", None]:
-    """Where a file says nothing, what its class in transformers says, which for the unified model is `vision`."""
+    """Where a file is silent, its class in transformers decides: `vision` for the unified model."""
     said = "use_bidirectional_attention" in text.model_fields_set
     unified = text.model_type == "gemma4_unified_text"
     return "vision" if unified and not said else text.use_bidirectional_attention
