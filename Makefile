@@ -33,7 +33,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/conformance targets install --default
 	# The oracle of image processing: what the default leaves out.
 	$(BIN)/conformance targets install transformers@5.19.0
-	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS) \
+	$(BIN)/python -m pytest tests/ suites/ -n $(WORKERS) --dist loadgroup \
 	  --ignore suites/invariance --ignore suites/lora --ignore suites/accuracy
 	# Not vLLM: nearly every one of these cases is an engine of its own, which takes it a minute to start, and
 	# gates take minutes each on a CPU. Its gates are in `make vllm`, and all that is quick runs every night.

@@ -22,6 +22,8 @@ from model_impl.unified_audio import StretchEmbedder
 from tests.media_oracle import ask, assert_parity, noise, tone
 from tests.model_configs import DENSE
 
+pytestmark = pytest.mark.xdist_group("audio")  # its fixtures take long: one process makes them
+
 torch.set_num_threads(1)
 
 TEXT_WIDTH = 40

@@ -37,6 +37,8 @@ from tests.test_environments import (  # noqa: F401 - fixtures
 from tests.test_overlays import SPEC
 from tests.test_overlays import overlaid as overlaid  # fixtures
 
+pytestmark = pytest.mark.xdist_group("backtest")  # its fixtures take long: one process makes them
+
 TABLE = backtests.load()
 BAD, GOOD = "toy@0.9", SPEC
 LINE = "VERSION = '1.0'"

@@ -19,6 +19,8 @@ from conformance.runner import TargetPool
 from model_impl.chat import parser, render
 from model_impl.chat.parser import Parser
 
+pytestmark = pytest.mark.xdist_group("fault-reach")  # its fixtures take long: one process makes them
+
 CASES = (
     "parser/reasoning::basic-block",
     "template/turns::one-user-turn",

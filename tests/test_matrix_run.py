@@ -24,6 +24,8 @@ from conformance.results import Run
 from tests.conftest import ROOT, TESTS
 from tests.processes import survivors
 
+pytestmark = pytest.mark.xdist_group("matrix-run")  # its fixtures take long: one process makes them
+
 MATRIX = """
 title: Targets of a test
 targets:

@@ -31,6 +31,8 @@ from model_impl.preprocess.audio import (
 )
 from tests.media_oracle import ask, noise, tone
 
+pytestmark = pytest.mark.xdist_group("preprocess-audio")  # its fixtures take long: one process makes them
+
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-5

@@ -27,6 +27,8 @@ from model_impl.preprocess.images import (
 )
 from tests.media_oracle import ask
 
+pytestmark = pytest.mark.xdist_group("preprocess-images")  # its fixtures take long: one process makes them
+
 torch.set_num_threads(1)
 
 EXACT = 1e-6

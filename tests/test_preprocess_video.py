@@ -25,6 +25,8 @@ from model_impl.preprocess.video import (
 )
 from tests.media_oracle import ask
 
+pytestmark = pytest.mark.xdist_group("preprocess-video")  # its fixtures take long: one process makes them
+
 torch.set_num_threads(1)
 
 EXACT = 1e-6

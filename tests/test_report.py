@@ -19,6 +19,8 @@ from conformance.reporting.view import Site
 from conformance.results import Run
 from tests import run_fixtures as fixtures
 
+pytestmark = pytest.mark.xdist_group("report")  # its fixtures take long: one process makes them
+
 Tree = html.HtmlElement
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029\ufffe]")

@@ -14,6 +14,8 @@ from conformance.reporting.view import Site
 from tests import run_fixtures as fixtures
 from tests.browsers import chromium
 
+pytestmark = pytest.mark.xdist_group("report-browser")  # its fixtures take long: one process makes them
+
 PHONE, DESK = 360, 1280
 
 # For each text on the page: its colour on the first opaque background below it. Colours are read

@@ -16,6 +16,8 @@ from tests import run_fixtures as fixtures
 from tests.browsers import chromium
 from tests.services import SENDER, Running, lines, running
 
+pytestmark = pytest.mark.xdist_group("service-browser")  # its fixtures take long: one process makes them
+
 RUN_ID = "hostile-1"
 _LINK = re.compile(r'href="([^"#]+\.html)')
 

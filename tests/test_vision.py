@@ -24,6 +24,8 @@ from model_impl.unified import TileEmbedder
 from model_impl.vision import VisionTower, pool
 from tests.media_oracle import ask, assert_parity
 
+pytestmark = pytest.mark.xdist_group("vision")  # its fixtures take long: one process makes them
+
 torch.set_num_threads(1)
 
 TEXT_WIDTH = 40
