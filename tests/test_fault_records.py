@@ -17,10 +17,11 @@ from conformance.faults import reach, record, registry
 from conformance.faults.cleanly import Clean
 from conformance.faults.measure import Found, Plan, measure, points_at, recorded
 from conformance.faults.places import LEVEL_OF_KIND
-from conformance.faults.record import Basis, FaultRecord, FaultsFile, RecordError
+from conformance.faults.record import Basis, FaultRecord, FaultsFile
 from conformance.faults.run import Catch
 from conformance.loading import LoadedCase
 from conformance.results import Verdict
+from conformance.sealed import RecordError
 from tests.conftest import Run
 from tests.test_cli import validated
 

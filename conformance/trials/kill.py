@@ -106,8 +106,8 @@ def kill(plan: KillPlan, progress: Callable[[Killed], None] = lambda kill: None)
     kills: list[Killed] = []
     left = planned
     for number in range(plan.times):
-        # A share of what is left, so that something is left for the kills to come.
-        after = draw.randint(0, max(1, 2 * left // (plan.times - number + 2)))
+        # A third of its share, as more results come before each kill: all the kills to come need some left.
+        after = draw.randint(0, max(1, 2 * left // (3 * (plan.times - number))))
         printed = _kill_one(plan, cut_file, min(after, left - 1), draw.uniform(0, _PAUSE))
         shown |= printed
         kills.append(_look(cut_file, len(printed), shown))

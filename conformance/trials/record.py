@@ -115,9 +115,12 @@ def keep(path: Path, made: Made, found: Sequence[CleanRun] | KillTrial) -> None:
 
 def bad(file: TrialsFile) -> frozenset[Name]:
     """The recorded trials with an alarm, or with something lost."""
-    alarms = file.clean is not None and alarming(file.clean.runs)
-    lost = file.kill is not None and not file.kill.trial.sound
-    return frozenset(name for name, wrong in (("clean", alarms), ("kill", lost)) if wrong)
+    found: set[Name] = set()
+    if file.clean is not None and alarming(file.clean.runs):
+        found.add("clean")
+    if file.kill is not None and not file.kill.trial.sound:
+        found.add("kill")
+    return frozenset(found)
 
 
 def stale(file: TrialsFile, chosen: Callable[[tuple[str, ...]], Sequence[LoadedCase]]) -> dict[Name, str]:
