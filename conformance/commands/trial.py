@@ -131,7 +131,8 @@ def kill_command(
         for name in found.twice:
             click.echo(f"RUN AGAIN: {name}")
         words = "nothing was lost, and all verdicts are the same" if found.sound else "not sound"
-        click.echo(f"{found.planned} cases, killed {len(found.kills)} times: {words}")
+        fewer = f" of {times}" if len(found.kills) < times else ""
+        click.echo(f"{found.planned} cases, killed {len(found.kills)}{fewer} times: {words}")
     context.exit(0 if found.sound else 1)
 
 
