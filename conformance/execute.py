@@ -16,14 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import conformance
-from conformance import runfile, runner
+from conformance import runfile, runner, shares
 from conformance.errors import ConformanceError, RunFileError
 from conformance.matrix import Cell, Matrix
 from conformance.recording import Planned, Recording
@@ -99,8 +99,9 @@ class LocalExecutor:
         """Run jobs; an interrupt, or leaving off early, ends all processes."""
         running: set[subprocess.Popen[bytes]] = set()
         stopping = threading.Event()
+        shared = shares.variables(self._workers)
         with ThreadPoolExecutor(max_workers=self._workers) as threads:
-            futures = [threads.submit(run_process, job, running, stopping) for job in jobs]
+            futures = [threads.submit(run_process, job, running, stopping, shared) for job in jobs]
             try:
                 for future in as_completed(futures):
                     yield future.result()
@@ -113,7 +114,10 @@ class LocalExecutor:
 
 
 def run_process(
-    job: Job, running: set[subprocess.Popen[bytes]] | None = None, stopping: threading.Event | None = None
+    job: Job,
+    running: set[subprocess.Popen[bytes]] | None = None,
+    stopping: threading.Event | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> Ended:
     """Run one job here.
 
@@ -121,12 +125,13 @@ def run_process(
         job: It.
         running: Where its process is entered while it runs.
         stopping: Nothing is started once it is set.
+        shared: Variables for what runs beside others; those of the job win.
     """
     if stopping is not None and stopping.is_set():
         return Ended(job, None, 0.0, "")
     started = time.monotonic()
     known = running if running is not None else set()
-    with guarded(job.command(), job.environment) as process:
+    with guarded(job.command(), [*(shared or {}).items(), *job.environment]) as process:
         known.add(process)
         if stopping is not None and stopping.is_set():
             _end(process)  # it was not there yet when the others were ended

@@ -10,7 +10,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from conformance import resources
+from conformance import resources, shares
 
 _PACKAGES = (
     "jinja2",
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
         "implementation": platform.python_implementation(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cpus": str(shares.cores()),
     }
     for package in _PACKAGES:
         try:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from conformance.session import SuiteSession
 
 _SESSION: pytest.StashKey[SuiteSession] = pytest.StashKey()
+_SHARED: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
+"""Names of the environment variables that were set for workers."""
 RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
 _ATTRIBUTE = "conformance"
 """Attribute of a report: JSON text with the result and where it came from."""
@@ -115,6 +118,7 @@ def pytest_configure(config: pytest.Config) -> None:
             setattr(config.option, name, str(Path(config.getoption(name)).absolute()))
     if config.getoption("conformance_record") and config.getoption("numprocesses", None):
         raise pytest.exit.Exception("answers are recorded by one process: leave out -n", returncode=2)
+    _share(config)
     try:
         recorder = Recorder(config)
     except ConformanceError as error:
@@ -123,8 +127,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(recorder, "conformance-recorder")
 
 
+def _share(config: pytest.Config) -> None:
+    """Tell the workers of pytest-xdist, through their environment, what of the machine is theirs."""
+    workers = config.getoption("numprocesses", None)
+    if workers and _may_meet_suites(config):
+        from conformance import shares
+
+        variables = shares.variables(workers)
+        config.stash[_SHARED] = tuple(variables)
+        os.environ.update(variables)
+
+
+def _may_meet_suites(config: pytest.Config) -> bool:
+    return any(may_hold_suites(Path(argument.split("::")[0]).absolute()) for argument in config.args)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Close the targets."""
+    """Close the targets; take back what was set for workers."""
+    for name in config.stash.get(_SHARED, ()):
+        os.environ.pop(name, None)
     session = config.stash.get(_SESSION, None)
     if session is not None:
         session.pool.close()
@@ -178,7 +199,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the cases of one engine on one worker, unless another distribution was asked for."""
     if config.getvalue("dist") not in ("load", "loadgroup"):
         return None
-    if not any(may_hold_suites(Path(argument.split("::")[0]).absolute()) for argument in config.args):
+    if not _may_meet_suites(config):
         return None
     from conformance.scheduling import TargetScheduling
 
