@@ -10,7 +10,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from conformance import resources, shares
+from conformance import resources
 
 _PACKAGES = (
     "jinja2",
@@ -23,6 +23,7 @@ _PACKAGES = (
 )
 _VARIABLES = (
     "CI",
+    "CONFORMANCE_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "GITHUB_REF_NAME",
     "GITHUB_RUN_ID",
@@ -44,7 +45,7 @@ def environment() -> dict[str, str]:
         "implementation": platform.python_implementation(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "cpus": str(shares.cores()),
+        "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
     for package in _PACKAGES:
         try:

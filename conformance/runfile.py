@@ -34,8 +34,9 @@ MAX_LINE = 64 * 1024 * 1024
 """Bytes of a line, above which a file is refused: it is no run file, or would fill the memory."""
 
 _LINE: TypeAdapter[Header | Result | Footer] = TypeAdapter(Line)
-_OF_THE_JOB = "env:GITHUB_"
-"""Facts of the environment that name a job and do not bear on a verdict."""
+_OF_THE_JOB = ("env:GITHUB_", "env:OMP_NUM_THREADS")
+"""Beginnings of facts that name a job, or how the machine is shared: a run that is gone on with by another
+number of processes, each with another share of the cores, has the same verdicts."""
 
 
 class RunWriter:

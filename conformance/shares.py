@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+THREADS = "CONFORMANCE_THREADS"
+"""Variable with the number of threads that the bundled implementation has where a request names none."""
 _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
@@ -18,21 +20,15 @@ By default a tensor of some megabytes is mapped afresh by each operation and giv
 kernel clears its pages every time: a fifth of what a gate took."""
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def variables(workers: int) -> dict[str, str]:
     """Variables for each of some processes that work at the same time, less those that are set.
 
-    Threads of PyTorch wait for one another by turning in circles: with one for each core in every process,
-    they mostly take the cores from those they wait for. One process alone keeps PyTorch's default.
+    One thread for each, as engines and the bundled implementation have anyway: models of suites are small,
+    and threads of PyTorch wait for one another by turning in circles, which takes the cores from those they
+    wait for. One process alone keeps PyTorch's default for what it does besides.
 
     Args:
         workers: How many processes, 1 or more.
     """
-    wanted = dict(_ALLOCATOR)
-    if workers > 1:
-        wanted["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
+    wanted = _ALLOCATOR | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
     return {name: value for name, value in wanted.items() if name not in os.environ}

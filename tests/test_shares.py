@@ -1,4 +1,4 @@
-"""Processes that work side by side share the machine's cores."""
+"""What processes that work side by side are told of the machine they share."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unset")
-@pytest.mark.parametrize(("workers", "threads"), [(1, None), (2, "4"), (3, "2"), (4, "2"), (9, "1")])
-def test_cores_are_divided(workers: int, threads: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "cores", lambda: 8)
+@pytest.mark.parametrize(("workers", "threads"), [(1, None), (2, "1"), (9, "1")])
+def test_who_is_not_alone_has_one_thread(workers: int, threads: str | None) -> None:
     found = shares.variables(workers)
     assert found.get("OMP_NUM_THREADS") == threads
     assert set(found) - {"OMP_NUM_THREADS"} == set(NAMES) - {"OMP_NUM_THREADS"}
@@ -65,18 +64,24 @@ def test_workers_of_pytest_get_their_share(run_pytest: Run, suites: Suites, tmp_
     arguments = ("suites", "test_it.py", "--target", "lying_targets:Honest")
     done = run_pytest(*arguments, "-n", "2", "--conformance-run", "run.jsonl")
     assert done.returncode == 0, done.stdout
-    share = str(max(1, shares.cores() // 2))
     assert json.loads((tmp_path / "worker.json").read_text()) == shares.variables(2)
-    assert (tmp_path / "controller.json").read_text() == share
+    assert (tmp_path / "controller.json").read_text() == "1"
     assert json.loads((tmp_path / "afterwards.json").read_text()) == []
     header = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[0])
-    assert header["environment"]["env:OMP_NUM_THREADS"] == share
+    assert header["environment"]["env:OMP_NUM_THREADS"] == "1"
 
     # Neither a process that is alone nor a project without suites.
     for others in ((*arguments,), ("test_it.py", "-n", "2")):
         (tmp_path / "conftest.py").unlink(missing_ok=True)
         assert run_pytest(*others).returncode == 0
         assert set(json.loads((tmp_path / "worker.json").read_text()).values()) == {None}, others
+
+    # With another number of processes it is the same run all the same.
+    resumed = run_pytest("suites", "--target", "reference", "-n", "2", "--conformance-run", "many.jsonl")
+    assert resumed.returncode == 0
+    assert run_pytest("suites", "--target", "reference", "--resume", "many.jsonl").returncode == 0
+    results = [json.loads(line) for line in (tmp_path / "many.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in results].count("result") == 1
 
 
 @pytest.mark.usefixtures("unset")

@@ -1,4 +1,4 @@
-"""The bundled implementation as a target. It runs in this process; nothing else imports `model_impl`."""
+"""The bundled implementation as a target. It runs in this process."""
 
 from __future__ import annotations
 

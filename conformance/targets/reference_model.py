@@ -6,6 +6,7 @@ Kept from `reference`, because importing it loads torch.
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from conformance import shares
 from conformance.errors import EngineError
 from conformance.targets import reference_forward, reference_stages
 from conformance.targets.protocol import (
@@ -132,10 +134,11 @@ def engine(own_threads: int | None = None) -> Iterator[None]:
     As in a worker: small models wait for threads more than they gain, and sums keep their order.
 
     Args:
-        own_threads: How many it has if more are asked for.
+        own_threads: How many it has if more are asked for; else `CONFORMANCE_THREADS` says. Trials vary it.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(own_threads or 1)
+    usual = os.environ.get(shares.THREADS, "1")
+    torch.set_num_threads(own_threads or (int(usual) if usual.isdecimal() and int(usual) else 1))
     try:
         yield
     except (ModelError, RuntimeError, ValueError) as error:
