@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
-from conformance import runfile
+from conformance import commands, runfile
 from conformance.loading import LoadedCase
 
 _PATCHES = (
@@ -26,7 +27,7 @@ _PATCHES = (
 _OF_NO_VERDICT = (
     *(f"conformance/faults/{name}.py" for name in _PATCHES),
     *("conformance/faults/places", "conformance/faults/record.py", "conformance/sealed.py"),
-    *("conformance/commands/", "conformance/reporting/", "conformance/schemas/", "conformance/service/"),
+    *("conformance/reporting/", "conformance/schemas/", "conformance/service/"),
     *("conformance/store/", "conformance/workflows/", "conformance/backtests/", "conformance/targets/locks/"),
     *("conformance/report.py", "conformance/history.py", "conformance/matrix.py", "conformance/covering.py"),
     *("conformance/ray_executor.py", "conformance/cli.py", "conformance/nightly"),
@@ -34,6 +35,8 @@ _OF_NO_VERDICT = (
 )
 """Beginnings of files whose change makes no result doubtful. Each fault's own patch and place count by
 themselves."""
+_COMMANDS = ("run.py", "selection.py")
+"""Those commands that bear on verdicts: what is run, and how it is gone on with."""
 OF_TRIALS = ("conformance/execute.py", "conformance/trials")
 """Files that bear on trials only."""
 _SHORT = 16
@@ -45,7 +48,9 @@ def sources(*without: str) -> str:
     Args:
         without: Beginnings of more files that do not count.
     """
-    return runfile.harness_digest((*_OF_NO_VERDICT, *without))[:_SHORT]
+    others = (path.name for path in Path(commands.__path__[0]).glob("*.py") if path.name not in _COMMANDS)
+    of_others = (f"conformance/commands/{name}" for name in sorted(others))
+    return runfile.harness_digest((*_OF_NO_VERDICT, *of_others, *without))[:_SHORT]
 
 
 def of_cases(cases: Iterable[LoadedCase]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +60,7 @@ def test_every_alarm_is_listed_with_a_line_that_repeats_it(run_conformance: Comm
     )
     assert done.returncode == 1
     assert f"parser/demo::case-two [{HONEST}]: fail" in done.stdout
-    assert "repeat: env OMP_NUM_THREADS=1 PYTHONHASHSEED=" in done.stdout
+    assert "repeat: env OMP_NUM_THREADS=1 CONFORMANCE_THREADS=1 PYTHONHASHSEED=" in done.stdout
     assert done.stdout.count(": fail: ") == 1
     assert "1 runs, 1 of them with an alarm" in done.stdout
 
@@ -136,9 +140,61 @@ def test_a_trial_is_kept_with_what_it_rests_on(
     assert rows[1] == {"trial": "kill", "stale": "was never made", "bad": False}
 
 
+def test_what_was_alarming_once_stays_an_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is gone on with asks again what came to no verdict; that hides no earlier answer."""
+    written(tmp_path, "clean-0-1.jsonl", {"one": "timeout", "two": "pass"})
+    path = tmp_path / "clean-0-1.jsonl"
+    (again,) = [r for r in runfile.read(path).results if r.case == "one"]
+    head, *lines = path.read_text(encoding="utf-8").splitlines()
+    lines.insert(2, again.model_copy(update={"verdict": "pass"}).model_dump_json())
+    path.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+    assert len(runfile.read(path).results) == 3
+
+    class Nothing:
+        def run(self, jobs):  # type: ignore[no-untyped-def]
+            yield cleaning.Ended(jobs[0], 0, 0.1, "")
+
+    monkeypatch.setattr(cleaning, "LocalExecutor", Nothing)
+    (found,) = clean(CleanPlan((), ("engine-0@1.0.0",), tmp_path, runs=1))
+    assert found.counts == {"pass": 2}
+    assert [(alarm.address.split("::")[1], alarm.verdict) for alarm in found.alarms] == [("one", "timeout")]
+
+
+def test_a_run_that_never_began_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the making of its file and its header."""
+    (tmp_path / "clean-0-1.jsonl").touch()
+    asked = []
+
+    class Noting:
+        def run(self, jobs):  # type: ignore[no-untyped-def]
+            asked.append(jobs[0].arguments)
+            written(tmp_path, "clean-0-1.jsonl", {"one": "pass", "two": "pass"})
+            yield cleaning.Ended(jobs[0], 0, 0.1, "")
+
+    monkeypatch.setattr(cleaning, "LocalExecutor", Noting)
+    (found,) = clean(CleanPlan((), ("engine-0@1.0.0",), tmp_path, runs=1))
+    assert found.quiet
+    assert "--out" in asked[0]
+    assert "--resume" not in asked[0]
+
+
+def test_threads_of_a_trial_reach_the_model(tmp_path: Path) -> None:
+    circumstances = next(found for found in drawn(0) if found.threads == 4)
+    code = "import torch\nfrom conformance.targets.reference_model import engine\n"
+    code += "with engine(): print(torch.get_num_threads())\nwith engine(2): print(torch.get_num_threads())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | dict(circumstances.environment),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["4", "2"]
+
+
 def trials(*, alarms: bool = False, lost: tuple[str, ...] = ()) -> TrialsFile:
     """A record of both trials, long enough, of today's sources and of no case."""
-    made = records.begun(CleanPlan(("none",), ("reference",), Path(), 10), ())
+    made = records.begun(CleanPlan((), ("reference",), Path(), 10), ())
     circumstances = itertools.islice(drawn(0), records.CLEAN_RUNS)
     runs = tuple(
         CleanRun(
@@ -171,6 +227,40 @@ def test_a_record_holds_while_sources_and_cases_are_the_same(monkeypatch: pytest
     monkeypatch.setattr(grounds, "of_cases", lambda _cases: "others")
     changed = "the cases have changed since"
     assert records.stale(file, lambda _selection: ()) == {"clean": changed, "kill": changed}
+
+
+def test_a_record_of_few_cases_or_of_another_target_does_not_hold() -> None:
+    file = trials()
+    assert file.clean is not None
+    assert file.kill is not None
+    of_few = file.clean.made.model_copy(update={"selection": ("parser/one",)})
+    of_another = file.kill.made.model_copy(update={"targets": ("vllm@0.32.0",)})
+    file = TrialsFile(
+        clean=file.clean.model_copy(update={"made": of_few}),
+        kill=file.kill.model_copy(update={"made": of_another}),
+    )
+    assert records.stale(file, lambda _selection: ()) == {
+        "clean": "is of some cases and not of all quick ones",
+        "kill": "is not of the target `reference`",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("run", True), ("selection", True), ("serve", False), ("targets", False)],
+)
+def test_commands_that_run_cases_count_and_others_do_not(
+    name: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: list[tuple[str, ...]] = []
+
+    def note(without: tuple[str, ...]) -> str:
+        left_out.append(without)
+        return "x" * 64
+
+    monkeypatch.setattr(runfile, "harness_digest", note)
+    grounds.sources()
+    assert f"conformance/commands/{name}.py".startswith(left_out[0]) is not counts
 
 
 def test_a_record_of_a_trial_that_went_wrong_is_bad() -> None:
@@ -264,6 +354,52 @@ def test_a_result_that_was_shown_and_is_not_in_the_file_is_lost(tmp_path: Path) 
     assert killing._look(tmp_path / "cut.jsonl", 1, {stored.key}).lost == ()
     found = killing._look(tmp_path / "cut.jsonl", 2, {stored.key, missing})
     assert found.lost == (f"{stored.suite}::two [{stored.target}]",)
+
+
+class Session:
+    """In place of a process: what it prints, and how it ends."""
+
+    def __init__(self, lines: list[str], code: int | None) -> None:
+        self.stdout = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
+        self.pid, self.code = 0, code
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left running."""
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def communicate(self) -> tuple[bytes, None]:
+        return self.stdout.read(), None
+
+
+def test_a_session_that_ends_by_itself_is_no_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that a wrong refusal ended: the fault that the trial is to find."""
+    monkeypatch.setattr(os, "killpg", lambda pid, number: None)
+    plan = KillPlan(("a",), ("b",), tmp_path, 1)
+    refused = Session(["error: t.jsonl is being written by another run"], 2)
+    monkeypatch.setattr(killing, "guarded", lambda command: refused)
+    with pytest.raises(killing.KillError, match=r"after 0 results: error: t\.jsonl is being written"):
+        killing._kill_one(plan, tmp_path / "t.jsonl", 1, 0.0)
+    shown = ["pass parser/x::one [reference]", "pass parser/x::two [reference]"]
+    written(tmp_path, "begun.jsonl", {"one": "pass"}, finished=False)
+    monkeypatch.setattr(killing, "guarded", lambda command: Session(shown, None))
+    keys = killing._kill_one(plan, tmp_path / "begun.jsonl", 1, 0.0)
+    assert keys == {("parser/x", name, "reference") for name in ("one", "two")}, "what the pipe held, too"
+    written(tmp_path, "ended.jsonl", {"one": "pass"})
+    monkeypatch.setattr(killing, "guarded", lambda command: Session(shown, 0))
+    assert killing._kill_one(plan, tmp_path / "ended.jsonl", 1, 0.0) is None
+
+
+def test_a_session_that_hangs_ends_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
+    monkeypatch.setattr(killing.Job, "command", lambda self, run_file=None: command)
+    plan = KillPlan(("a",), ("b",), tmp_path, 1, limit=1.0)
+    with pytest.raises(killing.KillError, match="showed fewer than 1 results within 1 s: begun"):
+        killing._kill_one(plan, tmp_path / "t.jsonl", 1, 0.0)
 
 
 def test_a_run_too_short_to_be_killed_so_often_is_refused(run_conformance: Command, suites: Suites) -> None:

@@ -113,7 +113,7 @@ def kill_command(
     """Kill a run of the quick cases (or CASES of them) at random points, and resume it each time.
 
     Exits with 1 if a result that was shown is not in the run file, if one was thrown away, or if a verdict is
-    not that of an undisturbed run.
+    not that of an undisturbed run; else with 3 if the run came to its end before it was killed so often.
     """
     targets = targets or _DEFAULT_TARGET
     plan = killing.KillPlan(cases, targets, out or _folder(), times, seed, workers, limit)
@@ -133,7 +133,7 @@ def kill_command(
         words = "nothing was lost, and all verdicts are the same" if found.sound else "not sound"
         fewer = f" of {times}" if len(found.kills) < times else ""
         click.echo(f"{found.planned} cases, killed {len(found.kills)}{fewer} times: {words}")
-    context.exit(0 if found.sound else 1)
+    context.exit(1 if not found.sound else 3 if len(found.kills) < times else 0)
 
 
 @trial_group.command("check")

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conformance import runfile
+from conformance import runfile, shares
 from conformance.errors import RunFileError
 from conformance.execute import Ended, Job, LocalExecutor
 from conformance.records import Record
-from conformance.results import Verdict
+from conformance.results import Result, Verdict
 from conformance.targets.guarded import ending
 from conformance.verdicts import BAD
 
@@ -41,7 +41,11 @@ class Circumstances(Record):
     @property
     def environment(self) -> tuple[tuple[str, str], ...]:
         """As variables of a process."""
-        return (("OMP_NUM_THREADS", str(self.threads)), ("PYTHONHASHSEED", str(self.hash_seed)))
+        return (
+            ("OMP_NUM_THREADS", str(self.threads)),  # of engines in processes of their own
+            (shares.THREADS, str(self.threads)),  # of the bundled implementation
+            ("PYTHONHASHSEED", str(self.hash_seed)),
+        )
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -130,6 +134,7 @@ def clean(plan: CleanPlan, progress: Callable[[CleanRun], None] = lambda run: No
 def _run(
     plan: CleanPlan, circumstances: Circumstances, path: Path, usual: dict[tuple[str, str, str], Verdict]
 ) -> CleanRun:
+    runfile.discard_unbegun(path)
     where = "--resume" if path.exists() else "--out"
     targets = tuple(word for target in plan.targets for word in ("-t", target))
     asked = ("run", *plan.arguments, "--quick", *targets, "--no-report", *circumstances.options)
@@ -149,26 +154,29 @@ def _run(
         run = runfile.read(path)
     except RunFileError:
         return nothing
-    latest = run.latest()
+    # Not the newest alone: what came to no verdict is asked again when a trial is gone on with.
+    every: dict[tuple[str, str, str], list[Result]] = {}
+    for result in run.results:
+        every.setdefault(result.key, []).append(result)
     alarms = []
     for entry in run.header.manifest:
-        result = latest.get((entry.suite, entry.case, entry.target))
-        verdict = result.verdict if result is not None else None
         key = (entry.suite, entry.case, entry.target)
+        results = every.get(key, [])
         before = usual.get(key)
-        if verdict is not None:
-            usual.setdefault(key, verdict)
-        if verdict is None or verdict in BAD or before not in (None, verdict):
+        if results:
+            usual.setdefault(key, results[-1].verdict)
+        told = next((r for r in results if r.verdict in BAD or r.verdict != usual[key]), None)
+        if not results or told is not None:
             alarms.append(
                 Alarm(
                     address=f"{entry.suite}::{entry.case}",
                     target=entry.target,
-                    verdict=verdict,
+                    verdict=told.verdict if told is not None else None,
                     usual=before,
-                    reason=result.reason if result is not None else "no result",
+                    reason=told.reason if told is not None else "no result",
                 )
             )
-    counts = Counter(result.verdict for result in latest.values())
+    counts = Counter(result.verdict for result in run.latest().values())
     found = {"counts": dict(counts), "alarms": tuple(alarms)}
     return nothing.model_copy(update=found if run.footer is None else found | {"reason": ""})
 

@@ -5,10 +5,12 @@ No result that was shown may be lost, and the verdicts must be those of an undis
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +111,8 @@ def kill(plan: KillPlan, progress: Callable[[Killed], None] = lambda kill: None)
         # A third of its share, as more results come before each kill: all the kills to come need some left.
         after = draw.randint(0, max(1, 2 * left // (3 * (plan.times - number))))
         printed = _kill_one(plan, cut_file, min(after, left - 1), draw.uniform(0, _PAUSE))
+        if printed is None:
+            break
         shown |= printed
         kills.append(_look(cut_file, len(printed), shown))
         left = planned - kills[-1].stored
@@ -139,27 +143,61 @@ def _finish(plan: KillPlan, path: Path) -> Run:
     return run
 
 
-def _kill_one(plan: KillPlan, path: Path, after: int, pause: float) -> set[Key]:
-    """Start or resume the run, and kill it with all that it started; the results that it had shown."""
+def _kill_one(plan: KillPlan, path: Path, after: int, pause: float) -> set[Key] | None:
+    """Start or resume the run, and kill it with all that it started.
+
+    Returns:
+        The results that it had shown and that the file did not hold; None if the run came to its end before
+        the kill did.
+
+    Raises:
+        KillError: it ended too early, which a trial is to find, or showed too little within the limit.
+    """
     where = "--resume" if _read(path) is not None else "--out"
     if where == "--out":
         path.unlink(missing_ok=True)  # a file without a header, which is no run yet
     job = Job("killed", (*plan.asked, where, "{}"), path, plan.limit)
     known = _stored(path)
     shown: set[Key] = set()
+    lines: list[str] = []
+    late = threading.Event()
     with guarded(job.command()) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            key = shown_result(line.decode(errors="replace"))
+
+        def end() -> None:
+            late.set()
+            _kill_group(process.pid)
+
+        timer = threading.Timer(plan.limit, end)
+        timer.start()
+        for raw in process.stdout:
+            lines.append(raw.decode(errors="replace"))
+            key = shown_result(lines[-1])
             if key is not None and key not in known:  # results of earlier sessions are shown again
                 shown.add(key)
             if len(shown) >= after and (after or path.exists()):
+                time.sleep(pause)
                 break
-        time.sleep(pause)
-        os.killpg(process.pid, signal.SIGKILL)
+        timer.cancel()
+        ended = process.poll()
+        _kill_group(process.pid)
         rest, _ = process.communicate()
-    keys = (shown_result(line) for line in rest.decode(errors="replace").splitlines())
-    return shown | {key for key in keys if key is not None}
+    lines += rest.decode(errors="replace").splitlines()
+    tail = " ".join("".join(lines[-5:]).split())[-300:]
+    if late.is_set():
+        raise KillError(f"a session showed fewer than {after} results within {plan.limit:g} s: {tail}")
+    run = _read(path)
+    if run is not None and run.footer is not None:
+        return None
+    if ended is not None or len(shown) < after:
+        raise KillError(f"a session ended by itself after {len(shown)} results: {tail}")
+    keys = (shown_result(line) for line in lines)
+    return {key for key in keys if key is not None} - known
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(leader, signal.SIGKILL)
 
 
 def shown_result(line: str) -> Key | None:

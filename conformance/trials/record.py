@@ -142,6 +142,10 @@ def stale(file: TrialsFile, chosen: Callable[[tuple[str, ...]], Sequence[LoadedC
             found[name] = "was never made"
         elif count < least:
             found[name] = f"has {count} of {least} runs"
+        elif name == "clean" and entry.made.selection:
+            found[name] = "is of some cases and not of all quick ones"
+        elif "reference" not in entry.made.targets:
+            found[name] = "is not of the target `reference`"
         elif entry.made.cases != grounds.of_cases(chosen(entry.made.selection)):
             found[name] = "the cases have changed since"
         elif entry.made.sources != grounds.sources():
