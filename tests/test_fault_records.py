@@ -178,8 +178,9 @@ def test_the_committed_record_is_one_of_faults_that_exist() -> None:
 class Processes:
     """In place of an executor: writes what the process of a fault would, or nothing."""
 
-    def __init__(self, dead: Sequence[str] = ()) -> None:
+    def __init__(self, dead: Sequence[str] = (), basis: Basis | None = None) -> None:
         self.dead = dead
+        self.basis = basis
         self.started: list[str] = []
 
     def __call__(self, workers: int = 1) -> Processes:
@@ -192,7 +193,7 @@ class Processes:
                 fault = registry()[job.name]
                 found = Found(
                     fault=fault.id,
-                    basis=TODAY,
+                    basis=self.basis or record.basis(fault, select(QUICK).cases),
                     cases=2,
                     asked=2,
                     seconds=1.0,
@@ -248,6 +249,47 @@ def test_a_process_that_dies_costs_its_own_fault(plan: Plan, monkeypatch: pytest
     assert dead.last.reason == "its process was killed by SIGSEGV: the last words"
     assert dead.last.crash_only
     assert alive.last.detected
+
+
+def test_what_was_found_in_edited_sources_does_not_count(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "LocalExecutor", Processes(basis=TODAY))
+    for found in measure(plan).faults:
+        assert found.last.reason == "sources or cases were changed while it was measured"
+        assert not found.last.detected
+        today = record.basis(registry()[found.fault], plan.cases)
+        assert record.stale(found, today) == f"its last run came to no end: {found.last.reason}"
+    assert list(plan.work.iterdir()) == [], "nothing that the next measurement would take for today's"
+
+
+def test_two_records_become_one() -> None:
+    """Of nights, and the committed one, whichever has gone on."""
+
+    def of(fault: str, at: str, first: str) -> FaultRecord:
+        found = outcome(fault, catch())
+        times = {
+            "last": found.last.model_copy(update={"at": at}),
+            "first": found.first.model_copy(update={"at": first}),
+        }
+        return found.model_copy(update=times)
+
+    one = FaultsFile(
+        faults=(of("double-bos", "2026-11-21", "2026-11-20"), of("label-kept", "2026-11-21", "2026-11-21"))
+    )
+    other = FaultsFile(
+        selection=("parser/*",),
+        faults=(
+            of("label-kept", "2026-11-22", "2026-11-22"),
+            of("erf-gelu-in-mlp", "2026-11-19", "2026-11-19"),
+        ),
+    )
+    for found in (record.newest(one, other), record.newest(other, one)):
+        assert found.selection == ("parser/*",), "of the newer one"
+        times = {entry.fault: (entry.last.at, entry.first.at) for entry in found.faults}
+        assert times == {
+            "double-bos": ("2026-11-21", "2026-11-20"),
+            "label-kept": ("2026-11-22", "2026-11-21"),
+            "erf-gelu-in-mlp": ("2026-11-19", "2026-11-19"),
+        }
 
 
 def test_without_a_case_that_passes_nothing_is_measured(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

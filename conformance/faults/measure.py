@@ -177,8 +177,12 @@ def _found(
         arguments = ("faults", "look-for", name, *plan.arguments, "--clean", str(clean), "--out", "{}")
         jobs.append(Job(name, arguments, path, plan.limit))
     for ended in LocalExecutor(plan.workers).run(jobs):
-        found = _read_found(ended.job.run_file)
-        yield wanted[ended.job.name], found, "" if found is not None else _why(ended)
+        found, name = _read_found(ended.job.run_file), ended.job.name
+        if found is not None and found.basis != today[name]:
+            ended.job.run_file.unlink()
+            yield wanted[name], None, "sources or cases were changed while it was measured"
+        else:
+            yield wanted[name], found, "" if found is not None else _why(ended)
 
 
 def _read_found(path: Path) -> Found | None:

@@ -136,6 +136,25 @@ def write(file: FaultsFile, path: Path) -> None:
     sealed.write(file, path)
 
 
+def newest(one: FaultsFile, other: FaultsFile) -> FaultsFile:
+    """Both records: of each fault the newer last run, and the older first one.
+
+    Such as the record of nights and the committed one, after either has gone on.
+    """
+    known: dict[str, FaultRecord] = {}
+    for entry in (*one.faults, *other.faults):
+        have = known.get(entry.fault, entry)
+        last, first = (
+            max((have, entry), key=lambda e: e.last.at),
+            min((have, entry), key=lambda e: e.first.at),
+        )
+        known[entry.fault] = last.model_copy(update={"first": first.first})
+    newer = max((one, other), key=lambda file: max((entry.last.at for entry in file.faults), default=""))
+    return newer.model_copy(
+        update={"digest": "", "faults": tuple(known[name] for name in places().by_fault if name in known)}
+    )
+
+
 # --------------------------------------------------------------------------------- what outcomes rest on
 
 
@@ -167,6 +186,8 @@ def stale(record: FaultRecord | None, today: Basis) -> str:
     if record is None:
         return "was never measured"
     last = record.last.basis
+    if record.last.reason:
+        return f"its last run came to no end: {record.last.reason}"
     if last.fault != today.fault:
         return "its patch or its place has changed since"
     if last.cases != today.cases:
