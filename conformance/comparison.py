@@ -1,9 +1,10 @@
 """Runs beside what the history had before them: what broke, what was mended, what is new, and since when.
 
-1. Every case on a target, in a cell of the matrix or outside it, is compared with its newest result of an
+1. Every case on a target, in a cell of the matrix or outside it, is compared with its newest verdict of an
    earlier run, whichever run that is. So a night that lost some of its runs hides nothing from the next one.
-2. A result is bad if it fails a run. `skip` and no result at all are neither good nor bad.
-3. A case that was bad and has no result now is still told, as one that is no longer judged.
+2. A result is bad if it fails a run. `skip`, `inconclusive` and no result at all are neither good nor bad:
+   they mend nothing, and what was bad before them is compared with what comes after them.
+3. A case that was bad and has no verdict now is told, as one that is not judged, until it has one.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ State = Literal["broken", "still-broken", "unjudged", "mended", "new", "gone", "
 STATES: dict[State, str] = {
     "broken": "Fails, and did not before.",
     "still-broken": "Fails as it did before.",
-    "unjudged": "Failed before, and was not judged this time.",
+    "unjudged": "Failed when it was last judged, and was not judged this time.",
     "mended": "Failed before, and does not any more.",
     "new": "Has no earlier result, and does not fail.",
     "gone": "Had a result before, in a suite and on a target of this run, and is not in it.",
     "changed": "Has another verdict; neither of the two fails.",
     "same": "Has the verdict it had.",
 }
-_JUDGED: frozenset[Verdict] = frozenset({"pass", "xfail", "inconclusive", *BAD})
+_JUDGED: frozenset[Verdict] = frozenset({"pass", "xfail", *BAD})
 
 
 class Since(Record):
@@ -108,6 +109,8 @@ def compare(store: Store, runs: Sequence[Run]) -> Comparison:
         return Comparison(runs=(), before=(), entries=())
     first = min(runs, key=lambda run: run.header.started)
     earlier = {(*found.key, found.cell): found for found in store.latest(before=first)}
+    judged = store.latest(before=first, verdicts=_JUDGED)
+    earlier.update({(*found.key, found.cell): found for found in judged if found.verdict in BAD})
     entries: list[Compared] = []
     used: dict[str, str] = {}
     for run in runs:

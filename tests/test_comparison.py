@@ -90,9 +90,29 @@ def test_since_when_a_case_fails(store: Store, tmp_path: Path) -> None:
     assert b is not None
     assert (a.run_id, a.commit, a.last_good, a.good_commit) == ("run-3", "c3", "run-2", "c2")
     assert (b.run_id, b.last_good) == ("run-1", None)
-    # The newest earlier result is the skip of the fourth night, so it is this night that broke it again.
-    assert found["a"].state == "broken"
+    assert found["a"].state == "still-broken", "the skip of the fourth night has mended nothing"
     assert found["a"].reason == "reason 5"
+
+
+def test_what_fails_is_told_until_it_is_judged_again(store: Store, tmp_path: Path) -> None:
+    """Two skips in a row, and a gate that could not decide, hide and mend nothing."""
+    history: list[dict[str, Verdict]] = [
+        {"a": "fail", "gate": "fail", "idle": "pass"},
+        {"a": "skip", "gate": "inconclusive", "idle": "skip"},
+        {"a": "skip", "gate": "inconclusive", "idle": "skip"},
+    ]
+    for day, verdicts in enumerate(history, 1):
+        path = night(tmp_path, day, verdicts)
+        store.merge_file(path)
+        found = compared(store, path)
+    assert states(found) == {"a": "unjudged", "gate": "unjudged", "idle": "same"}
+    assert {entry.before_run for entry in found.of("unjudged")} == {"run-1"}
+    last = night(tmp_path, 4, {"a": "pass", "gate": "fail", "idle": "pass"})
+    found = compared(store, last)
+    assert states(found) == {"a": "mended", "gate": "still-broken", "idle": "changed"}
+    (gate,) = found.of("still-broken")
+    assert gate.since is not None
+    assert (gate.since.run_id, gate.since.last_good) == ("run-1", None)
 
 
 def test_a_night_that_lost_a_part_hides_nothing_from_the_next(store: Store, tmp_path: Path) -> None:

@@ -296,16 +296,18 @@ class Store:
             row = session.scalars(query).one_or_none()
             return read_result(session, row) if row is not None else None
 
-    def latest(self, before: Run | None = None) -> list[StoredVerdict]:
+    def latest(self, before: Run | None = None, verdicts: Collection[Verdict] = ()) -> list[StoredVerdict]:
         """The newest result of every case on every target, in each cell of the matrix and outside it.
 
         Args:
             before: Only of runs that started before this one.
+            verdicts: The newest of these verdicts; empty for all.
 
         Raises:
             MisfitError: that run has no time at which it started.
         """
         older = () if before is None else (RunRow.started < _moment(before.header),)
+        wanted = (ResultRow.verdict.in_(verdicts),) if verdicts else ()
         newest = (
             func.row_number()
             .over(
@@ -317,7 +319,7 @@ class Store:
         ranked = (
             select(ResultRow.id, newest)
             .join(RunRow, RunRow.run_id == ResultRow.run_id)
-            .where(ResultRow.current, *older)
+            .where(ResultRow.current, *older, *wanted)
             .subquery()
         )
         query = (
