@@ -143,12 +143,34 @@ def test_the_night_is_the_script_and_may_write_nothing() -> None:
     night = yaml.safe_load((BELOW / "github/nightly.yml").read_text())
     assert night["permissions"] == {"contents": "read"}
     run, said = (step for step in night["jobs"]["night"]["steps"] if "runs/night" in step.get("run", ""))
-    assert run["run"].startswith("ci/nightly --skip matrix ")
+    assert "\nci/nightly --skip matrix " in run["run"]
     assert said["if"] == "${{ always() }}"
     assert os.access(BELOW / "nightly", os.X_OK)
     for step in night["jobs"]["night"]["steps"]:
         assert "${{" not in step.get("run", "")
         assert len(step.get("uses", "x@" + 40 * "0").split("#")[0].strip().partition("@")[2]) == 40
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "warned"), [(0, 0, False), (1, 1, False), (2, 2, False), (3, 0, True)]
+)
+def test_the_night_of_github_warns_of_what_is_open_and_fails_of_the_rest(
+    code: int, ends: int, warned: bool, tmp_path: Path
+) -> None:
+    night = yaml.safe_load((BELOW / "github/nightly.yml").read_text())
+    (run,) = (step for step in night["jobs"]["night"]["steps"] if "ci/nightly" in step.get("run", ""))
+    night_script = tmp_path / "ci" / "nightly"
+    night_script.parent.mkdir()
+    night_script.write_text(f"#!/bin/sh\nexit {code}\n")
+    night_script.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", run["run"]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "::warning::" in done.stdout) == (ends, warned)
 
 
 @pytest.mark.parametrize(("code", "annotated"), [(0, 0), (1, 0), (3, 0), (0, 1)])

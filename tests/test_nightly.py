@@ -11,14 +11,18 @@ import pytest
 
 from conformance import runfile
 from conformance.comparison import Compared, Comparison, Since
+from conformance.errors import UsageError
 from conformance.execute import Ended, Job
 from conformance.faults import record, registry
 from conformance.faults.record import FaultsFile
+from conformance.history import Cell, Ladder, LadderRow, Rung
 from conformance.nightly import plan as plans
 from conformance.nightly import run as nights
-from conformance.nightly.plan import Night, sample, steps
+from conformance.nightly.plan import Night, sample, steps, trial_steps
 from conformance.nightly.run import NightResult, NotRun, StepResult
 from conformance.nightly.text import told
+from conformance.results import Verdict
+from conformance.store.history import Store
 from conformance.targets import registry as targets
 from tests import run_fixtures as fixtures
 from tests.conftest import Run as Command
@@ -43,7 +47,7 @@ def night(tmp_path: Path) -> Night:
 
 
 def by_name(night: Night) -> dict[str, plans.Step]:
-    return {step.name: step for step in steps(night)}
+    return {step.name: step for step in (*steps(night), *trial_steps(night))}
 
 
 # ------------------------------------------------------------------------------------------- the plan
@@ -53,7 +57,7 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     monkeypatch.setattr(targets, "unavailable", lambda spec: "")
     found = by_name(replace(night, workers=4, targets=("reference",)))
     assert list(found) == [
-        "suites", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers", "matrix",
+        "suites", "matrix", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers",
         "faults-check", "faults-sample", "trials-check", "clean", "kill",
     ]  # fmt: skip
     suites = found["suites"].arguments
@@ -126,8 +130,10 @@ def test_a_record_of_another_version_is_set_aside(night: Night) -> None:
 class Processes:
     """In place of an executor: steps end as they are told to."""
 
-    def __init__(self, codes: dict[str, int | None]) -> None:
+    def __init__(self, codes: dict[str, int | None], ended_at: str = "", *, merging: bool = True) -> None:
         self.codes = codes
+        self.ended_at = ended_at
+        self.merging = merging
         self.started: list[str] = []
 
     def __call__(self, workers: int = 1) -> Processes:
@@ -135,7 +141,12 @@ class Processes:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         for job in jobs:
+            if job.name == self.ended_at:
+                raise KeyboardInterrupt
             self.started.append(job.name)
+            if job.name == "merge" and self.merging:
+                with Store(job.arguments[-1], create=True) as store:
+                    store.merge_file(Path(job.arguments[2]))
             if job.name == "suites":
                 stored = fixtures.wide_run(1)
                 path = Path(job.arguments[-1])
@@ -176,15 +187,103 @@ def test_a_night_that_was_ended_goes_on_behind_its_last_step(
     night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record.write(FaultsFile(), night.record)
-    first = Processes({"clean": 1})
+    night = replace(night, skip=frozenset({"ladder"}))
+    first = Processes({"clean": 1, "matrix": 137}, ended_at="kill")
     monkeypatch.setattr(nights, "LocalExecutor", first)
-    found = nights.run(replace(night, skip=frozenset({"ladder", "kill"})))
+    kept: list[NightResult] = []
+    with pytest.raises(KeyboardInterrupt):
+        nights.run(night, keep=kept.append)
+    assert [step.name for step in kept[-1].steps][-1] == "clean", "all that was known is kept"
+    assert kept[-1].comparison is not None
+    assert kept[-1].comparison.counts
+    assert not kept[-1].over
+    assert "The night is not over" in told(kept[-1])
     second = Processes({})
     monkeypatch.setattr(nights, "LocalExecutor", second)
-    again = nights.run(replace(night, skip=frozenset({"ladder"})))
-    assert second.started == ["kill", "merge", "report"]
+    again = nights.run(replace(night, workers=2), keep=kept.append)
+    assert second.started == ["matrix", "merge", "kill", "report"], "what was killed is run again"
     assert [step.state for step in again.steps if step.name == "clean"] == ["bad"]
-    assert found.exit_code == again.exit_code == 1
+    assert again.exit_code == 1
+    assert kept[-1] == again
+    assert again.over
+    with pytest.raises(UsageError, match="holds a night that is over; name a new folder"):
+        nights.run(night)
+
+
+def test_a_folder_goes_on_with_its_own_night_only(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({}, ended_at="merge"))
+    night = replace(night, skip=LONG | {"clean", "kill"})
+    with pytest.raises(KeyboardInterrupt):
+        nights.run(night)
+    for other in (replace(night, targets=("reference",)), replace(night, today=DAY + dt.timedelta(days=1))):
+        with pytest.raises(UsageError, match="was begun with other options"):
+            nights.run(other)
+    (night.folder / "steps.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"steps\.json: cannot be read"):
+        nights.run(night)
+
+
+def test_a_merge_that_failed_in_part_leaves_the_comparison(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({"merge": 2}))
+    found = nights.run(replace(night, skip=LONG | {"clean", "kill"}))
+    assert found.comparison is not None
+    assert found.comparison.counts
+    assert {step.name: step.state for step in found.steps}["merge"] == "bad"
+
+
+def test_a_history_that_cannot_be_asked_fails_the_night(
+    night: Night, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({}, merging=False))
+    (tmp_path / "none.sqlite").write_text("this is no database, whatever it is called", encoding="utf-8")
+    night = replace(night, skip=LONG | {"clean", "kill"}, database=f"sqlite:///{tmp_path}/none.sqlite")
+    found = nights.run(night)
+    assert found.exit_code == 1
+    assert [step.state for step in found.steps if step.name == "compare"] == ["bad"]
+    assert "The history could not be asked" in told(found)
+
+
+def test_a_broken_record_of_faults_costs_its_own_steps(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = night.record.with_name("committed.json")
+    broken.write_text("<<<<<<< HEAD", encoding="utf-8")
+    monkeypatch.setattr(record, "default_path", lambda: broken)
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({}))
+    found = nights.run(replace(night, skip=frozenset({"ladder", "clean", "kill"})))
+    states = {step.name: step.state for step in found.steps}
+    assert (states["suites"], states["faults-check"], states["faults-sample"]) == ("good", "bad", "bad")
+    (check,) = [step for step in found.steps if step.name == "faults-check"]
+    assert "committed.json" in check.reason
+
+
+def test_suites_that_never_began_are_begun_anew(night: Night) -> None:
+    night.folder.mkdir()
+    night.suites_file.touch()
+    assert by_name(night)["suites"].arguments[-2:] == ("--out", str(night.suites_file))
+
+
+@pytest.mark.parametrize(
+    ("newest", "reason", "known", "says"),
+    [
+        ("pass", "", False, ""),
+        ("fail", "", True, ""),
+        ("fail", "", False, "x@2 fails what x@1 passes: parser/a::b"),
+        ("pass", "its worker died", False, "x@2: its worker died"),
+    ],
+)
+def test_the_newest_release_is_judged(
+    tmp_path: Path, newest: Verdict, reason: str, known: bool, says: str
+) -> None:
+    cells = {"x@1": Cell(verdict="pass")} | ({} if reason else {"x@2": Cell(verdict=newest, known=known)})
+    ladder = Ladder(
+        target="x",
+        sources="s",
+        releases=(Rung(spec="x@1", version="1"), Rung(spec="x@2", version="2", reason=reason)),
+        rows=(LadderRow(case="parser/a::b", source=(), cells=cells),),
+    )
+    (tmp_path / "ladder.json").write_text(ladder.model_dump_json(), encoding="utf-8")
+    assert nights._of_newest(tmp_path / "ladder.json") == says
 
 
 def test_what_could_not_run_is_counted_with_its_reason(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +348,7 @@ def test_the_text_tells_failed_steps_and_a_history_that_was_not_asked() -> None:
     text = text_of(steps=[step], comparison=None)
     assert text.splitlines()[0].endswith("1 of 1 steps failed: exit code 1")
     assert "kill (bad): LOST\n    repeat: conformance trial kill" in text
-    assert "nothing is known of earlier nights" in text
+    assert "The history was not asked: nothing is told of earlier nights." in text
 
 
 # ------------------------------------------------------------------------------------------- command

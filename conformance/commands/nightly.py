@@ -70,9 +70,12 @@ def nightly_command(
     Says what broke and since when, and writes that to nightly.txt and nightly.json in the folder. What is not
     installed is counted as not run. Exits with 1 if a step failed; else with 3 if one is open; else with 0.
     """
+    from conformance.store.database import default_url  # it loads SQLAlchemy
+
     night = plan.Night(
         folder=out or Path("runs") / f"nightly-{new_run_id()}",
-        database=database,
+        # One for all steps: a report without a name for it has no history.
+        database=database or default_url().render_as_string(hide_password=False),
         record=record,
         cases=cases,
         targets=targets,
@@ -87,17 +90,27 @@ def nightly_command(
         skip=frozenset(skip),
         limit=limit,
     )
-    found = nights.run(night, progress=lambda step: click.echo(_told(step), err=True))
-    said = text.told(found)
-    answer = NightlyOutput(night=found, text=said, exit_code=found.exit_code)
-    (night.folder / "nightly.txt").write_text(said, encoding="utf-8")
-    (night.folder / "nightly.json").write_text(answer.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    found = nights.run(
+        night,
+        progress=lambda step: click.echo(_told(step), err=True),
+        keep=lambda found: _keep(night.folder, _answer(found)),
+    )
+    answer = _answer(found)
     if as_json:
         output.emit_json(answer)
     else:
-        click.echo(said, nl=False)
+        click.echo(answer.text, nl=False)
         click.echo(f"folder: {night.folder}")
     context.exit(found.exit_code)
+
+
+def _answer(found: nights.NightResult) -> NightlyOutput:
+    return NightlyOutput(night=found, text=text.told(found), exit_code=found.exit_code)
+
+
+def _keep(folder: Path, answer: NightlyOutput) -> None:
+    (folder / "nightly.txt").write_text(answer.text, encoding="utf-8")
+    (folder / "nightly.json").write_text(answer.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _told(step: nights.StepResult) -> str:

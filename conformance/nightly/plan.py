@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conformance import grounds, runfile
 from conformance.commands.selection import select
 from conformance.errors import ConformanceError
 from conformance.faults import record, registry
@@ -55,6 +56,19 @@ class Night:
     today: dt.date = field(default_factory=lambda: dt.datetime.now(dt.UTC).date())
 
     @property
+    def asked(self) -> str:
+        """Digest of what bears on its steps: the options, the day and the sources.
+
+        What is left out, how many processes there are and how long they have may differ when it goes on.
+        """
+        told = {
+            name: str(value)
+            for name, value in vars(self).items()
+            if name not in ("folder", "workers", "limit", "skip")
+        }
+        return grounds.of_text(f"{sorted(told.items())} {runfile.harness_digest()}")
+
+    @property
     def suites_file(self) -> Path:
         """Run file of the suites."""
         return self.folder / "suites.jsonl"
@@ -87,7 +101,11 @@ class Step:
     arguments: tuple[str, ...] = ()
     """Of `conformance`; empty where there is nothing to run."""
     reason: str = ""
-    """Why it cannot run."""
+    """Why it cannot run; that is nobody's failure."""
+    ladder: Path | None = None
+    """The ladder that it writes, if it is one."""
+    wrong: str = ""
+    """What is wrong, so that it cannot be planned: it has failed."""
 
 
 STEPS = (
@@ -98,9 +116,10 @@ STEPS = (
 
 
 def steps(night: Night) -> list[Step]:
-    """The steps before the history is asked, in their order."""
-    several = ("-n", str(night.workers)) if night.workers > 1 else ()
+    """The steps whose results go into the history, in their order."""
+    several = _several(night)
     asked = tuple(word for target in night.targets for word in ("-t", target))
+    runfile.discard_unbegun(night.suites_file)
     where = "--resume" if night.suites_file.exists() else "--out"
     matrix = ("--matrix", str(night.matrix)) if night.matrix is not None else ()
     planned = [
@@ -108,7 +127,6 @@ def steps(night: Night) -> list[Step]:
             "suites",
             ("run", *night.cases, "--quick", *asked, *several, "--no-report", where, str(night.suites_file)),
         ),
-        *(_ladder(night, target) for target in night.ladders),
         Step(
             "matrix",
             (
@@ -116,7 +134,15 @@ def steps(night: Night) -> list[Step]:
                 *("--out", str(night.cells_folder), "--resume"),
             ),
         ),
-        *_faults(night, several),
+    ]
+    return [step for step in planned if step.name not in night.skip]
+
+
+def trial_steps(night: Night) -> list[Step]:
+    """The steps that are about releases, and about the harness itself."""
+    planned = [
+        *(_ladder(night, target) for target in night.ladders),
+        *_faults(night, _several(night)),
         _trials_check(),
         Step(
             "clean",
@@ -165,6 +191,10 @@ def report(night: Night) -> Step:
     return Step("report", ("report", str(night.suites_file), *options))
 
 
+def _several(night: Night) -> tuple[str, ...]:
+    return ("-n", str(night.workers)) if night.workers > 1 else ()
+
+
 def _database(night: Night) -> tuple[str, ...]:
     return ("--database", night.database) if night.database is not None else ()
 
@@ -190,17 +220,31 @@ def _ladder(night: Night, target: str) -> Step:
         return Step(name, reason=f"{every[-1]}: {reason}")
     usable = [spec for spec in every[-2:] if not targets.unavailable(spec)]
     rungs = tuple(word for spec in usable for word in ("--release", spec.partition("@")[2]))
-    return Step(name, ("ladder", "--target", target, *rungs, "--out", str(night.ladder_file(target))))
+    path = night.ladder_file(target)
+    return Step(name, ("ladder", "--target", target, *rungs, "--out", str(path)), ladder=path)
 
 
 def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     if {"faults-check", "faults-sample"} <= night.skip:
         return ()  # what follows loads torch
+    try:
+        return _planned_faults(night, several)
+    except ConformanceError as error:
+        wanted = ("faults-check", "faults-sample")
+        return [Step(name, wrong=str(error)) for name in wanted if name not in night.skip]
+
+
+def _planned_faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
+    """The same.
+
+    Raises:
+        ConformanceError: the committed record, a fault's place or a suite is broken.
+    """
     _set_aside(night.record)
-    if not night.record.exists():
-        source = record.default_path()
-        if source.is_file():
-            record.write(record.read(source), night.record)
+    source = record.default_path()
+    if source.is_file():
+        own = record.read(night.record) if night.record.exists() else FaultsFile()
+        record.write(record.newest(own, record.read(source)), night.record)
     check = Step("faults-check", ("faults", "check", str(night.record)))
     if not night.record.exists():
         check = Step("faults-check", reason=f"there is no record {night.record} yet")

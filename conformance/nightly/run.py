@@ -1,6 +1,8 @@
 """Run a night step by step, compare it with the history, and say what came of it.
 
-A night that was ended goes on from its folder: a step that came to its end is not run again.
+1. What is known is kept after every step, so that a night that is ended, or is over its time, has told what
+   broke until then. Suites and cells go first, and into the history at once.
+2. A night that was ended goes on from its folder: a step that came to its end is not run again.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from conformance import execute, runfile
+from conformance import execute, history, runfile
 from conformance.comparison import Comparison, compare
-from conformance.errors import ConformanceError, RunFileError
+from conformance.errors import ConformanceError, RunFileError, UsageError
 from conformance.execute import Job, LocalExecutor
-from conformance.nightly.plan import Night, Step, merge, report, steps
+from conformance.nightly.plan import Night, Step, merge, report, steps, trial_steps
 from conformance.records import Record
 from conformance.results import Run
 from conformance.targets.guarded import ending
 
+_SIGNALS = 128
+"""Exit codes from here on are those of processes that a signal ended."""
 StepState = Literal["good", "bad", "open", "not run"]
 
 
@@ -59,6 +63,8 @@ class NightResult(Record):
     """None where the history could not be asked."""
     gates: dict[str, int]
     """Accuracy gates by verdict."""
+    over: bool = True
+    """Whether all its steps have had their turn."""
 
     @property
     def exit_code(self) -> int:
@@ -70,45 +76,75 @@ class NightResult(Record):
 class _Done(Record):
     """What a folder holds of a night that was ended."""
 
-    steps: dict[str, StepResult] = {}  # noqa: RUF012 - pydantic copies it
+    asked: str
+    """Digest of what the night was asked for, and of the sources."""
+    over: bool = False
+    """Whether the night came to its end."""
+    steps: dict[str, StepResult]
 
 
-def run(night: Night, progress: Callable[[StepResult], None] = lambda step: None) -> NightResult:
+def run(
+    night: Night,
+    progress: Callable[[StepResult], None] = lambda step: None,
+    keep: Callable[[NightResult], None] = lambda night: None,
+) -> NightResult:
     """Run a night.
 
+    Args:
+        night: What to run.
+        progress: Told of each step.
+        keep: Told of the night so far, after each step.
+
     Raises:
-        ConformanceError: a file of the night, or the record of faults, cannot be read.
+        UsageError: the folder holds another night, or one that is over.
+        ConformanceError: cases, targets or cells are wrong.
     """
     night.folder.mkdir(parents=True, exist_ok=True)
     done = _done(night)
     results: list[StepResult] = []
+    compared: Comparison | None = None
 
-    def take(step: Step) -> StepResult:
+    def so_far(*, over: bool = False) -> NightResult:
+        return NightResult(
+            folder=str(night.folder),
+            steps=tuple(results),
+            not_run=tuple(_not_run(night, results)),
+            comparison=compared,
+            gates=_gates(night),
+            over=over,
+        )
+
+    def take(step: Step) -> None:
         result = done.get(step.name) or _run(step, night)
-        if result.exit_code is not None or result.state == "not run":
+        if result.exit_code is not None and 0 <= result.exit_code < _SIGNALS:
             done[step.name] = result
-            _file(night).write_text(_Done(steps=done).model_dump_json(indent=1) + "\n", encoding="utf-8")
+            _write(night, _Done(asked=night.asked, steps=done))
         results.append(result)
         progress(result)
-        return result
+        keep(so_far())
 
     for step in steps(night):
         take(step)
-    compared: Comparison | None = None
-    if "merge" not in night.skip and take(merge(night)).state == "good":
-        compared = _compare(night)
+    if "merge" not in night.skip:
+        take(merge(night))
+        compared, failed = _compare(night)
+        if failed is not None:
+            results.append(failed)
+            progress(failed)
+        keep(so_far())
+    for step in trial_steps(night):
+        take(step)
     if "report" not in night.skip:
         take(report(night))
-    return NightResult(
-        folder=str(night.folder),
-        steps=tuple(results),
-        not_run=tuple(_not_run(night, results)),
-        comparison=compared,
-        gates=_gates(night),
-    )
+    result = so_far(over=True)
+    keep(result)
+    _write(night, _Done(asked=night.asked, over=True, steps=done))
+    return result
 
 
 def _run(step: Step, night: Night) -> StepResult:
+    if step.wrong:
+        return StepResult(name=step.name, state="bad", reason=step.wrong)
     if step.reason:
         return StepResult(name=step.name, state="not run", reason=step.reason)
     log = night.folder / f"{step.name}.log"
@@ -122,6 +158,9 @@ def _run(step: Step, night: Night) -> StepResult:
     elif state != "good":
         last = [line for line in ended.tail.splitlines() if line.strip()][-1:]
         reason = last[0].strip() if last else f"its process {ending(ended.code)}"
+    if state == "good" and step.ladder is not None:
+        reason = _of_newest(step.ladder)
+        state = "bad" if reason else state
     return StepResult(
         name=step.name,
         state=state,
@@ -132,12 +171,40 @@ def _run(step: Step, night: Night) -> StepResult:
     )
 
 
-def _compare(night: Night) -> Comparison | None:
+def _of_newest(path: Path) -> str:
+    """What is wrong with the newest release of a ladder; empty if it breaks nothing that is not recorded."""
+    try:
+        ladder = history.read(path)
+    except ConformanceError as error:
+        return str(error)
+    newest, *others = reversed(ladder.releases)
+    if newest.reason:
+        return f"{newest.spec}: {newest.reason}"
+    before = next((rung.spec for rung in others if not rung.reason), None)
+    if before is None:
+        return ""
+    pairs = ((row.case, row.cells.get(newest.spec), row.cells.get(before)) for row in ladder.rows)
+    broken = [
+        case
+        for case, now, then in pairs
+        if now and then and then.verdict in history.GOOD and now.verdict in history.BAD and not now.known
+    ]
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return f"{newest.spec} fails what {before} passes: {', '.join(broken[:3])}{more}" if broken else ""
+
+
+def _compare(night: Night) -> tuple[Comparison | None, StepResult | None]:
+    """The night beside the history; else why there is no comparison.
+
+    Whether all of the night could be merged does not matter: it is compared with what was there before.
+    """
     from conformance.store.history import Store  # it loads SQLAlchemy
 
-    with contextlib.suppress(ConformanceError), Store(night.database) as store:
-        return compare(store, list(_runs(night)))
-    return None
+    try:
+        with Store(night.database) as store:
+            return compare(store, list(_runs(night))), None
+    except ConformanceError as error:
+        return None, StepResult(name="compare", state="bad", reason=str(error))
 
 
 def _runs(night: Night) -> Iterator[Run]:
@@ -186,10 +253,29 @@ def _file(night: Night) -> Path:
     return night.folder / "steps.json"
 
 
+def _write(night: Night, done: _Done) -> None:
+    aside = _file(night).with_suffix(".new")
+    aside.write_text(done.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    aside.replace(_file(night))
+
+
 def _done(night: Night) -> dict[str, StepResult]:
-    """Steps that came to their end in this folder, less those that would tell another story now."""
+    """Steps that came to their end in this folder, less those that would tell another story now.
+
+    Raises:
+        UsageError: it is the folder of another night, or of one that is over.
+    """
     try:
-        known = _Done.model_validate_json(_file(night).read_text(encoding="utf-8")).steps
-    except (OSError, ValidationError):
+        known = _Done.model_validate_json(_file(night).read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    return {name: step for name, step in known.items() if name not in ("merge", "report")}
+    except (OSError, ValidationError) as error:
+        raise UsageError(f"{_file(night)}: cannot be read: {error}; name a new folder with --out") from error
+    if known.over:
+        raise UsageError(f"{night.folder} holds a night that is over; name a new folder with --out")
+    if known.asked != night.asked:
+        raise UsageError(
+            f"{night.folder} holds a night that was begun with other options, on another day or with other "
+            "sources; name a new folder with --out"
+        )
+    return {name: step for name, step in known.steps.items() if name not in ("merge", "report")}

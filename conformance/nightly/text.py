@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from conformance.comparison import Compared, Comparison, State
 from conformance.nightly.run import NightResult
+from conformance.verdicts import BAD
 
 MOST = 20
 """Cases of one list; the dashboard has them all."""
@@ -20,21 +21,27 @@ def told(night: NightResult) -> str:
 def _lines(night: NightResult) -> Iterator[str]:
     found = night.comparison
     yield f"{_headline(night)}: exit code {night.exit_code}"
+    if not night.over:
+        yield "The night is not over: this is what is known after the steps below."
     if found is not None:
         yield from _cases("BROKEN", found.of("broken"))
         yield from _cases("STILL BROKEN", found.of("still-broken"))
         yield from _cases("FAILED BEFORE, NOT JUDGED NOW", found.of("unjudged"))
+        yield from _cases("FAILED BEFORE, IS GONE NOW", [e for e in found.of("gone") if e.before in BAD])
         yield from _cases("MENDED", found.of("mended"))
         if not found.before:
             yield "The history holds no earlier results of these cases: there is nothing to compare with."
-    else:
-        yield "The history could not be asked: nothing is known of earlier nights."
+    elif night.over:
+        failed = any(step.name == "compare" for step in night.steps)
+        why = "could not be asked" if failed else "was not asked"
+        yield f"The history {why}: nothing is told of earlier nights."
     bad = [step for step in night.steps if step.state in ("bad", "open")]
     if bad:
         yield "STEPS THAT ARE NOT GOOD"
         for step in bad:
             yield f"  {step.name} ({step.state}): {step.reason}"
-            yield f"    repeat: {step.repeat}"
+            if step.repeat:
+                yield f"    repeat: {step.repeat}"
     if night.gates:
         yield "GATES: " + ", ".join(f"{count} {verdict}" for verdict, count in night.gates.items())
     if night.not_run:
