@@ -31,7 +31,7 @@ def test_other_numbers_are_replaced() -> None:
 
 
 def test_a_text_without_a_place_for_them_is_refused() -> None:
-    with pytest.raises(ValueError, match="around its numbers"):
+    with pytest.raises(ValueError, match="around what belongs there"):
         readme.written("# Gemma 4 conformance\n")
 
 
