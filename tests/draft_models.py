@@ -130,6 +130,26 @@ def tiny_assistant(*, ordered: bool) -> dict[str, Any]:
     }
 
 
+def small_assistant(name: str) -> dict[str, Any]:
+    """A released size's draft model with narrow layers; kinds, heads and switches are the published ones."""
+    published = assistant_config(name)
+    narrow = {
+        "vocab_size": 96,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": WINDOW,
+    }
+    return {
+        **published,
+        "backbone_hidden_size": 48,
+        "num_centroids": 12,
+        "centroid_intermediate_top_k": 3,
+        "text_config": published["text_config"] | narrow,
+    }
+
+
 EAGLE3_31B: dict[str, Any] = {
     "architectures": ["Eagle3DraftModel"],
     "draft_vocab_size": 32_000,
