@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conformance import lora_names
 from conformance.errors import EngineError
 from conformance.lora_suite import AdapterSpec, Damage, KeyForm
 
@@ -28,6 +29,8 @@ _WRAPPED = "base_model.model."
 _PREFIX = "model."
 _TEXT = "language_model."
 _TABLES = ("embed_tokens", "embed_tokens_per_layer")
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+_HEAD = "lm_head"
 _HALVES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 _COPIED = 0.3
 """How far a copy of a module is from the original, relative to it."""
@@ -41,20 +44,35 @@ class Module:
     """Published, below `model.`; of experts the parameter's."""
     shape: tuple[int, ...]
     stored: str
-    """Name of its weight in the checkpoint."""
+    """Name of its weight in the checkpoint; of a head that is the embedding, the name that it would have."""
+    kind: Literal["linear", "experts", "table", "head"] = "linear"
 
     @property
     def experts(self) -> bool:
         """Whether there is a matrix for each expert."""
-        return len(self.shape) == 3
+        return self.kind == "experts"
+
+    @property
+    def rare(self) -> bool:
+        """Whether it is a table or the head, which nobody means who does not name them."""
+        return self.kind in ("table", "head")
 
     @property
     def part(self) -> str:
         """`language_model`, or the name of a tower or connector."""
         return self.name.partition(".")[0]
 
+    def named_by(self, ends: Sequence[str]) -> bool:
+        """Whether one of these is the end of its name, or the part that it is in."""
+        own = any(self.name == end or self.name.endswith(f".{end}") for end in ends)
+        return own or (self.part in ends and not self.rare)
+
     def trained(self, keys: KeyForm | None) -> str:
         """Its name in the model that an adapter is trained on."""
+        if self.kind == "head":
+            return self.name
+        if keys == "class":
+            return f"model.{lora_names.in_class(self.name)}"
         return f"model.{self.name.removeprefix(_TEXT) if keys == 'text' else self.name}"
 
 
@@ -77,14 +95,16 @@ class Checkpoint:
         return "whole" if self.config.get("vision_config") or self.config.get("audio_config") else "text"
 
     def select(self, ends: tuple[str, ...]) -> tuple[Module, ...]:
-        """Modules by the ends of their names, or by the parts that they are in; experts are not among them.
+        """Modules by the ends of their names, or by the parts that they are in.
+
+        Experts are not among them; tables and the head are by their own names alone.
 
         Raises:
             EngineError: nothing has such a name.
         """
         found: dict[str, Module] = {}
         for end in ends:
-            own = [each for each in self.modules if not each.experts and _is(each, end)]
+            own = [each for each in self.modules if not each.experts and each.named_by([end])]
             if not own:
                 raise EngineError(f"the checkpoint has no module {end!r} that an adapter could be for")
             found |= {each.name: each for each in own}
@@ -95,17 +115,24 @@ class Checkpoint:
         parts = module.name.split(".")
         return int(parts[2]) if parts[:2] == ["language_model", "layers"] else None
 
+    def weight(self, module: Module) -> Tensor:
+        """A module's weight in float32; the head's is the embedding's, if the two are one."""
+        stored = module.stored if module.stored in self.weights else _EMBEDDING
+        return self.weights[stored].float()
+
     def _modules(self) -> Iterator[Module]:
         text = self.config.get("text_config", self.config)
         first_shared = text["num_hidden_layers"] - (text.get("num_kv_shared_layers") or 0)
         for stored, weight in self.weights.items():
             name = stored.removeprefix(_PREFIX).removesuffix(".weight")
             own = Module(name, tuple(weight.shape), stored)
-            linear = stored.endswith(".weight") and weight.ndim == 2 and name.split(".")[-1] not in _TABLES
             layer = self.layer(own)
             dead = layer is not None and layer >= first_shared and name.endswith((".k_proj", ".v_proj"))
-            if (linear and not dead) or (weight.ndim == 3 and ".experts." in name):
-                yield own
+            if weight.ndim == 3 and ".experts." in name:
+                yield replace(own, kind="experts")
+            elif stored.endswith(".weight") and weight.ndim == 2 and not dead:
+                yield replace(own, kind="table") if name.split(".")[-1] in _TABLES else own
+        yield Module(_HEAD, tuple(self.weights[_EMBEDDING].shape), f"{_HEAD}.weight", "head")
 
 
 @dataclass(frozen=True)
@@ -168,7 +195,7 @@ def write(drawn: Drawn, spec: AdapterSpec, folder: Path, *, only: Module | None 
 def zeroed(drawn: Drawn) -> Drawn:
     """The same adapter, every B of it zero."""
     tensors = {
-        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
+        name: torch.zeros_like(tensor) if ".lora_B." in name or name.endswith(".lora_embedding_B") else tensor
         for name, tensor in drawn.tensors.items()
     }
     return Drawn(tensors, {}, drawn.modules)
@@ -178,7 +205,7 @@ def _configuration(drawn: Drawn, spec: AdapterSpec, only: Module | None) -> dict
     """`adapter_config.json`, as PEFT writes it."""
     targets: list[str] = []
     for end in spec.modules:
-        whole = [module.trained(spec.keys) for module in drawn.modules if module.part == end]
+        whole = [module.trained(spec.keys) for module in drawn.modules if module.part == end != module.name]
         targets += whole or [end]
     parameters: list[str] | None = None
     if only is not None and not only.experts:
@@ -262,7 +289,13 @@ def _elsewhere(name: str, how: Damage) -> str:
 
 def _draw_linear(drawn: Drawn, checkpoint: Checkpoint, spec: AdapterSpec, module: Module) -> None:
     trained = module.trained(spec.keys)
-    weight = checkpoint.weights[module.stored].float()
+    weight = checkpoint.weight(module)
+    if module.kind == "table":
+        a, b, change = _pair(spec, trained, weight.T)
+        drawn.tensors[f"{_WRAPPED}{trained}.lora_embedding_A"] = a
+        drawn.tensors[f"{_WRAPPED}{trained}.lora_embedding_B"] = b
+        drawn.weights[module.stored] = weight + change.T
+        return
     a, b, change = _pair(spec, trained, weight)
     drawn.tensors[f"{_WRAPPED}{trained}.lora_A.weight"] = a
     drawn.tensors[f"{_WRAPPED}{trained}.lora_B.weight"] = b
@@ -331,10 +364,6 @@ def _pair(spec: AdapterSpec, name: str, weight: Tensor, what: str = "") -> tuple
 
 def _by_end(table: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for end, value in table.items() if name == end or name.endswith(f".{end}")), default)
-
-
-def _is(module: Module, end: str) -> bool:
-    return module.name == end or module.part == end or module.name.endswith(f".{end}")
 
 
 def _in_layers(checkpoint: Checkpoint, module: Module, spec: AdapterSpec) -> bool:

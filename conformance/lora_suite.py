@@ -12,8 +12,9 @@ from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 
 ExpertForm = Literal["stacked", "single"]
 """Matrices for all experts at once, or a pair for each expert."""
-KeyForm = Literal["whole", "text"]
-"""Names as in a whole model (`model.language_model.layers.0…`), or as in a text model (`model.layers.0…`)."""
+KeyForm = Literal["whole", "text", "class"]
+"""Names as in a whole model (`model.language_model.layers.0…`), as in a text model (`model.layers.0…`), or as
+in transformers' class of the encoder-free model, which renames some."""
 Judged = Literal["mapping", "numbers", "liveness", "isolation", "refusal"]
 Damage = Literal["half", "truncated", "rank", "shape", "unknown-module", "absent-layer", "no-prefix", "empty"]
 """What is done to an adapter: a `lora_B` missing, the file's second half missing, a rank that is not the
@@ -85,7 +86,7 @@ class LoraCase(CaseBase):
     """In `numbers`, rows without any adapter take their turn too; in `isolation` they always do."""
     probes: tuple[str, ...] = ()
     """For `mapping` and `liveness`: ends of names, or first parts, of the modules that are probed; empty: all
-    that have a place in the rows."""
+    linears and experts that have a place in the rows. Tables and the head are probed where they are named."""
     experts: ExpertForm = "stacked"
     """Form of the probes for experts; as `probes`, for `mapping` and `liveness`."""
     keys: KeyForm | None = None

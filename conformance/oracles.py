@@ -196,7 +196,7 @@ class Oracles:
 
         def make(folder: Path) -> None:
             self._write(config, folder, seed)
-            bundled.add_processors(folder)
+            bundled.add_processors(folder, unified=config.get("model_type") == "gemma4_unified")
 
         return self._folder_of(make, "whole", config, seed)
 

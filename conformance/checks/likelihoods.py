@@ -31,6 +31,11 @@ def worst(made: Generation, truth: Tensor) -> float:
     return max((math.inf if math.isnan(distance) else distance for distance in distances), default=math.inf)
 
 
+def identical(one: Generation, other: Generation) -> bool:
+    """Whether two answers are the same to the last bit of every number."""
+    return one.token_ids == other.token_ids and one.logprobs == other.logprobs and one.top == other.top
+
+
 def apart(one: Generation, other: Generation) -> float:
     """The largest distance between two answers, as far as they hold the same tokens; at least one is.
 

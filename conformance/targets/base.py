@@ -49,7 +49,7 @@ Feature = Literal[
 ]
 """What not every target that generates or runs forward passes can do. The first twelve are `EngineOptions`
 (`eagle3` and `assistant`: drafts of that kind). `sampling` to `sounds`: generation with them
-(`mixed-adapters`: with several adapters in one batch, not one after the other). `media`: forward passes with
+(`mixed-adapters`: with several adapters in one batch, `GenerateRequest.mixed`). `media`: forward passes with
 images, videos and sounds. `long-blocks`: a choice of what becomes of images longer than the window."""
 
 Choice = Literal["attention", "cache", "dtype"]

@@ -93,10 +93,24 @@ def adapter() -> Path:
     return adapter_folder()
 
 
-def add_processors(folder: Path) -> None:
-    """Copy what the scripted checkpoint has besides configuration and weights to another checkpoint."""
+def add_processors(folder: Path, *, unified: bool = False) -> None:
+    """Copy what the scripted checkpoint has besides configuration and weights to another checkpoint.
+
+    Args:
+        folder: Of the other one.
+        unified: It is of an encoder-free model, whose processors are others.
+    """
     for name in _PROCESSORS:
         shutil.copy(checkpoint_folder() / name, folder)
+    if unified:
+        path = folder / "processor_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("image_processor", "video_processor"):
+            kind = f"{part}_type"
+            written[part][kind] = written[part][kind].replace("Gemma4", "Gemma4Unified")
+        written["feature_extractor"] = {"feature_extractor_type": "Gemma4UnifiedAudioFeatureExtractor"}
+        written["processor_class"] = "Gemma4UnifiedProcessor"
+        path.write_text(json.dumps(written, indent=2), encoding="utf-8")
 
 
 @cache

@@ -131,9 +131,11 @@ class GenerateRequest(Model):
     adapter: str | None = None
     """Folder of a LoRA adapter in PEFT's form, for every prompt."""
     adapters: tuple[str | None, ...] = ()
-    """The same for each prompt, None for a prompt without; empty: `adapter` says it. A target without the
-    feature `mixed-adapters` answers prompts with different adapters one after the other. If all are None,
-    the engine is set up for adapters all the same."""
+    """The same for each prompt, None for a prompt without; empty: `adapter` says it. If all are None, the
+    engine is set up for adapters all the same."""
+    mixed: bool = False
+    """Prompts with different adapters have to share a batch: a target that cannot do it for these raises.
+    Otherwise it may answer them one after the other."""
     max_new_tokens: int = Field(ge=1)
     stop_ids: tuple[int, ...] = ()
     """Tokens that end an answer; nothing else but `max_new_tokens` does."""
@@ -181,6 +183,7 @@ class GenerateRequest(Model):
             "sampling": self.sampling is not None,
             "repeat": self.repeat > 1,
             "states": bool(self.states),
+            "mixed-adapters": self.mixed,
         }
         return (*self.options.features, *(name for name, is_asked in asked.items() if is_asked))
 
@@ -205,6 +208,15 @@ class Generation(Model):
     """Tokens of the prompt that were found in the prefix cache; None where the target does not tell."""
 
 
+class Parts(Model):
+    """Modules besides the language model: beginnings of the target's own names, without the dot behind."""
+
+    connectors: tuple[str, ...] = ()
+    """From what towers give to the language model's width."""
+    towers: tuple[str, ...] = ()
+    """What reads images and sounds."""
+
+
 class GenerateResult(Model):
     """Answers, and what really ran."""
 
@@ -218,6 +230,11 @@ class GenerateResult(Model):
     adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """By folder of each adapter that was asked for: the modules that it changes, by the target's own names
     for them, read back from the running engine. Parts of a fused module are numbered: `qkv_proj[1]`."""
+    batches: int = Field(default=1, ge=1)
+    """In how many batches prompts with different adapters were answered, one after the other."""
+    parts: Parts | None = None
+    """What the target takes to be there besides the language model, where adapters are asked for. None where
+    it does not tell."""
 
 
 class LoglikelihoodRequest(Model):

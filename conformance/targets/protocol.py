@@ -27,6 +27,7 @@ from conformance.targets.generation import Generation as Generation
 from conformance.targets.generation import Loglikelihood as Loglikelihood
 from conformance.targets.generation import LoglikelihoodRequest as LoglikelihoodRequest
 from conformance.targets.generation import LoglikelihoodResult as LoglikelihoodResult
+from conformance.targets.generation import Parts as Parts
 from conformance.targets.generation import Sampling as Sampling
 from conformance.targets.generation import Speculation as Speculation
 from conformance.worker.modules import MASK

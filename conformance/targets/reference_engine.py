@@ -16,7 +16,7 @@ import torch
 
 from conformance.errors import EngineError
 from conformance.targets import reference_lora
-from conformance.targets.protocol import Feature, GenerateRequest, Generation, Sampling
+from conformance.targets.protocol import Feature, GenerateRequest, Generation, Parts, Sampling
 from conformance.targets.reference_abilities import CACHES
 from conformance.targets.reference_forward import DTYPES
 from conformance.targets.reference_parallel import layout_of, spread
@@ -58,6 +58,10 @@ class Running(Protocol):
 
     def adapted(self) -> dict[str, tuple[str, ...]]:
         """By adapter, the modules whose output it has changed."""
+        ...
+
+    def parts(self) -> Parts | None:
+        """What is there besides the language model; None without adapters."""
         ...
 
 
@@ -191,6 +195,10 @@ class PagedEngine:
     def adapted(self) -> dict[str, tuple[str, ...]]:
         """By adapter, the modules whose output it has changed."""
         return self._adapters.acted() if self._adapters is not None else {}
+
+    def parts(self) -> Parts | None:
+        """What is there besides the language model; None without adapters."""
+        return self._adapters.parts() if self._adapters is not None else None
 
     def _make_runner(self, sizes: CacheSizes) -> Runner:
         speculation = self._options.speculation

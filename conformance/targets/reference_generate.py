@@ -26,6 +26,7 @@ from conformance.targets.protocol import (
     Loglikelihood,
     LoglikelihoodRequest,
     LoglikelihoodResult,
+    Parts,
 )
 from conformance.targets.reference_abilities import CACHES, FEATURES
 from conformance.targets.reference_engine import PAGED, PagedEngine, Running, sampling_of
@@ -121,7 +122,12 @@ def _generate(request: GenerateRequest) -> GenerateResult:
         if request.states:
             _write_states(request, reader, engine)
         made = [row for _ in range(request.repeat) for row in engine.answers(request)]
-        return GenerateResult(generations=tuple(made), effective=engine.effective(), adapted=engine.adapted())
+        return GenerateResult(
+            generations=tuple(made),
+            effective=engine.effective(),
+            adapted=engine.adapted(),
+            parts=engine.parts(),
+        )
 
 
 def running(request: GenerateRequest, reader: Reader) -> AbstractContextManager[Running]:
@@ -227,6 +233,10 @@ class _Contiguous:
     def adapted(self) -> dict[str, tuple[str, ...]]:
         """By adapter, the modules whose output it has changed."""
         return self._adapters.acted() if self._adapters is not None else {}
+
+    def parts(self) -> Parts | None:
+        """What is there besides the language model; None without adapters."""
+        return self._adapters.parts() if self._adapters is not None else None
 
 
 class _Measured:

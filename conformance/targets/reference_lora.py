@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from conformance.targets.protocol import Parts
 from model_impl.config import read_config
 from model_impl.lora import Adapter, Adapters, Sites
 from model_impl.lora import media as lora_media
@@ -58,8 +59,10 @@ class Attached:
         """Of this process."""
         self._spread = spread
         self._folders = list(dict.fromkeys(folder for folder in wanted if folder is not None))
-        sites = Sites.of_checkpoint(checkpoint)
-        for folder, adapter in [(folder, Adapter.load(Path(folder), sites)) for folder in self._folders]:
+        self._sites = Sites.of_checkpoint(checkpoint)
+        for folder, adapter in [
+            (folder, Adapter.load(Path(folder), self._sites)) for folder in self._folders
+        ]:
             self.here.add(folder, adapter)
             if spread is not None:
                 spread.adapters.add(folder, adapter.only(is_text))
@@ -75,6 +78,11 @@ class Attached:
             for folder, sites in found.items():
                 sites |= set(self._spread.adapters.acted(folder))
         return {folder: tuple(sorted(sites)) for folder, sites in found.items()}
+
+    def parts(self) -> Parts:
+        """What is there beside the language model."""
+        mapping = self._sites.mapping
+        return Parts(connectors=mapping.connectors, towers=mapping.towers)
 
     def summary(self) -> str:
         """All these modules, for `GenerateResult.effective`."""

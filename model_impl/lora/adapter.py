@@ -16,7 +16,7 @@ from torch import Tensor
 from model_impl.errors import CheckpointError
 from model_impl.lora import expert_keys
 from model_impl.lora.config import AdapterConfig
-from model_impl.lora.sites import EMBEDDING, HEAD, TEXT, Site, Sites
+from model_impl.lora.sites import EMBEDDING, HEAD, TEXT, Site, Sites, in_class
 
 FILE = "adapter_model.safetensors"
 WRAPPED = "base_model.model."
@@ -114,6 +114,8 @@ class _Reader:
         self._config = config
         self._sites = sites
         self._form: Form = "whole"
+        self._renames = False
+        """Names are those of transformers' own class, where that has others than the published ones."""
         self._changes: dict[str, LowRank] = {}
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._dead: list[str] = []
@@ -124,6 +126,7 @@ class _Reader:
         """The adapter that the tensors make."""
         names = self._unwrapped(tensors)
         self._form = self._form_of(names)
+        self._renames = any(_module_of(name) in self._sites.renamed for name in names)
         pairs, others = self._pairs(names)
         self._check_tied({*(pair.module for pair in pairs), *(name.rpartition(".")[0] for name in others)})
         expert_pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -170,14 +173,14 @@ class _Reader:
         if module == HEAD:
             return HEAD
         inner = module.removeprefix("model.")
-        return inner if self._form == "whole" else f"{TEXT}{inner}"
+        return self._sites.renamed.get(inner, inner) if self._form == "whole" else f"{TEXT}{inner}"
 
     def _trained_name(self, site: Site) -> str | None:
         """The other way; None where that model had no such site."""
         if site.name == HEAD:
             return HEAD
         if self._form == "whole":
-            return f"model.{site.name}"
+            return f"model.{in_class(site.name) if self._renames else site.name}"
         return f"model.{site.name.removeprefix(TEXT)}" if site.name.startswith(TEXT) else None
 
     # -------------------------------------------------------------------------------------------- tensors
@@ -314,6 +317,12 @@ class _Reader:
 
     def _dead_note(self) -> str:
         return f"{len(self._dead)} are for projections of layers that share another's keys and values"
+
+
+def _module_of(name: str) -> str:
+    """The module that a tensor is for, by its name below `model.` in the model it was trained on."""
+    match = _LOW_RANK.fullmatch(name)
+    return (match["module"] if match else name.rpartition(".")[0]).removeprefix("model.")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ TEXT = "language_model."
 HEAD = "lm_head"
 EMBEDDING = f"{TEXT}embed_tokens"
 _DEAD = re.compile(re.escape(TEXT) + r"layers\.(0|[1-9][0-9]{0,5})\.self_attn\.[kv]_proj")
+_IN_CLASS = {"vision_embedder.": "embed_vision.", "embed_vision.": "embed_vision.multimodal_embedder."}
+"""Beginnings of published names, to those of transformers' class of the encoder-free model: adapters that are
+trained on it have the class's."""
 _TOWERS = ("vision_tower", "audio_tower", "vision_embedder")
 _CONNECTORS = ("embed_vision", "embed_audio")
 
@@ -95,10 +98,15 @@ class Sites:
         self.modules: dict[str, nn.Module] = {}
         """By the names of their sites; of experts, by the name of their module."""
         self._sites: dict[str, Site] = {}
+        self.renamed: dict[str, str] = {}
+        """By the name in transformers' own class, a published name that is another."""
         self.config = model.config if isinstance(model, TextPart) else model.config.text
         for site, module in _walk(model, self.mapping):
             self._sites[site.name] = site
             self.modules[site.experts_module if site.kind == "experts" else site.name] = module
+        if "vision_embedder" in self.mapping.towers:
+            pairs = ((in_class(name), name) for name in self._sites)
+            self.renamed = {own: name for own, name in pairs if own != name}
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> Sites:
@@ -135,6 +143,14 @@ class Sites:
             return None
         layer = self.config.layers[int(match[1])]
         return Site(name, "linear", (layer.num_kv_heads * layer.head_dim, self.config.hidden_size))
+
+
+def in_class(name: str) -> str:
+    """What transformers' class of the encoder-free model calls a module, by its published name."""
+    for published, own in _IN_CLASS.items():
+        if name.startswith(published):
+            return own + name.removeprefix(published)
+    return name
 
 
 def is_text(site: str) -> bool:
@@ -183,5 +199,6 @@ __all__ = [
     "SiteKind",
     "Sites",
     "encoder_tokens",
+    "in_class",
     "is_text",
 ]

@@ -66,7 +66,7 @@ class TransformersAdapter:
         features = ["media", *_GENERATION]
         unavailable = {}
         if importlib.util.find_spec("peft") is not None:
-            features.append("lora")
+            features += ["lora", "mixed-adapters"]
             packages.append("peft")
         if reason := _without_images(version):
             unavailable["preprocess"] = reason

@@ -8,12 +8,13 @@
 * Each repetition has a cache of its own: nothing is shared between requests, so that they must agree.
 * Likelihoods are read from one pass without a cache.
 * Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run
-  one group after the other: its batches of several adapters are for some kinds of modules only.
+  one group after the other, as most of its users let them. Where they have to share a batch, they do, if PEFT
+  can: it takes several for linears and embeddings, and a row's adapter in a tower by the place of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,33 +52,89 @@ def generate(request: Json) -> Json:
     threads = torch.get_num_threads()
     made: list[Json] = []
     modules: dict[str, list[str]] = {}
+    batches = 1
     try:
         torch.set_num_threads(request["options"]["threads"] or threads)
         if request["states"]:
             _write_states(model, request)
         for _ in range(request["repeat"]):
-            generations: dict[int, list[Json]] = {}
-            for folder in dict.fromkeys(wanted):
-                places = [place for place, own in enumerate(wanted) if own == folder]
-                with ExitStack() as stack:
-                    if folder is not None:
-                        from conformance.worker.adapters.transformers_lora import adapted
+            if request["mixed"] and len(set(wanted)) > 1:
+                from conformance.worker.adapters.transformers_lora import Mixed
 
-                        modules[folder] = stack.enter_context(adapted(model, folder))
-                    generations |= dict(zip(places, _answers(model, request, places), strict=True))
+                mixed = Mixed(model, [folder for folder in dict.fromkeys(wanted) if folder is not None])
+                modules, batches = mixed.modules, 1
+                generations = dict(enumerate(_mixed_answers(model, mixed, request, wanted)))
+                mixed.unload()
+            else:
+                modules, generations = _answers_in_turn(model, request, wanted)
+                batches = len(set(wanted))
             made += [row for place in range(len(wanted)) for row in generations[place]]
         names = sorted({name for own in modules.values() for name in own})
         return {
             "generations": made,
             "effective": {**_effective(model, request["options"]), "adapter": ", ".join(names) or "none"},
             "adapted": modules,
+            "batches": batches,
         }
     finally:
         torch.set_num_threads(threads)
 
 
-def _answers(model: Any, request: Json, places: Sequence[int]) -> list[list[Json]]:
-    """All samples of some of the prompts."""
+def _answers_in_turn(
+    model: Any, request: Json, wanted: Sequence[str | None]
+) -> tuple[dict[str, list[str]], dict[int, list[Json]]]:
+    """The modules of each adapter, and the answers by place: one adapter after the other."""
+    modules: dict[str, list[str]] = {}
+    generations: dict[int, list[Json]] = {}
+    for folder in dict.fromkeys(wanted):
+        places = [place for place, own in enumerate(wanted) if own == folder]
+        with ExitStack() as stack:
+            if folder is not None:
+                from conformance.worker.adapters.transformers_lora import adapted
+
+                modules[folder] = stack.enter_context(adapted(model, folder))
+            generations |= dict(zip(places, _answers(model, request, places), strict=True))
+    return modules, generations
+
+
+def _mixed_answers(model: Any, mixed: Any, request: Json, wanted: Sequence[str | None]) -> list[list[Json]]:
+    """All samples of all prompts, each with its adapter, in one batch.
+
+    Raises:
+        RequestError: they do not fit into one, or a piece of media cannot be told whose it is.
+    """
+    pieces = [
+        sum(len(request[kind][place]) if request[kind] else 0 for kind in ("images", "sounds"))
+        for place in range(len(wanted))
+    ]
+    if mixed.in_towers and set(pieces) != {1}:
+        raise RequestError(
+            "an adapter is for a tower or a connector, and PEFT tells whose a piece of media is by its "
+            "place; give each prompt exactly one, or ask with one adapter at a time"
+        )
+    return _answers(
+        model, request, range(len(wanted)), lambda rows: mixed.generate([wanted[row] for row in rows])
+    )
+
+
+def _answers(
+    model: Any,
+    request: Json,
+    places: Sequence[int],
+    generate: Callable[[Sequence[int]], Any] | None = None,
+) -> list[list[Json]]:
+    """All samples of some of the prompts.
+
+    Args:
+        model: It.
+        request: As asked.
+        places: Of the prompts.
+        generate: For prompts that have to share a batch: what answers some of them, in the place of the
+            model's own `generate`.
+
+    Raises:
+        RequestError: they have to, and their media do not.
+    """
     if request["sampling"] is not None:
         torch.manual_seed(request["sampling"]["seed"])
     prompts = [request["prompts"][place] for place in places]
@@ -92,12 +149,15 @@ def _answers(model: Any, request: Json, places: Sequence[int]) -> list[list[Json
     together: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):
         together.setdefault(row.form, []).extend([number] * request["samples"])
+    if generate is not None and len(together) > 1:
+        raise RequestError("prompts with media of different forms do not fit into one batch")
     made: list[list[Json]] = [[] for _ in rows]
     for form, numbers in together.items():
         most = _MOST_WITH_MEDIA if form else _MOST_ROWS
         for start in range(0, len(numbers), most):
             part = numbers[start : start + most]
-            answers = _batch(model, request, *_stacked(model, [rows[number] for number in part]))
+            run = model.generate if generate is None else generate(part)
+            answers = _batch(model, run, request, *_stacked(model, [rows[number] for number in part]))
             for number, answer in zip(part, answers, strict=True):
                 made[number].append(answer)
     return made
@@ -168,8 +228,10 @@ def _effective(model: Any, options: Json) -> Json:
     }
 
 
-def _batch(model: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, media: Json) -> list[Json]:
-    """The answers to rows of one width."""
+def _batch(
+    model: Any, generate: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, media: Json
+) -> list[Json]:
+    """The answers to rows of one width, by a model's `generate`."""
     sampling, options = request["sampling"], request["options"]
     chosen = _Chosen(request["top_logprobs"], greedy=sampling is None)
     warping: Json = {"do_sample": False}
@@ -181,7 +243,7 @@ def _batch(model: Any, request: Json, ids: torch.Tensor, mask: torch.Tensor, med
             "top_p": sampling["top_p"],
         }
     with torch.inference_mode():
-        output = model.generate(
+        output = generate(
             ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
