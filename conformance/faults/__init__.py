@@ -15,6 +15,7 @@ def registry() -> dict[str, Fault]:
         architecture,
         layouts,
         lora,
+        lora_beside,
         masks,
         media,
         parser,
@@ -36,6 +37,7 @@ def registry() -> dict[str, Fault]:
         runtime.faults,
         runtime.generating,
         lora.faults,
+        lora_beside.faults,
     )
     return {fault.id: fault for collection in classes for fault in collection.faults}
 

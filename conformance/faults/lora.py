@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace as changed
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from conformance.faults.base import Collection, Patch, replace
-from model_impl.config import TextConfig
 from model_impl.errors import CheckpointError
 from model_impl.layers import attention
 from model_impl.layers.attention import Attention
 from model_impl.lora import adapter, apply, config, expert_keys, sites
 from model_impl.lora import media as lora_media
-from model_impl.lora.adapter import Adapter, Parts
+from model_impl.lora.adapter import Adapter, LowRank, Parts
 from model_impl.lora.apply import Adapters
 from model_impl.lora.config import AdapterConfig
 from model_impl.lora.sites import MediaMapping, Model, Sites
 from model_impl.multimodal import Media
-from model_impl.parallel import adapters as over_ranks
-from model_impl.parallel.adapters import ParallelAdapters
-from model_impl.parallel.layout import Layout
-from model_impl.parallel.shards import Cut
-from model_impl.runtime import blocks, prefix
 from model_impl.runtime import generate as generating
-from model_impl.runtime import runner as runners
-from model_impl.runtime.blocks import Digest
 from model_impl.runtime.generate import Generated
-from model_impl.runtime.runner import Batch, LocalRunner
 from model_impl.runtime.step import Step
-from model_impl.text import SoftTokens, States
+from model_impl.text import SoftTokens
 
 faults = Collection("lora")
 text = partial(faults, area="lora-text")
 experts = partial(faults, area="lora-experts")
 media = partial(faults, area="lora-media")
-beside = partial(faults, area="lora-layouts")
 
 
 def _dropping(is_lost: Callable[[str], bool]) -> Patch:
@@ -132,6 +121,34 @@ def _mlp_not_adapted() -> Patch:
 def _per_layer_not_adapted() -> Patch:
     """Adapters for the projections of per-layer inputs are dropped."""
     return _dropping(lambda name: "per_layer_" in name)
+
+
+@text("embeddings-not-adapted", source=("spec 7.1",), module=adapter)
+def _embeddings_not_adapted() -> Patch:
+    """Adapters for the embeddings are dropped."""
+    return _dropping(lambda name: ".embed_tokens" in name)
+
+
+@text("head-not-adapted", source=("spec 7.1",), module=adapter)
+def _head_not_adapted() -> Patch:
+    """Adapters for the head are dropped."""
+    return _dropping(lambda name: name == sites.HEAD)
+
+
+@text("head-and-embedding-change-together", source=("spec 7.1",), module=adapter)
+def _head_and_embedding() -> Patch:
+    """Where head and embedding are one weight, an adapter for the head changes the embedding too."""
+    original = Adapter.load.__func__  # type: ignore[attr-defined]
+
+    def load(cls: type[Adapter], folder: Path, known: Sites) -> Adapter:
+        made: Adapter = original(cls, folder, known)
+        head, table = made.changes.get(sites.HEAD), known.get(sites.EMBEDDING)
+        if head is None or table is None or sites.EMBEDDING in made.changes:
+            return made
+        both = {**made.changes, sites.EMBEDDING: LowRank(head.b.mT.contiguous(), head.a.mT.contiguous())}
+        return changed(made, changes=both, sites={**made.sites, sites.EMBEDDING: table})
+
+    return replace(Adapter, "load", classmethod(load))
 
 
 @text("keys-alone-where-keys-are-values", source=("spec 7.2",), module=attention)
@@ -254,6 +271,50 @@ def _leaks_into_rows() -> Patch:
     return replace(Adapters, "rows", rows)
 
 
+@text("scale-of-another-adapter", source=("spec 7.1",), module=apply)
+def _scale_of_another() -> Patch:
+    """What the adapters of a batch add is scaled as for the first one of them."""
+    original = Adapters._change
+
+    def change(
+        self: Adapters, site: str, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        kept = self._changes
+        if self._active is not None:
+            scales = {name: _scale_by_configuration(self._adapters[name]) for name in self._active.names}
+            first = scales[self._active.names[0]]
+            self._changes = {
+                name: {
+                    place: LowRank(own.a, own.b * (first / scales[name])) for place, own in kept[name].items()
+                }
+                for name in scales
+            }
+        try:
+            return original(self, site, module, inputs, output)
+        finally:
+            self._changes = kept
+
+    return replace(Adapters, "_change", change)
+
+
+def _scale_by_configuration(given: Parts) -> float:
+    """An adapter's scale for modules that have none of their own."""
+    return given.config.alpha / given.config.rank if isinstance(given, Adapter) else 1.0
+
+
+@text("outputs-rounded-where-adapters-act", source=("check 10",), module=apply)
+def _outputs_rounded() -> Patch:
+    """Modules for which a row has an adapter compute in half precision, whatever the adapter adds."""
+    original = apply.added
+
+    def added(
+        module: torch.nn.Module, change: LowRank | None, inputs: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        return original(module, change, inputs, output).half().to(output.dtype)
+
+    return replace(apply, "added", added)
+
+
 @text("inactive-when-decoding", source=("L03",), module=apply)
 def _inactive_when_decoding() -> Patch:
     """Adapters act on the prompt and not on the tokens that are generated after it."""
@@ -349,22 +410,50 @@ def _router_not_adapted() -> Patch:
 # ---------------------------------------------------------------------------- media
 
 
-@media("audio-tower-hard-coded", source=("L06",), module=sites, alarm="error")
-def _audio_hard_coded() -> Patch:
-    """Every model is taken to have an audio tower, and its connector."""
-
-    def of(cls: type[MediaMapping], _model: Model) -> MediaMapping:
-        return cls(
-            ("language_model", "lm_head"), ("embed_vision", "embed_audio"), ("vision_tower", "audio_tower")
-        )
-
+def _hard_coded(connectors: tuple[str, ...], towers: tuple[str, ...], *, whole: bool) -> tuple[Patch, Patch]:
+    """Patches that give whole models, or text models, these parts, and pass by those that are not there."""
     original = MediaMapping.of.__func__  # type: ignore[attr-defined]
 
-    def of_whole(cls: type[MediaMapping], model: Model) -> MediaMapping:
+    def of(cls: type[MediaMapping], model: Model) -> MediaMapping:
         right: MediaMapping = original(cls, model)
-        return of(cls, model) if right.towers else right
+        return changed(right, connectors=connectors, towers=towers) if whole == bool(right.towers) else right
 
-    return replace(MediaMapping, "of", classmethod(of_whole))
+    modules = sites._modules
+
+    def present(model: Model, mapping: MediaMapping) -> Iterator[tuple[str, torch.nn.Module]]:
+        own = {name for name, _ in model.named_children()}
+        there = changed(
+            mapping,
+            connectors=tuple(name for name in mapping.connectors if name in own),
+            towers=tuple(name for name in mapping.towers if name in own),
+        )
+        return modules(model, there)
+
+    return replace(MediaMapping, "of", classmethod(of)), replace(sites, "_modules", present)
+
+
+@media("audio-tower-hard-coded", source=("L06",), module=sites)
+def _audio_hard_coded() -> tuple[Patch, Patch]:
+    """Every whole model is taken to have a vision and an audio tower, and their connectors."""
+    return _hard_coded(("embed_vision", "embed_audio"), ("vision_tower", "audio_tower"), whole=True)
+
+
+@media("audio-tower-left-out", source=("L06",), module=sites)
+def _audio_left_out() -> tuple[Patch, Patch]:
+    """Every whole model is taken to have a vision tower and its connector, and nothing for sounds."""
+    return _hard_coded(("embed_vision",), ("vision_tower",), whole=True)
+
+
+@text("towers-of-a-text-model", source=("L06",), module=sites)
+def _towers_of_text() -> tuple[Patch, Patch]:
+    """A text model is taken to have a vision tower and its connector."""
+    return _hard_coded(("embed_vision",), ("vision_tower",), whole=False)
+
+
+@media("tile-embedder-not-adapted", source=("spec 7.1",), module=adapter)
+def _tile_embedder_not_adapted() -> Patch:
+    """Adapters for the embedder of tiles, which stands in the place of a tower, are dropped."""
+    return _dropping(lambda name: name.startswith("vision_embedder."))
 
 
 @media("towers-not-adapted", source=("L06",), module=adapter)
@@ -396,112 +485,3 @@ def _media_of_another() -> Patch:
         return original(adapters, ids, given, [wanted[0]] * len(wanted))
 
     return replace(lora_media, "soft_tokens", soft_tokens)
-
-
-# ---------------------------------------------------------------------------- beside layouts and drafts
-#
-# Ranks are processes of their own: what is patched is what they are told.
-
-
-@beside("first-stage-alone", source=("spec 8.1",), module=over_ranks)
-def _first_stage_alone() -> Patch:
-    """Over several stages, the first one alone has its adapters."""
-    original = ParallelAdapters._parts
-
-    def parts(self: ParallelAdapters, given: Parts) -> dict[int, Parts]:
-        layout = self._group.layout
-        return {rank: own for rank, own in original(self, given).items() if layout.place(rank).stage == 0}
-
-    return replace(ParallelAdapters, "_parts", parts)
-
-
-@beside("last-stage-alone", source=("spec 8.1",), module=over_ranks)
-def _last_stage_alone() -> Patch:
-    """Over several stages, the last one alone has its adapters."""
-    original = ParallelAdapters._parts
-
-    def parts(self: ParallelAdapters, given: Parts) -> dict[int, Parts]:
-        layout = self._group.layout
-        last = layout.stages - 1
-        return {rank: own for rank, own in original(self, given).items() if layout.place(rank).stage == last}
-
-    return replace(ParallelAdapters, "_parts", parts)
-
-
-def _first_part(is_wrong: Callable[[str, Cut, Layout], bool]) -> Patch:
-    """A patch that gives every rank the first rank's part of some matrices."""
-    original = over_ranks.cut_of
-
-    def cut_of(name: str, known: TextConfig, layout: Layout, shard: int) -> Cut | None:
-        cut = original(name, known, layout, shard)
-        return original(name, known, layout, 0) if cut and is_wrong(name, cut, layout) else cut
-
-    return replace(over_ranks, "cut_of", cut_of)
-
-
-@beside("first-part-of-outputs", source=("spec 8.3",), module=over_ranks)
-def _first_part_of_outputs() -> Patch:
-    """Where the ranks divide a projection's outputs, each adds what an adapter makes of the first rank's."""
-    return _first_part(lambda name, cut, _layout: ".experts." not in name and cut.axis == 0)
-
-
-@beside("first-part-of-inputs", source=("spec 8.3",), module=over_ranks)
-def _first_part_of_inputs() -> Patch:
-    """Where the ranks divide a projection's inputs, each multiplies them by A's part for the first rank's."""
-    return _first_part(lambda name, cut, _layout: ".experts." not in name and cut.axis == 1)
-
-
-@beside("parts-of-experts-not-cut", source=("L02",), module=over_ranks)
-def _parts_of_experts() -> Patch:
-    """Where each rank has a part of every expert, each uses the adapter's part for the first rank."""
-    return _first_part(lambda name, _cut, layout: ".experts." in name and not layout.expert)
-
-
-@beside("experts-counted-within-a-rank", source=("L02",), module=over_ranks)
-def _experts_within_a_rank() -> Patch:
-    """Where each rank has some experts whole, an adapter's are counted from the rank's first one."""
-    return _first_part(lambda name, _cut, layout: ".experts." in name and layout.expert)
-
-
-@beside("prefixes-of-another-adapter", source=("check 16",), module=prefix)
-def _prefixes_of_another() -> Patch:
-    """A block of a prompt is found whatever adapter has computed it."""
-    original = blocks.block_digest
-
-    def without(
-        previous: Digest, ids: Sequence[int], soft: Sequence[Digest | None], _adapter: str | None
-    ) -> Digest:
-        return original(previous, ids, soft, None)
-
-    return replace(prefix, "block_digest", without)
-
-
-@beside("dropped-in-verification", source=("check 19",), module=runners)
-def _dropped_in_verification() -> Patch:
-    """The pass that verifies drafted tokens runs without adapters."""
-    original = LocalRunner.run
-
-    def run(self: LocalRunner, batch: Batch) -> States:
-        pieces = (
-            changed(piece, adapter=None) if piece.start and len(piece.ids) > 1 else piece
-            for piece in batch.pieces
-        )
-        return original(self, Batch(tuple(pieces)))
-
-    return replace(LocalRunner, "run", run)
-
-
-@beside("rows-of-the-pass-before", source=("check 13",), module=runners)
-def _rows_of_the_pass_before() -> Patch:
-    """Which row uses which adapter is set anew only when the number of rows changes."""
-    original = LocalRunner.run
-    before: WeakKeyDictionary[LocalRunner, list[str | None]] = WeakKeyDictionary()
-
-    def run(self: LocalRunner, batch: Batch) -> States:
-        known = before.get(self, [])
-        if len(known) != len(batch.pieces):
-            before[self] = known = batch.adapters
-        pieces = (changed(piece, adapter=own) for piece, own in zip(batch.pieces, known, strict=True))
-        return original(self, Batch(tuple(pieces)))
-
-    return replace(LocalRunner, "run", run)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.worker.adapter import Json
+from conformance.worker.adapters.vllm_lora import adapted_modules, media_parts, rounds
 from conformance.worker.engine_process import EngineProcess
 
 VARIABLES = {
@@ -316,15 +317,6 @@ def scoring_arguments() -> Json:
     }
 
 
-def rounds(wanted: Sequence[str | None], most: int) -> list[list[int]]:
-    """Places of prompts that are answered together, with so many different adapters at most."""
-    folders = list(dict.fromkeys(wanted))
-    return [
-        [place for place, folder in enumerate(wanted) if folder in folders[start : start + most]]
-        for start in range(0, len(folders), most)
-    ]
-
-
 def likelihood(prompt_logprobs: Sequence[Any], continuation: Sequence[int]) -> Json:
     """A `Loglikelihood` from what vLLM says of a prompt that ends with the continuation."""
     behind = prompt_logprobs[len(prompt_logprobs) - len(continuation) :]
@@ -428,7 +420,10 @@ class _LlmEngine:
         generations: dict[int, list[Json]] = {}
         adapted: dict[str, list[str]] = {}
         effective: Json = {}
-        for places in rounds(wanted, _ADAPTERS) * request["repeat"]:
+        together = rounds(wanted, _ADAPTERS)
+        if request["mixed"] and len(together) > 1:
+            raise RequestError(f"a batch has room for {_ADAPTERS} adapters, of which none may be one")
+        for places in together * request["repeat"]:
             outputs = self._llm.generate(
                 [prompts[place] for place in places],
                 SamplingParams(**sampling_arguments(request)),
@@ -453,6 +448,8 @@ class _LlmEngine:
             "generations": made,
             "effective": {**effective, "adapter": ", ".join(modules) or "none"},
             "adapted": adapted,
+            "batches": len(together),
+            "parts": self._llm.collective_rpc(media_parts)[0] if adapted else None,
         }
 
     def _effective(self, adapter: int) -> dict[str, str]:
@@ -530,7 +527,7 @@ def read_back(worker: Any, adapter: int) -> dict[str, list[str]]:
         "pipeline_parallel": [str(parallel_state.get_pp_group().world_size)],
         "speculation": [_known(drafter.method)] if drafter is not None else [],
         "kv_dtype": sorted({_stored(layer) for layer in attending}),
-        "adapter": _adapted(runner, adapter) if adapter else [],
+        "adapter": adapted_modules(runner, adapter) if adapter else [],
         **_layers(runner),
     }
 
@@ -573,20 +570,3 @@ def _layers(runner: Any) -> dict[str, list[Any]]:
         "block_size": [str(runner.vllm_config.cache_config.block_size)],
         "stage": sorted(stages),
     }
-
-
-def _adapted(runner: Any, adapter: int) -> list[str]:
-    """Modules in whose buffers an adapter stands and is not zero; of a fused one its parts, `qkv_proj[0]`."""
-    manager = runner.lora_manager._adapter_manager
-    if adapter not in manager.lora_index_to_id:
-        return []
-    slot = manager.lora_index_to_id.index(adapter)
-    found = []
-    for name, module in manager.modules.items():
-        parts = list(zip(module.lora_a_stacked, module.lora_b_stacked, strict=True))
-        live = [number for number, (a, b) in enumerate(parts) if a[slot].any() and b[slot].any()]
-        if name.endswith(".experts") or len(parts) == 1:
-            found += [name] if live else []
-        else:
-            found += [f"{name}[{number}]" for number in live]
-    return found
