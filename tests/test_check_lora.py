@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +208,82 @@ def test_settings_without_effect_are_refused(values: dict[str, Any], message: st
     LoraCase.model_validate(case)
     with pytest.raises(ValidationError, match=message):
         LoraCase.model_validate({**case, **values})
+
+
+# ---------------------------------------------------------------------------- differences that are small
+
+
+def shifted(made: Generation, by: float) -> Generation:
+    """An answer whose numbers are all a little larger."""
+    top = tuple({token: value + by for token, value in best.items()} for best in made.top)
+    return made.model_copy(update={"logprobs": tuple(value + by for value in made.logprobs), "top": top})
+
+
+def lying(
+    monkeypatch: pytest.MonkeyPatch, by: float, is_wrong: Callable[[GenerateRequest, int], bool]
+) -> list[GenerateRequest]:
+    """Lets the reference shift answers, by request and row; gives the requests that it has got."""
+    original = ReferenceTarget.generate
+    asked: list[GenerateRequest] = []
+
+    def generate(self: ReferenceTarget, request: GenerateRequest) -> GenerateResult:
+        asked.append(request)
+        result = original(self, request)
+        made = [
+            shifted(one, by) if is_wrong(request, place % len(request.prompts)) else one
+            for place, one in enumerate(result.generations)
+        ]
+        return result.model_copy(update={"generations": tuple(made)})
+
+    monkeypatch.setattr(ReferenceTarget, "generate", generate)
+    return asked
+
+
+def is_zeroed(request: GenerateRequest, row: int) -> bool:
+    folder = request.adapter_of[row]
+    return folder is not None and "zeroed" in Path(folder).name
+
+
+def test_zeros_that_change_a_last_digit_are_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying(monkeypatch, 1e-9, is_zeroed)
+    result = run("e2b::tables", suites, pool)
+    (problem,) = result.problems
+    assert problem.rule == "zeroed"
+    assert set(problem.got) == {
+        "language_model.embed_tokens", "language_model.embed_tokens_per_layer", "lm_head"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("by", "rules"), [(1e-6, []), (1e-4, ["zeroed"])])
+def test_zeros_in_batches_of_other_sizes_may_differ_by_rounding(
+    by: float, rules: list[str], suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying(monkeypatch, by, is_zeroed)
+    known = ReferenceTarget.generate
+
+    def in_turn(self: ReferenceTarget, request: GenerateRequest) -> GenerateResult:
+        return known(self, request).model_copy(update={"batches": len(set(request.adapter_of))})
+
+    monkeypatch.setattr(ReferenceTarget, "generate", in_turn)
+    assert [problem.rule for problem in run("e2b::tables", suites, pool).problems] == rules
+
+
+def test_what_adapters_leave_behind_is_named(
+    suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[GenerateRequest] = []
+    asked = lying(monkeypatch, 1e-9, lambda request, _row: not any(request.adapters) and len(asked) > 1)
+    result = run("e2b::side-by-side", suites, pool)
+    assert [problem.rule for problem in result.problems] == ["left-over"]
+    assert [request.mixed for request in asked] == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(("by", "rules"), [(1e-6, []), (1e-4, ["isolation"])])
+def test_a_row_that_depends_on_its_neighbours_is_named(
+    by: float, rules: list[str], suites: LoadedSuites, pool: TargetPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than what merged weights could tell."""
+    lying(monkeypatch, by, lambda request, row: request.mixed and row == 1)
+    assert [problem.rule for problem in run("e2b::side-by-side", suites, pool).problems] == rules

@@ -11,7 +11,7 @@ from model_impl.lora.adapter import Adapter, LowRank, Parts, names
 from model_impl.lora.apply import AdapterError, Adapters
 from model_impl.lora.config import AdapterConfig
 from model_impl.lora.files import merge_adapter, write_random_adapter
-from model_impl.lora.sites import MediaMapping, Site, Sites, encoder_tokens
+from model_impl.lora.sites import MediaMapping, Site, Sites, TokenCounts, token_counts
 
 __all__ = [
     "Adapter",
@@ -23,8 +23,9 @@ __all__ = [
     "Parts",
     "Site",
     "Sites",
-    "encoder_tokens",
+    "TokenCounts",
     "merge_adapter",
     "names",
+    "token_counts",
     "write_random_adapter",
 ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from model_impl.checkpoint import is_dead
 from model_impl.config import TextConfig, read_config
 from model_impl.layers.moe import Experts
-from model_impl.media_config import MultimodalConfig, VisionConfig
+from model_impl.media_config import FrameConfig, MultimodalConfig, VisionConfig
 from model_impl.multimodal import Gemma4ForConditionalGeneration
 from model_impl.text import TextModel, TextPart
 
@@ -75,15 +75,28 @@ class MediaMapping:
         return "connector" if first in self.connectors else "tower"
 
 
-def encoder_tokens(config: MultimodalConfig, kind: Literal["image", "audio"], soft_tokens: int) -> int:
-    """How many tokens the tower's layers see for so many soft tokens behind the connector.
+class TokenCounts(NamedTuple):
+    """How many tokens of a piece of media the parts work on, padding left out."""
+
+    tower: int
+    """What its layers see; of the encoder-free model, its embedder. 0 where a kind has none."""
+    connector: int
+
+
+def token_counts(
+    config: MultimodalConfig, kind: Literal["image", "video", "audio"], soft_tokens: int
+) -> TokenCounts:
+    """How many tokens tower and connector see for so many soft tokens, by the configuration.
 
     A vision tower sees every patch that is pooled into a soft token; tiles of the encoder-free model and
-    frames of the audio tower are soft tokens already.
+    frames of the audio tower are soft tokens already. Stretches of sound of the encoder-free model go to the
+    connector as they are.
     """
-    if kind == "image" and isinstance(config.vision, VisionConfig):
-        return soft_tokens * config.vision.pooling**2
-    return soft_tokens
+    if kind == "audio":
+        return TokenCounts(0 if isinstance(config.audio, FrameConfig) else soft_tokens, soft_tokens)
+    if isinstance(config.vision, VisionConfig):
+        return TokenCounts(soft_tokens * config.vision.pooling**2, soft_tokens)
+    return TokenCounts(soft_tokens, soft_tokens)
 
 
 class Sites:
@@ -198,7 +211,8 @@ __all__ = [
     "Site",
     "SiteKind",
     "Sites",
-    "encoder_tokens",
+    "TokenCounts",
     "in_class",
     "is_text",
+    "token_counts",
 ]
