@@ -33,7 +33,7 @@ tower the one that gives frames to the layers, and says which are padding."""
 
 @contextmanager
 def counted(model: nn.Module, *names: str) -> Iterator[dict[str, int]]:
-    """Tokens of all inputs of modules, [..., width], by name; of outputs with a mask, those that are valid."""
+    """Tokens of all inputs of modules, [..., width], by name; of outputs with a mask, the valid ones."""
     counts = dict.fromkeys(names, 0)
 
     def count(name: str) -> Any:
