@@ -25,7 +25,7 @@ from pydantic import Field
 import conformance
 from conformance import evaluation_tasks, fingerprint
 from conformance.answering import Cache, EvaluationError, Progress, UnavailableError
-from conformance.evaluation_tasks import LoadedTask, document_sha256
+from conformance.evaluation_tasks import Documents, LoadedTask, document_sha256
 from conformance.lm_eval_model import BATCH_SIZE, Asked, ConformanceLM
 from conformance.records import Record
 from conformance.scoring import Item, OutcomeClass, Sheet, SheetHeader, classify, read_extracted
@@ -66,6 +66,8 @@ def evaluate(
     seed: int = 0,
     options: EvaluationOptions | None = None,
     progress: Progress | None = None,
+    documents: Documents | None = None,
+    examples: Documents = (),
 ) -> Sheet:
     """Ask a target a task's questions and score the answers.
 
@@ -77,6 +79,8 @@ def evaluate(
         seed: Of the choice of solved examples.
         options: How it is asked.
         progress: Told after each batch how many of how many are answered.
+        documents: In place of the task's own.
+        examples: Where there are `documents`, the solved ones that stand before questions.
 
     Raises:
         UnavailableError: the target cannot do what the task needs.
@@ -88,7 +92,9 @@ def evaluate(
     if options.thinking and not options.chat_template:
         raise EvaluationError("a thought is asked for by the chat template; leave it on, or thinking off")
     with _quiet():
-        loaded = evaluation_tasks.load(task, shots=options.shots, seed=seed)
+        loaded = evaluation_tasks.load(
+            task, shots=options.shots, seed=seed, documents=documents, examples=examples
+        )
         scheme = _scheme(loaded, options.filter)
         _check_media(loaded, target)
         drawn = _draw(loaded, limit, options.order_seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent / "tasks"
 _NEAR = ("gsm8k", "mmmu")
 """Folders of lm-eval that are looked into first: reading all of its 14 000 tasks takes many seconds."""
 _MMMU = "mmmu_val"
+Documents = Sequence[Mapping[str, Any]]
 _CHOICE: Mapping[str, Any] = {
     "process_results": mmmu.process_results,
     "filter_list": [
@@ -55,13 +56,22 @@ class LoadedTask:
         return max(int(part.config.num_fewshot or 0) for part in self.parts.values())
 
 
-def load(name: str, *, shots: int | None = None, seed: int = 0) -> LoadedTask:
+def load(
+    name: str,
+    *,
+    shots: int | None = None,
+    seed: int = 0,
+    documents: Documents | None = None,
+    examples: Documents = (),
+) -> LoadedTask:
     """Load a task or a group by lm-eval's name for it.
 
     Args:
         name: Such as `nano_gsm8k`, `gsm8k`, `mmmu_val`.
         shots: Solved examples before each question; None: as the task has it.
         seed: Of their choice.
+        documents: In place of the task's own.
+        examples: Where there are `documents`, the solved ones.
 
     Raises:
         EvaluationError: there is no such task, or its answers are not generated.
@@ -72,6 +82,8 @@ def load(name: str, *, shots: int | None = None, seed: int = 0) -> LoadedTask:
     data: dict[str, str] = {}
     for leaf in _leaves(manager, name):
         config, files = _config(manager, leaf)
+        if documents is not None:
+            config, files = _with_documents(config, documents, examples), {}
         data |= {f"{leaf}/{file}": digest for file, digest in sources.digests(files).items()}
         task = ConfigurableTask(config=config)
         if task.OUTPUT_TYPE != "generate_until":
@@ -88,6 +100,24 @@ def load(name: str, *, shots: int | None = None, seed: int = 0) -> LoadedTask:
         _steady_examples(task, seed)
         parts[leaf] = task
     return LoadedTask(name, parts, data)
+
+
+def _with_documents(
+    config: Mapping[str, Any], documents: Documents, examples: Documents
+) -> dict[str, Any]:
+    """A task's configuration, with other documents."""
+    splits = {"test": sources.dataset(documents)}
+    if examples:
+        splits["train"] = sources.dataset(examples)
+    train = "train" if examples else None
+    return {
+        **config,
+        "test_split": "test",
+        "validation_split": None,
+        "training_split": train,
+        "fewshot_split": train,
+        "custom_dataset": lambda **_metadata: splits,
+    }
 
 
 def document_sha256(doc: Any) -> str:

@@ -14,6 +14,7 @@ from conformance.loading import LoadedCase
 
 _PATCHES = (
     "architecture",
+    "evaluation",
     "layouts",
     "lora",
     "masks",

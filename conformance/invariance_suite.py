@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -12,7 +13,9 @@ from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 from conformance.targets.protocol import DType, EngineOptions, KVDType, Sampling, Speculation
 
 DRAWS = 10_000
-"""Fewest answers from which a distribution is judged."""
+"""Answers from which a distribution is judged, unless a case says otherwise."""
+SHIFT = 0.03
+"""Of probability, that the control moves, unless a case says otherwise."""
 
 
 class Draft(Strict):
@@ -153,8 +156,11 @@ class InvarianceCase(CaseBase):
     max_new_tokens: int = Field(default=20, ge=1, le=200)
     sampling: Sampling | None = None
     """Answers are drawn, and it is their distribution that must not change. Needs a `top_k` of 2 to 8."""
-    draws: int = Field(default=DRAWS, ge=DRAWS, le=100_000)
+    draws: int = Field(default=DRAWS, ge=1_000, le=100_000)
     """Of each prompt, where there is `sampling`."""
+    shift: float = Field(default=SHIFT, ge=SHIFT, le=0.2)
+    """Of probability, that the control moves from the likeliest token to the least likely, and the draws must
+    notice. Fewer draws need a larger one."""
     or_refused: Words | None = None
     """The target may refuse the change, in words that hold this pattern: what it must not do is to give
     another answer, or to break."""
@@ -211,9 +217,15 @@ class InvarianceCase(CaseBase):
     def _check_drawn(self) -> None:
         """Refuse what would be ignored: with `sampling` what is of greedy answers, without it `draws`."""
         if self.sampling is None:
-            if "draws" in self.model_fields_set:
-                raise ValueError("`draws` is how often `sampling` draws; add that, or leave it out")
+            for name in sorted({"draws", "shift"} & self.model_fields_set):
+                raise ValueError(f"`{name}` is of what `sampling` draws; add that, or leave it out")
             return
+        # What n draws can tell goes with the square root of n.
+        if self.draws * self.shift**2 < DRAWS * SHIFT**2 * (1 - 1e-9):
+            raise ValueError(
+                f"{self.draws} draws do not tell a shift of {self.shift:g}; take more draws, or a `shift` of "
+                f"{SHIFT * math.sqrt(DRAWS / self.draws):.3f}"
+            )
         if self.sampling.top_k is None or not 2 <= self.sampling.top_k <= 8:
             raise ValueError("`sampling` needs a `top_k` of 2 to 8, so that all that can be drawn is known")
         ways = (self.base, self.changed)

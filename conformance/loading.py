@@ -34,6 +34,7 @@ from conformance.invariance_suite import (
 from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.media import MARKERS, Piece, TextPiece, kind_of, marker_ids
 from conformance.results import SCHEMA_VERSION
+from conformance.scoring_suite import ScoringCase, ScoringSuite
 from conformance.suites import (
     PROMPTS,
     AnySuite,
@@ -71,6 +72,7 @@ _KINDS: dict[str, type[AnySuite]] = {
     "invariance": InvarianceSuite,
     "lora": LoraSuite,
     "accuracy": AccuracySuite,
+    "scoring": ScoringSuite,
 }
 
 
@@ -233,7 +235,8 @@ def resolve_tools(case: Case, suite: AnySuite) -> tuple[dict[str, Any], ...]:
         | GenerationCase
         | InvarianceCase
         | LoraCase
-        | AccuracyCase,
+        | AccuracyCase
+        | ScoringCase,
     ):
         return ()
     if isinstance(case.tools, str):
@@ -378,6 +381,8 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
             _check_media(document, loc, ("rows",), case.rows, suite.configs[case.config])
         elif isinstance(case, AccuracyCase):
             _check_gate(document, loc, case)
+        elif isinstance(case, ScoringCase):
+            continue  # whether there is such a task, lm-eval says, which takes seconds to import
         else:
             assert isinstance(suite, ToolsSuiteBase)
             _check_chat(document, loc, case, suite)

@@ -48,7 +48,9 @@ _START_LIMIT = 300.0
 _MAX_OPEN = 2
 _FORWARD_LIMIT = 300.0
 """Seconds that a case may take beyond its requests where engines are imported and models run."""
-_KINDS_OF_MODELS = ("parity", "mask", "contract", "processor", "generation", "invariance", "lora", "server")
+_KINDS_OF_MODELS = (
+    *("parity", "mask", "contract", "processor", "generation", "invariance", "lora", "server", "scoring"),
+)
 _ACCURACY_LIMIT = 12 * 3600.0
 """The same where hundreds of questions are asked."""
 _MAX_REQUESTS = 20

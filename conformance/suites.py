@@ -17,6 +17,7 @@ from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.media import Budget, MediaPiece, Picture, Piece, TextPiece, what
 from conformance.media import PicturePrompt as PicturePrompt
+from conformance.scoring_suite import ScoringCase, ScoringSuite
 from conformance.suitebase import CaseBase, CaseId, OracleSpec, Strict, SuiteBase
 from conformance.targets.protocol import (
     AttentionBackend,
@@ -513,6 +514,7 @@ AnySuite = (
     | InvarianceSuite
     | LoraSuite
     | AccuracySuite
+    | ScoringSuite
 )
 Suite = Annotated[AnySuite, Field(discriminator="kind")]
 Case = (
@@ -527,4 +529,5 @@ Case = (
     | InvarianceCase
     | LoraCase
     | AccuracyCase
+    | ScoringCase
 )

@@ -255,6 +255,7 @@ def test_bundled_suites_load_and_no_case_is_there_twice() -> None:
         "invariance",
         "lora",
         "accuracy",
+        "scoring",
     }
     assert {s.suite.kind for s in suites} == kinds
     assert len({c.digest for c in suites.cases}) == len(suites.cases)

@@ -13,6 +13,7 @@ from conformance.checks import mask as mask_check
 from conformance.checks import parity as parity_check
 from conformance.checks import parser as parser_check
 from conformance.checks import processor as processor_check
+from conformance.checks import scoring as scoring_check
 from conformance.checks import server as server_check
 from conformance.checks import template as template_check
 from conformance.checks.base import CheckOutcome, Search
@@ -21,6 +22,7 @@ from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.invariance_suite import InvarianceCase, InvarianceSuite
 from conformance.lora_suite import LoraCase, LoraSuite
 from conformance.oracles import Oracles
+from conformance.scoring_suite import ScoringCase, ScoringSuite
 from conformance.suites import (
     AnySuite,
     Case,
@@ -96,6 +98,8 @@ def judge(
     if isinstance(suite, AccuracySuite) and isinstance(case, AccuracyCase):
         assert folder is not None
         return accuracy_check.judge(case, target, folder)
+    if isinstance(suite, ScoringSuite) and isinstance(case, ScoringCase):
+        return scoring_check.judge(case, target)
     raise TypeError(f"case {case.id!r} ({type(case).__name__}) does not belong to a {suite.kind} suite")
 
 

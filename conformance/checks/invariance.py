@@ -321,11 +321,12 @@ class _Pair:
         for (rule, answers), verdict in zip(sides, verdicts, strict=True):
             self.found.facts[rule] = [f"{fit.p_value:.2g}" for fit in verdict.fits]
             problems += self._distribution_problems(rule, verdict, alpha)
-            control = drawing.compare_draws([drawing.shifted(law) for law in laws], answers.rounds, places)
+            moved = [drawing.shifted(law, case.shift) for law in laws]
+            control = drawing.compare_draws(moved, answers.rounds, places)
             if not problems and not control.rejected(alpha):
                 reason = (
                     "the control was not noticed: draws do not tell their own distribution from one in "
-                    f"which the likeliest token has {drawing.SHIFT:g} less"
+                    f"which the likeliest token has {case.shift:g} less"
                 )
                 return self._outcome("error", reason=reason)
         problems += self._cache_problems(answers)

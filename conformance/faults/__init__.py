@@ -13,6 +13,7 @@ def registry() -> dict[str, Fault]:
     # Patches of the model need torch, which no other command should wait for.
     from conformance.faults import (
         architecture,
+        evaluation,
         layouts,
         lora,
         lora_beside,
@@ -38,6 +39,7 @@ def registry() -> dict[str, Fault]:
         runtime.generating,
         lora.faults,
         lora_beside.faults,
+        evaluation.faults,
     )
     return {fault.id: fault for collection in classes for fault in collection.faults}
 

@@ -32,6 +32,7 @@ LEVEL_OF_KIND: dict[str, Level] = {
     "generation": "model",
     "invariance": "model",
     "server": "model",
+    "scoring": "score",
     "accuracy": "score",
 }
 """By the kind of a suite: one function; single modules of a model; a model's answers; the scores of many."""
@@ -46,16 +47,27 @@ Class = Literal[
     "speculation",
     "lora",
     "caches",
+    "evaluation",
 ]
-"""The classes of the fault catalogue that have faults here."""
+"""The classes of the fault catalogue."""
 CLASSES: tuple[Class, ...] = get_args(Class)
 
 Layer = Literal[
-    "chat", "preprocess", "layers", "text", "towers", "lora", "parallel", "runtime", "speculative"
+    "chat",
+    "preprocess",
+    "layers",
+    "text",
+    "towers",
+    "lora",
+    "parallel",
+    "runtime",
+    "speculative",
+    "evaluation",
 ]
-"""Part of the bundled implementation."""
+"""Part of the bundled implementation, or the evaluation, which is the harness's own."""
 
 _PACKAGE = "model_impl."
+_HARNESS = "conformance."
 _Module = Annotated[str, StringConstraints(pattern=r"^[a-z_]+(\.[a-z_]+|\.\*)*$")]
 
 
@@ -67,13 +79,13 @@ class Place(Strict):
     layer: Layer
     level: Level
     module: _Module
-    """Without the name of the package."""
+    """Without the name of the package, where it is the implementation's."""
     faults: tuple[CaseId, ...] = Field(min_length=1)
 
     @property
     def full_module(self) -> str:
         """`model_impl.chat.parser`."""
-        return _PACKAGE + self.module
+        return self.module if self.module.startswith(_HARNESS) else _PACKAGE + self.module
 
 
 class Places(Strict):

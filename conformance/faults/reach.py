@@ -26,8 +26,17 @@ import conformance
 import model_impl
 from conformance.faults.base import Fault
 
-_PACKAGE = "model_impl"
-_ROOT = Path(model_impl.__file__).parent
+_ROOTS = {package.__name__: Path(package.__file__ or "").parent for package in (model_impl, conformance)}
+_EVALUATION = (
+    "answering.py",
+    "evaluation.py",
+    "evaluation_tasks.py",
+    "lm_eval_model.py",
+    "scoring.py",
+    "targets/reference_chat.py",
+    "tasks/*.py",
+)
+"""Files of the harness that faults patch."""
 _STARTS_PROCESSES = "model_impl.parallel.group:"
 """Beginning of the names of functions after which processes run that are not watched."""
 
@@ -45,7 +54,7 @@ class Watch(AbstractContextManager["Watch"]):
         # Commands that watch nothing need not wait for it.
         from coverage import Coverage
 
-        self._coverage = Coverage(data_file=None, config_file=False, include=[f"{_ROOT}/*"])
+        self._coverage = Coverage(data_file=None, config_file=False, include=[str(path) for path in _files()])
 
     def __enter__(self) -> Self:
         self._coverage.start()
@@ -76,8 +85,7 @@ class Watch(AbstractContextManager["Watch"]):
 
 def forget() -> None:
     """Empty all caches of functions of the implementation and of the harness (`functools.cache`)."""
-    packages = (_PACKAGE, conformance.__name__)
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in _ROOTS]
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, functools._lru_cache_wrapper):
             value.cache_clear()
@@ -135,15 +143,22 @@ def _beneath(original: Any) -> list[FunctionType]:
 
 @functools.cache
 def _all_names() -> frozenset[str]:
-    return frozenset(
-        name for file in _ROOT.rglob("*.py") for names in _functions(file).values() for name in names
-    )
+    return frozenset(name for file in _files() for names in _functions(file).values() for name in names)
+
+
+@functools.cache
+def _files() -> tuple[Path, ...]:
+    """All that is watched."""
+    harness = _ROOTS[conformance.__name__]
+    evaluation = (path for pattern in _EVALUATION for path in harness.glob(pattern))
+    return (*_ROOTS[model_impl.__name__].rglob("*.py"), *evaluation)
 
 
 @functools.cache
 def _functions(file: Path) -> Mapping[int, tuple[str, ...]]:
     """By line: the functions in whose body it is, those around others included."""
-    module = ".".join([_PACKAGE, *file.relative_to(_ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    name, root = next((name, root) for name, root in _ROOTS.items() if file.is_relative_to(root))
+    module = ".".join([name, *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
     found: dict[int, list[str]] = defaultdict(list)
     for name, node in _walk(ast.parse(file.read_text(encoding="utf-8")), ""):
         assert node.end_lineno is not None

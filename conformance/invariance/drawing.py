@@ -8,7 +8,8 @@
 3. A case tests all prompts and places of both its sides at one alpha of 0.001: each at its part of that
    (Bonferroni), so that a right target fails a case at most once in a thousand seeds. A token that cannot be
    drawn at all fails by itself.
-4. The control: the same draws must be rejected where the likeliest token has 0.03 less.
+4. The control: the same draws must be rejected where the likeliest token has 0.03 less, or as much as the case
+   says that it can tell.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from conformance.targets.protocol import Generation, Sampling
 
 PLACES = 3
 ALPHA = 0.001
-SHIFT = 0.03
-"""Of probability, that the control takes from the likeliest token and gives to the least likely."""
 _FEWEST = 5
 """Draws that a cell must expect."""
 
@@ -103,14 +102,14 @@ def probabilities(logprobs: Mapping[int, float], sampling: Sampling) -> dict[int
     return {token: part / total for (token, _), part in zip(kept, nucleus, strict=False)}
 
 
-def shifted(law: Law) -> dict[Ids, dict[int, float]]:
-    """The law of the control."""
+def shifted(law: Law, shift: float) -> dict[Ids, dict[int, float]]:
+    """The law of the control: so much probability goes from the likeliest token to the least likely."""
     changed = {}
     for beginning, parts in law.items():
         tokens = list(parts)
         moved = dict(parts)
         if len(tokens) > 1:
-            step = min(SHIFT, parts[tokens[0]] / 2)
+            step = min(shift, parts[tokens[0]] / 2)
             moved[tokens[0]] -= step
             moved[tokens[-1]] += step
         changed[beginning] = moved

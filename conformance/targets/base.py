@@ -17,12 +17,13 @@ Capability = Literal[
     "loglikelihood",
     "stages",
     "serve",
+    "score",
 ]
 """`parse`: whole output to fields. `parse_stream`: the same in chunks. `certify`: search over every
 chunking, needs copyable parser state. `render`: messages to prompt text. `preprocess`: media to what towers
 read. `forward`: token ids to the tensors inside a model. `generate`: token ids to those that follow.
 `loglikelihood`: how likely given ids are to follow others. `stages`: what crosses between the stages of a
-pipeline. `serve`: chat completions over HTTP."""
+pipeline. `serve`: chat completions over HTTP. `score`: answers to a task to what becomes of them."""
 
 Feature = Literal[
     "tensor-parallel",

@@ -60,6 +60,7 @@ from conformance.targets.recordings import (
     places_of,
 )
 from conformance.targets.replay import Asked, ReplayTarget
+from conformance.targets.scores import Scorer, ScoreRequest, ScoreResult
 from conformance.targets.stages import StagesRequest, StagesResult
 
 _T = TypeVar("_T")
@@ -223,6 +224,10 @@ class RecordingTarget:
     def loglikelihood(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
         """Ask; no suite judges likelihoods, so they are not recorded."""
         return self._target.loglikelihood(request)
+
+    def score(self, request: ScoreRequest) -> ScoreResult:
+        """Ask; nothing of an engine's is in it that could be recorded."""
+        return cast(Scorer, self._target).score(request)
 
     def stages(self, request: StagesRequest) -> StagesResult:
         """Ask; tensors are not recorded."""

@@ -38,6 +38,7 @@ from conformance.targets.protocol import (
     ToolCallDelta,
 )
 from conformance.targets.reference_abilities import CACHES, FEATURES
+from conformance.targets.scores import ScoreRequest, ScoreResult
 from conformance.targets.stages import StagesRequest, StagesResult
 from conformance.tokenization import characters, encode
 from conformance.worker.search import certify
@@ -139,6 +140,12 @@ class ReferenceTarget:
         from conformance.targets import reference_generate
 
         return reference_generate.loglikelihood(request)
+
+    def score(self, request: ScoreRequest) -> ScoreResult:
+        """Score answers as gates do."""
+        from conformance.targets import reference_scores
+
+        return reference_scores.score(request)
 
     def stages(self, request: StagesRequest) -> StagesResult:
         """Run the stages one after the other."""
