@@ -102,9 +102,7 @@ def load(
     return LoadedTask(name, parts, data)
 
 
-def _with_documents(
-    config: Mapping[str, Any], documents: Documents, examples: Documents
-) -> dict[str, Any]:
+def _with_documents(config: Mapping[str, Any], documents: Documents, examples: Documents) -> dict[str, Any]:
     """A task's configuration, with other documents."""
     splits = {"test": sources.dataset(documents)}
     if examples:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from conformance import yamlfile
 from conformance.errors import SuiteError
-from conformance.faults import registry
-from conformance.faults.places import LEVEL_OF_KIND, Places, misplaced, places
+from conformance.faults import record, registry, written
+from conformance.faults.places import (
+    CLASSES,
+    LEVEL_OF_KIND,
+    LEVELS,
+    Places,
+    full_module,
+    misplaced,
+    places,
+)
+from conformance.faults.pointers import Pointer, Pointers, pointers
 from conformance.loading import load_suites
 
 HEAD = "title: demo title\npoints_at: {reasoning: [chat.parser]}\nplaces:\n"
@@ -43,6 +55,93 @@ def test_every_module_that_is_pointed_at_belongs_to_some_fault() -> None:
         for pattern in patterns:
             one = Places(title="demo", points_at={area: (pattern,)}, places=())
             assert any(one.points_to(area, name) for name in modules), f"{area}: {pattern}"
+
+
+def test_every_class_has_five_faults() -> None:
+    """A class with fewer stands here with the reason."""
+    exempt: dict[str, str] = {}
+    count = Counter(places().by_fault[name].class_ for name in registry())
+    assert count.keys() == set(CLASSES)
+    assert {name for name in CLASSES if count[name] < 5} == exempt.keys()
+    assert len(CLASSES) == 10, "as many as the catalogue has"
+
+
+def test_every_level_has_faults() -> None:
+    assert {place.level for place in places().places} == set(LEVELS)
+
+
+def test_every_module_that_a_case_points_at_belongs_to_some_fault() -> None:
+    modules = {place.full_module for place in places().places}
+    suites = load_suites()
+    areas = {suite.suite.area for suite in suites}
+    addresses = [(case.suite.suite.area, case.address) for case in suites.cases]
+    for pointer in pointers().pointers:
+        assert {full_module(name) for name in pointer.modules} <= modules, pointer
+        assert set(pointer.areas) <= areas, pointer
+        assert any(pointer.fits(area, case, pointer.rules) for area, case in addresses), f"{pointer}: no case"
+
+
+def test_the_first_pointer_that_fits_counts() -> None:
+    table = Pointers(
+        title="demo",
+        pointers=(
+            Pointer(areas=("masks",), rules=("window",), modules=("runtime.masks",)),
+            Pointer(areas=("masks",), cases="mask/images::*", modules=("config", "text")),
+            Pointer(areas=("scoring-answers",), modules=("conformance.scoring",)),
+        ),
+    )
+    assert table.modules("masks", "mask/images::one", ("window",)) == ("model_impl.runtime.masks",)
+    assert table.modules("masks", "mask/images::one", ("future",)) == ("model_impl.config", "model_impl.text")
+    assert table.modules("masks", "mask/text::one", ("future",)) == ()
+    assert table.modules("scoring-answers", "scoring/answers::x", ()) == ("conformance.scoring",)
+    with pytest.raises(ValidationError, match="at most 3"):
+        Pointer(areas=("masks",), modules=("a", "b", "c", "d"))
+
+
+# ----------------------------------------------------------------------------------- written down before
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=demo", "-c", "user.email=demo@example.invalid")
+    return subprocess.run(
+        ["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_a_place_is_written_down_when_it_is_committed_as_it_is(tmp_path: Path) -> None:
+    place = read(tmp_path, HEAD + PLACE).by_fault["one-fault"]
+    file = tmp_path / "conformance" / "faults" / "places.yaml"
+    file.parent.mkdir(parents=True)
+    assert written.unwritten({"one-fault": place}, root=tmp_path) == [], "no checkout can be asked"
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "none")
+    first = git(tmp_path, "rev-parse", "HEAD")
+    file.write_text(HEAD + PLACE)
+    git(tmp_path, "add", "conformance")
+    assert written.unwritten({"one-fault": place}, root=tmp_path) == ["one-fault"], "in the tree alone"
+    git(tmp_path, "commit", "--quiet", "--message", "places")
+    assert written.unwritten({"one-fault": place}, root=tmp_path) == []
+    moved = place.model_copy(update={"level": "model"})
+    assert written.unwritten({"one-fault": moved}, root=tmp_path) == ["one-fault"]
+    assert written.at(first, tmp_path) == {}
+    assert written.at("0" * 40, tmp_path) is None
+
+
+def test_places_stood_in_the_commit_of_the_first_run() -> None:
+    """As git has it; where a place was mended later, the commit says what it was."""
+    known = record.read(record.default_path()).faults
+    told = {}
+    for found in known:
+        if found.fault in places().by_fault and found.first.commit is not None:
+            told[found.fault] = written.at(found.first.commit.removesuffix("+dirty"))
+    if any(entries is None for entries in told.values()):
+        pytest.skip("this clone lacks commits of first runs")
+    assert told.keys() == {found.fault for found in known}
+    assert [
+        name
+        for name, entries in told.items()
+        if not written.agrees(places().by_fault[name], (entries or {}).get(name))
+    ] == []
 
 
 def test_every_kind_of_suite_has_a_level() -> None:

@@ -13,10 +13,11 @@ from conformance.commands.selection import select
 from conformance.errors import UsageError
 from conformance.execute import Ended, Job
 from conformance.faults import measure as measuring
-from conformance.faults import reach, record, registry
+from conformance.faults import reach, record, registry, written
 from conformance.faults.cleanly import Clean
-from conformance.faults.measure import Found, Plan, measure, points_at, recorded
-from conformance.faults.places import LEVEL_OF_KIND
+from conformance.faults.measure import Found, Plan, measure, recorded
+from conformance.faults.places import LEVEL_OF_KIND, Place
+from conformance.faults.pointers import Pointer, Pointers
 from conformance.faults.record import Basis, FaultRecord, FaultsFile
 from conformance.faults.run import Catch
 from conformance.loading import LoadedCase
@@ -36,8 +37,10 @@ def catch(
     verdict: Verdict = "fail",
     module: str = "",
     rule: str = "expected",
+    case: str = "",
 ) -> Catch:
-    return Catch(case=f"{kind}/x::y", kind=kind, area=area, verdict=verdict, rules=(rule,), module=module)
+    address = case or f"{kind}/x::y"
+    return Catch(case=address, kind=kind, area=area, verdict=verdict, rules=(rule,), module=module)
 
 
 def outcome(fault: str, *caught: Catch, earlier: FaultRecord | None = None) -> FaultRecord:
@@ -54,11 +57,12 @@ def test_the_lowest_level_that_notices_decides_where_a_fault_is() -> None:
     assert (found.last.at, found.last.commit) == (AT, "c1")
     assert found.last.levels == {"unit": 1, "layer": 1, "model": 1}
     assert found.last.kinds == {"generation": 1, "parity": 1, "parser": 1}
-    assert found.last.localised
+    assert found.localised(found.last)
     # The same fault, if a unit of another area were first: what higher levels say does not mend that.
     astray = outcome("label-kept", catch("template", "template"), catch("generation", "reasoning"))
     assert astray.last.detected
-    assert not astray.last.localised
+    assert not astray.localised(astray.last)
+    assert not astray.in_area(astray.last)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_the_lowest_level_that_notices_decides_where_a_fault_is() -> None:
     [
         ("no-value-norm", "layers.3.self_attn", "text-model", True),
         ("no-value-norm", "layers.3.mlp", "text-model", False),
-        ("images-one-by-one", "", "media", True),  # no module differs, and the area points at it
+        ("images-one-by-one", "", "media", True),  # no module differs, and the table points at it
         ("images-one-by-one", "vision_tower", "media", False),
         ("label-kept", "", "typing", False),
     ],
@@ -74,7 +78,51 @@ def test_the_lowest_level_that_notices_decides_where_a_fault_is() -> None:
 def test_a_parity_case_points_by_the_module_it_names(
     fault: str, module: str, area: str, points: bool
 ) -> None:
-    assert points_at(registry()[fault], catch("parity", area, module=module)) is points
+    found = outcome(fault, catch("parity", area, module=module))
+    assert found.localised(found.last) is points
+    assert found.in_area(found.last) is points
+
+
+def test_more_than_half_of_the_lowest_cases_must_name_the_module() -> None:
+    right, wrong = (
+        catch("parser", "typing", case="parser/t::a"),
+        catch("parser", "reasoning", case="parser/r::b"),
+    )
+    even = outcome("schema-ignored", right, wrong)
+    assert even.pointing(even.last) == ("parser/t::a",)
+    assert not even.localised(even.last)
+    assert even.in_area(even.last), "which one case is enough for"
+    most = outcome("schema-ignored", right, wrong, right.model_copy(update={"case": "parser/t::c"}))
+    assert most.localised(most.last)
+    nothing = outcome("schema-ignored")
+    assert not nothing.localised(nothing.last)
+
+
+def test_an_area_of_many_modules_localises_nothing() -> None:
+    """As an adapter's fault that lines of a script notice, in an area to which half an engine belongs."""
+    found = outcome(
+        "media-of-another-request", catch("generation", "generation", case="generation/scripted::batch")
+    )
+    assert found.in_area(found.last)
+    assert not found.localised(found.last)
+
+
+def test_what_is_shown_follows_the_table_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = outcome("label-kept", catch())
+    assert found.localised(found.last)
+    other = Pointers(title="demo", pointers=(Pointer(areas=("reasoning",), modules=("chat.schema",)),))
+    monkeypatch.setattr(record, "pointers", lambda: other)
+    assert not found.localised(found.last)
+    assert record.stale(found, TODAY) == "", "no number of it is stored"
+
+
+def test_outcomes_that_kept_no_cases_are_not_localised() -> None:
+    found = outcome("label-kept", catch())
+    older = found.last.model_copy(update={"lowest": None, "in_area": True})
+    old = found.model_copy(update={"first": older})
+    rates = record.rates([old])
+    assert (rates.localised_first, rates.localised, rates.first_untold) == (0, 1, 1)
+    assert (rates.in_area_first, rates.in_area) == (1, 1)
 
 
 def test_a_crash_is_no_detection_unless_the_fault_is_one() -> None:
@@ -115,7 +163,7 @@ def test_the_first_outcome_is_kept_and_rates_tell_both() -> None:
     assert list(rates) == ["reasoning-parser", "template"]
     assert rates["reasoning-parser"].model_dump() == {
         "faults": 1, "detected_first": 0, "detected": 1, "crash_only": 0,
-        "localised_first": 0, "localised": 1,
+        "localised_first": 0, "localised": 1, "in_area_first": 0, "in_area": 1, "first_untold": 0,
     }  # fmt: skip
     assert record.rates([caught, other]).detected_first == 1
 
@@ -211,6 +259,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     cases = select(QUICK).cases
     clean = Clean(left_out={}, functions=(), passed={case.address: () for case in cases})
     monkeypatch.setattr(measuring, "clean_run", lambda plan, today: (clean, tmp_path / "clean.json"))
+    monkeypatch.setattr(written, "unwritten", lambda faults: [])
     faults = [registry()[name] for name in ("label-kept", "double-bos")]
     return Plan(faults, QUICK, cases, tmp_path / "faults.json", tmp_path / "work")
 
@@ -227,6 +276,28 @@ def test_a_fault_is_measured_once_and_again_when_asked(plan: Plan, monkeypatch: 
     measure(replace(plan, faults=plan.faults[:1], again=True))
     assert processes.started == [*told, "label-kept"]
     assert len(record.read(plan.out).faults) == 2
+
+
+def test_a_fault_is_first_measured_when_its_place_is_committed(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def only_the_other(faults: dict[str, Place]) -> list[str]:
+        asked.extend(faults)
+        return [name for name in faults if name == "label-kept"]
+
+    processes = Processes()
+    monkeypatch.setattr(measuring, "LocalExecutor", processes)
+    monkeypatch.setattr(written, "unwritten", only_the_other)
+    with pytest.raises(RecordError, match=r"places label-kept otherwise.*commit it before the first"):
+        measure(plan)
+    assert processes.started == []
+    measure(replace(plan, faults=plan.faults[1:]))
+    assert processes.started == ["double-bos"]
+    asked.clear()
+    measure(replace(plan, faults=plan.faults[1:], again=True))
+    assert asked == [], "what was measured once is not asked about again"
 
 
 def test_a_measurement_that_was_ended_goes_on_from_what_processes_found(
@@ -354,7 +425,7 @@ def test_command_line(run_conformance: Run, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     rows = {row["fault"]: row for row in validated("faults-measure", done)["faults"]}
     assert rows["label-kept"]["last"]["detected"]
-    assert rows["label-kept"]["last"]["localised"]
+    assert rows["label-kept"]["localised"]
     assert rows["label-kept"]["last"]["kinds"] == {"parser": 1}
     assert not rows["no-soft-cap"]["last"]["detected"]
     assert "no-soft-cap: NOT NOTICED by 1 cases, of which 0 were asked" in done.stderr

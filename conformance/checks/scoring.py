@@ -92,8 +92,6 @@ def _evidence(case: ScoringCase, scored: Sequence[Scored]) -> Evidence:
     )
     return Evidence(
         input=json.dumps(asked, ensure_ascii=False, indent=2),
-        expected=[
-            {"outcome": answer.outcome, "extracted": answer.extracted} for answer in case.answers
-        ],
+        expected=[{"outcome": answer.outcome, "extracted": answer.extracted} for answer in case.answers],
         got=[found.model_dump(mode="json") for found in scored] or None,
     )

@@ -236,7 +236,8 @@ def _told(found: FaultRecord) -> str:
             f"; {last.reason}" if last.reason else ""
         )
     by = ", ".join(f"{count} of {kind}" for kind, count in last.kinds.items())
-    where = "where it is" if last.localised else "ELSEWHERE"
+    near = "in its area" if found.in_area(last) else "ELSEWHERE"
+    where = "where it is" if found.localised(last) else near
     crash = ", BY CRASHES ONLY" if last.crash_only else ""
     return f"{found.fault}: noticed {where}{crash}, first at level {last.level}; by cases: {by}"
 
@@ -247,6 +248,10 @@ def _measured(file: FaultsFile, records: Sequence[FaultRecord], path: Path) -> F
             **found.model_dump(include={"fault", "title", "fault_class", "area", "layer", "level", "module"}),
             first=found.first,
             last=found.last,
+            localised_first=found.localised(found.first),
+            localised=found.localised(found.last),
+            in_area_first=found.in_area(found.first),
+            in_area=found.in_area(found.last),
         )
         for found in records
     )
@@ -260,7 +265,10 @@ def _measured(file: FaultsFile, records: Sequence[FaultRecord], path: Path) -> F
 
 
 def _print_rates(file: FaultsFile, records: Sequence[FaultRecord]) -> None:
-    columns = ("class", "faults", "noticed (first run)", "where they are (first run)", "by crashes only")
+    columns = (
+        *("class", "faults", "noticed (first run)", "where they are (first run)"),
+        *("in their area (first run)", "by crashes only"),
+    )
     named = [*record.rates_by_class(records).items(), ("all", record.rates(records))]
     rows = [
         (
@@ -268,14 +276,20 @@ def _print_rates(file: FaultsFile, records: Sequence[FaultRecord]) -> None:
             str(r.faults),
             f"{r.detected} ({r.detected_first})",
             f"{r.localised} ({r.localised_first})",
+            f"{r.in_area} ({r.in_area_first})",
             str(r.crash_only),
         )
         for name, r in named
     ]
     output.console().print(output.table("faults", columns, rows))
     for found in records:
-        if found.last.crash_only or not found.last.detected or not found.last.localised:
+        if found.last.crash_only or not found.last.detected or not found.localised(found.last):
             click.echo(_told(found))
+    untold = record.rates(records).first_untold
+    if untold:
+        click.echo(
+            f"{untold} first runs noticed a fault and did not keep by which cases; they count as not localised"
+        )
     left_out = sum(file.left_out.values())
     if left_out:
         click.echo(f"{left_out} cases say nothing about faults here, as they do not pass without any")

@@ -50,6 +50,12 @@ class RecordRow(Output):
     module: str
     first: Outcome
     last: Outcome
+    localised_first: bool
+    localised: bool
+    """Whether more than half of the cases of the lowest level that noticed it name its module."""
+    in_area_first: bool
+    in_area: bool
+    """Whether one of them at least is of an area to which its module belongs."""
 
 
 class FaultsMeasureOutput(Output):

@@ -73,9 +73,7 @@ def _cut_off() -> Patch:
     """An answer that broke off at the limit is counted with the wrong ones."""
     original = scoring.classify
 
-    def finished(
-        *, content: str, finish_reason: str, extracted: str | None, correct: bool
-    ) -> OutcomeClass:
+    def finished(*, content: str, finish_reason: str, extracted: str | None, correct: bool) -> OutcomeClass:
         return original(content=content, finish_reason="stop", extracted=extracted, correct=correct)
 
     return replace(evaluation, "classify", finished)

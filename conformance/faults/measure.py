@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +23,15 @@ from pydantic import ValidationError
 from conformance import expectations, fingerprint
 from conformance.errors import UsageError
 from conformance.execute import Ended, Job, LocalExecutor
+from conformance.faults import written
 from conformance.faults.base import Fault
 from conformance.faults.cleanly import Clean
-from conformance.faults.places import LEVEL_OF_KIND, LEVELS, Level, places
+from conformance.faults.places import LEVEL_OF_KIND, LEVELS, Level, misplaced, places
 from conformance.faults.record import (
     Basis,
     FaultRecord,
     FaultsFile,
+    Notice,
     Outcome,
     basis,
     place_of,
@@ -89,10 +90,22 @@ def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record:
 
     Raises:
         UsageError: no case passes without a fault.
-        RecordError: the record cannot be read, a fault's place is not written down, or the suites could not
-            be run without a fault.
+        RecordError: the record cannot be read, a fault's place is not written down (where it was never
+            measured: in the commit that is checked out), or the suites could not be run without a fault.
     """
     file = read(plan.out) if plan.out.exists() else FaultsFile()
+    new = {
+        fault.id: place_of(fault)
+        for fault in plan.faults
+        if file.of(fault.id) is None and not misplaced(fault)
+    }
+    missing = written.unwritten(new)
+    if missing:
+        raise RecordError(
+            f"conformance/faults/places.yaml places {', '.join(missing)} otherwise than the commit that is "
+            "checked out, or that has no such entry: commit it before the first measurement, so that it is "
+            "not fitted to what is found"
+        )
     today = {fault.id: basis(fault, plan.cases) for fault in plan.faults}
     wanted = {
         fault.id: fault for fault in plan.faults if plan.again or stale(file.of(fault.id), today[fault.id])
@@ -143,7 +156,7 @@ def look_for(fault: Fault, cases: Sequence[LoadedCase], clean: Clean) -> Found:
     known = expectations.beside(case.suite for case in cases)
     counted = [case for case in cases if case.address in clean.passed]
     asked = clean.reaching(fault, counted)
-    gates = [case for case in asked if LEVEL_OF_KIND[case.suite.suite.kind] == "score"]
+    gates = [case for case in asked if case.suite.suite.kind == "accuracy"]
     others = [case for case in asked if case not in gates]
     with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, fault.applied():
         caught = failures(others, known, pool)
@@ -219,7 +232,6 @@ def recorded(
     noticed = [catch for catch in caught if notices(fault, catch)]
     levels = Counter(LEVEL_OF_KIND[catch.kind] for catch in noticed)
     lowest: Level | None = next((level for level in LEVELS if levels[level]), None)
-    pointing = [c for c in noticed if LEVEL_OF_KIND[c.kind] == lowest and points_at(fault, c)]
     judged = any(c.verdict == "fail" and set(c.rules) - {"raised"} for c in caught)
     outcome = Outcome(
         at=found.at if found is not None else _now(),
@@ -230,9 +242,12 @@ def recorded(
         seconds=found.seconds if found is not None else 0.0,
         detected=bool(noticed),
         crash_only=not judged and (bool(caught) or found is None),
-        localised=bool(pointing),
         level=lowest,
-        pointing=len(pointing),
+        lowest=tuple(
+            Notice(case=catch.case, area=catch.area, rules=catch.rules, module=catch.module)
+            for catch in noticed
+            if LEVEL_OF_KIND[catch.kind] == lowest
+        ),
         levels={level: levels[level] for level in LEVELS if levels[level]},
         kinds=dict(sorted(Counter(catch.kind for catch in noticed).items())),
         reason=reason,
@@ -254,16 +269,9 @@ def recorded(
         last=outcome,
         noticed={area: tuple(cases) for area, cases in sorted(by_area.items())},
         crashed=tuple(catch.case for catch in caught if catch not in noticed),
-        pointing=tuple(catch.case for catch in pointing),
+        where=fault.where,
     )
 
 
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-
-
-def points_at(fault: Fault, catch: Catch) -> bool:
-    """Whether a failing case points at the patched module: by the module it names first, else by its area."""
-    if catch.module:
-        return bool(fault.where) and re.fullmatch(fault.where, catch.module) is not None
-    return places().points_to(catch.area, fault.module)

@@ -71,6 +71,11 @@ _HARNESS = "conformance."
 _Module = Annotated[str, StringConstraints(pattern=r"^[a-z_]+(\.[a-z_]+|\.\*)*$")]
 
 
+def full_module(name: str) -> str:
+    """`chat.parser` as `model_impl.chat.parser`; modules of the harness have their full names."""
+    return name if name.startswith(_HARNESS) else _PACKAGE + name
+
+
 class Place(Strict):
     """Where some faults are."""
 
@@ -85,7 +90,7 @@ class Place(Strict):
     @property
     def full_module(self) -> str:
         """`model_impl.chat.parser`."""
-        return self.module if self.module.startswith(_HARNESS) else _PACKAGE + self.module
+        return full_module(self.module)
 
 
 class Places(Strict):

@@ -3,12 +3,15 @@
 1. A record has the outcome of the fault's first run and of its last one. The first is never replaced.
 2. It holds for what it was measured with: the sources that bear on a verdict, the cases, and the fault's own
    patch and place. `stale` compares these by their digests, and runs nothing.
-3. The file carries a digest of itself; one that was changed by hand is refused.
+3. Whether a fault was found where it is, is told from the cases that noticed it and the tables of today
+   (`pointers.yaml`), when a record is shown. Nothing of that is stored, so that it cannot be stale.
+4. The file carries a digest of itself; one that was changed by hand is refused.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,6 +21,7 @@ from pydantic import Field
 from conformance import grounds, resources, sealed
 from conformance.faults.base import Fault
 from conformance.faults.places import CLASSES, Class, Layer, Level, Place, misplaced, places
+from conformance.faults.pointers import pointers
 from conformance.loading import LoadedCase
 from conformance.records import Record
 from conformance.sealed import RecordError, Sealed
@@ -32,6 +36,18 @@ class Basis(Record):
     """Of the cases that were chosen."""
     fault: str
     """Of the fault's patch and place."""
+
+
+class Notice(Record):
+    """A case that noticed a fault at the lowest level."""
+
+    case: str
+    """Its address."""
+    area: str
+    rules: tuple[str, ...] = ()
+    """That it broke."""
+    module: str = ""
+    """First module that differs from the oracle's; for parity cases."""
 
 
 class Outcome(Record):
@@ -50,12 +66,12 @@ class Outcome(Record):
     """Some case that passes without the fault failed by a rule; see `conformance.faults.run.notices`."""
     crash_only: bool
     """Cases came to no verdict, and none judged an answer."""
-    localised: bool
-    """A failing case of the lowest level pointed at the patched module."""
     level: Level | None = None
     """The lowest level at which a case noticed it."""
-    pointing: int = 0
-    """Cases that noticed it at that level and pointed at the patched module."""
+    lowest: tuple[Notice, ...] | None = None
+    """Those that noticed it at that level; None for outcomes that are older than this field."""
+    in_area: bool | None = None
+    """Of such an outcome: whether a case of that level was of an area that points at the module."""
     levels: dict[Level, int] = Field(default_factory=dict)
     """Cases that noticed it, by level."""
     kinds: dict[str, int] = Field(default_factory=dict)
@@ -84,8 +100,36 @@ class FaultRecord(Record):
     """Addresses of the cases that noticed it in the last run, by area."""
     crashed: tuple[str, ...] = ()
     """Those that did not pass in the last run and have judged nothing."""
-    pointing: tuple[str, ...] = ()
-    """Those that noticed it at the lowest level and pointed at the module."""
+    where: str = ""
+    """Pattern of what a parity case must name first; empty for other kinds."""
+
+    def pointing(self, outcome: Outcome) -> tuple[str, ...]:
+        """Addresses of the cases of the lowest level that name the patched module."""
+        return tuple(notice.case for notice in outcome.lowest or () if self._names(notice))
+
+    def localised(self, outcome: Outcome) -> bool:
+        """Whether more than half of the cases of the lowest level name the patched module."""
+        return 2 * len(self.pointing(outcome)) > len(outcome.lowest or ())
+
+    def in_area(self, outcome: Outcome) -> bool:
+        """Whether one case of the lowest level, at least, is of an area to which the module belongs.
+
+        It says less: areas hold many modules, and one such case outweighs any others.
+        """
+        if outcome.lowest is None:
+            return bool(outcome.in_area)
+        return any(
+            self._where(notice) if notice.module else places().points_to(notice.area, self.module)
+            for notice in outcome.lowest
+        )
+
+    def _names(self, notice: Notice) -> bool:
+        if notice.module:
+            return self._where(notice)
+        return self.module in pointers().modules(notice.area, notice.case, notice.rules)
+
+    def _where(self, notice: Notice) -> bool:
+        return bool(self.where) and re.fullmatch(self.where, notice.module) is not None
 
 
 class Rates(Record):
@@ -96,13 +140,17 @@ class Rates(Record):
     detected: int
     localised_first: int
     localised: int
+    in_area_first: int
+    in_area: int
     crash_only: int
+    first_untold: int
+    """First runs that noticed a fault and did not keep by which cases: they count as not localised."""
 
 
 class FaultsFile(Sealed):
     """What `conformance faults measure` writes."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     selection: tuple[str, ...] = ()
     """Cases that were asked for; empty for all quick ones."""
     left_out: dict[str, int] = Field(default_factory=dict)
@@ -168,11 +216,10 @@ def basis(fault: Fault, cases: Sequence[LoadedCase]) -> Basis:
     if wrong:
         raise RecordError(f"the fault {fault.id} {wrong}")
     place = place_of(fault).model_dump_json(exclude={"faults"})
-    pointed = places().points_at[fault.area]
     return Basis(
         sources=grounds.sources(*grounds.OF_TRIALS),
         cases=grounds.of_cases(cases),
-        fault=grounds.of_text(f"{_source_of(fault)}\n{place}\n{pointed}"),
+        fault=grounds.of_text(f"{_source_of(fault)}\n{place}"),
     )
 
 
@@ -212,9 +259,12 @@ def rates(records: Iterable[FaultRecord]) -> Rates:
         faults=len(chosen),
         detected_first=sum(record.first.detected for record in chosen),
         detected=sum(record.last.detected for record in chosen),
-        localised_first=sum(record.first.localised for record in chosen),
-        localised=sum(record.last.localised for record in chosen),
+        localised_first=sum(record.localised(record.first) for record in chosen),
+        localised=sum(record.localised(record.last) for record in chosen),
+        in_area_first=sum(record.in_area(record.first) for record in chosen),
+        in_area=sum(record.in_area(record.last) for record in chosen),
         crash_only=sum(record.last.crash_only for record in chosen),
+        first_untold=sum(record.first.detected and record.first.lowest is None for record in chosen),
     )
 
 

@@ -33,7 +33,12 @@ class FaultView:
     @property
     def pointing(self) -> frozenset[str]:
         """Addresses of the cases that pointed at the patched module."""
-        return frozenset(self.record.pointing)
+        return frozenset(self.record.pointing(self.record.last))
+
+    @property
+    def localised(self) -> bool:
+        """Whether most cases of the lowest level did in the last run."""
+        return self.record.localised(self.record.last)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class FaultsView:
 
     @property
     def astray(self) -> list[FaultView]:
-        """Faults that were noticed, and no case of the lowest level pointed at the module."""
-        return [f for f in self.faults if f.record.last.detected and not f.record.last.localised]
+        """Faults that were noticed, and most cases of the lowest level did not point at the module."""
+        return [f for f in self.faults if f.record.last.detected and not f.localised]
 
     def _fault(self, found: FaultRecord, slug: str) -> FaultView:
         areas = {area: self._linked(cases) for area, cases in found.noticed.items()}
