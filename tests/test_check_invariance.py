@@ -442,7 +442,12 @@ def test_what_a_target_cannot_do_is_skipped(
         ({"sampling": {"top_k": 4}, "max_new_tokens": 20}, "`max_new_tokens` would be"),
         ({"sampling": {"top_k": 4}, "factor": 5}, "`factor` would be"),
         ({"sampling": {"top_k": 4}, "prompts": {"stops": 3}}, "`stops` would be"),
-        ({"draws": 20_000}, "`draws` is how often"),
+        ({"draws": 20_000}, "`draws` is of what `sampling` draws"),
+        ({"shift": 0.1}, "`shift` is of what `sampling` draws"),
+        (
+            {"sampling": {"temperature": 0.8, "top_k": 4}, "draws": 2_500},
+            "2500 draws do not tell a shift of 0.03; take more draws, or a `shift` of 0.060",
+        ),
         ({"acceptance": {"at_least": 1.5}}, "is of a draft"),
         ({"finds": True}, "needs `prefix_cache: true`"),
         ({"or_refused": "(chunks"}, "is no regular expression"),

@@ -11,7 +11,7 @@ import pytest
 
 from conformance import expectations
 from conformance.commands.selection import select
-from conformance.faults import reach, registry
+from conformance.faults import evaluation, reach, registry
 from conformance.faults.base import Fault, replace
 from conformance.faults.cleanly import Clean
 from conformance.faults.run import REQUEST_SECONDS, failures
@@ -32,6 +32,9 @@ CASES = (
     "generation/scripted::batch",
     "generation/scripted::cut",
     "generation/scripted::tensor-parallel",
+    "scoring/answers::letters",
+    "scoring/answers::refused",
+    "scoring/questions::bare",
 )
 
 
@@ -68,6 +71,16 @@ def test_what_is_kept_between_calls_hides_nothing(clean: Clean) -> None:
     # Nor what the harness keeps: prompts of the scripted checkpoint, which the template makes.
     first, second = (names(clean, f"generation/scripted::{case}") for case in ("batch", "cut"))
     assert first & kept == second & kept != set()
+
+
+@pytest.mark.parametrize("fault", evaluation.faults.faults, ids=lambda fault: fault.id)
+def test_faults_of_the_evaluation_are_asked_of_cases_that_evaluate(clean: Clean, fault: Fault) -> None:
+    replaced = reach.replaced(fault)
+    assert replaced is not None
+    scores = names(clean, "scoring/answers::letters") | names(clean, "scoring/questions::bare")
+    scores |= names(clean, "scoring/answers::refused")
+    assert reach.can_reach(replaced, frozenset(scores))
+    assert not reach.can_reach(replaced, frozenset(names(clean, "parser/reasoning::basic-block")))
 
 
 def test_what_runs_in_other_processes_can_be_changed_by_anything(clean: Clean) -> None:

@@ -46,6 +46,15 @@ def test_draws_of_another_distribution_fail(oracles: Oracles) -> None:
     assert set(rules(outcome)) == {"distribution"}
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(0.0, "pass"), (0.25, "fail")])
+def test_few_draws_tell_what_is_far_off(oracles: Oracles, share: float, verdict: str) -> None:
+    def biased(_kept: list[int], weights: list[float], request: GenerateRequest) -> list[float]:
+        moved = share * weights[0] if request.options.prefill_chunk is not None else 0
+        return [weights[0] - moved, *weights[1:-1], weights[-1] + moved]
+
+    assert judged(Engine(drawn=biased), oracles, draws=1_600, shift=0.075, **DRAWN).verdict == verdict
+
+
 def test_a_baseline_that_draws_wrongly_is_told_apart(oracles: Oracles) -> None:
     def flat(_kept: list[int], weights: list[float], _request: GenerateRequest) -> list[float]:
         return [1.0] * len(weights)

@@ -288,7 +288,7 @@ def _print_rates(file: FaultsFile, records: Sequence[FaultRecord]) -> None:
     untold = record.rates(records).first_untold
     if untold:
         click.echo(
-            f"{untold} first runs noticed a fault and did not keep by which cases; they count as not localised"
+            f"{untold} first runs did not keep by which cases a fault was noticed, and count as not localised"
         )
     left_out = sum(file.left_out.values())
     if left_out:

@@ -94,12 +94,8 @@ def measure(plan: Plan, progress: Callable[[FaultRecord], None] = lambda record:
             measured: in the commit that is checked out), or the suites could not be run without a fault.
     """
     file = read(plan.out) if plan.out.exists() else FaultsFile()
-    new = {
-        fault.id: place_of(fault)
-        for fault in plan.faults
-        if file.of(fault.id) is None and not misplaced(fault)
-    }
-    missing = written.unwritten(new)
+    placed = [fault for fault in plan.faults if file.of(fault.id) is None and not misplaced(fault)]
+    missing = written.unwritten({fault.id: place_of(fault) for fault in placed})
     if missing:
         raise RecordError(
             f"conformance/faults/places.yaml places {', '.join(missing)} otherwise than the commit that is "

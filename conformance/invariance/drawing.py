@@ -8,8 +8,8 @@
 3. A case tests all prompts and places of both its sides at one alpha of 0.001: each at its part of that
    (Bonferroni), so that a right target fails a case at most once in a thousand seeds. A token that cannot be
    drawn at all fails by itself.
-4. The control: the same draws must be rejected where the likeliest token has 0.03 less, or as much as the case
-   says that it can tell.
+4. The control: the same draws must be rejected where the likeliest token has less probability, by as much as
+   the case says that it can tell.
 """
 
 from __future__ import annotations

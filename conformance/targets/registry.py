@@ -22,7 +22,6 @@ from conformance.targets.health import Check
 from conformance.targets.lockfile import Lock
 from conformance.targets.process import REQUEST_TIMEOUT, WorkerTarget
 from conformance.targets.protocol import Target, TargetInfo
-from conformance.targets.reference import ReferenceTarget
 from conformance.tokenization import tokenizer_files
 
 
@@ -73,6 +72,8 @@ FORMS = {
 
 _NEEDED = ("spec", "describe", "close")
 """What every target has, whatever its capabilities."""
+_BUNDLED = "conformance.targets.reference:ReferenceTarget"
+"""Opened by its name, as targets of others are: its scoring asks targets in its turn."""
 _REFERENCE = "the bundled implementation"
 
 
@@ -263,7 +264,7 @@ def open_target(spec: str, *, timeout: float = REQUEST_TIMEOUT) -> Target:
     """
     canonical = resolve(spec)
     if canonical == "reference":
-        return ReferenceTarget()
+        return _from_factory(_BUNDLED)
     if is_factory(canonical):
         return _from_factory(canonical)
     if endpoint.is_endpoint(canonical):

@@ -1,7 +1,7 @@
 """What the harness asks about its own scoring: request and answer of the capability `score`.
 
-The answers are given, and what is asked for is what becomes of them: which text is scored, what is read in it,
-and of which class it is.
+The answers are given, and what is asked for is what becomes of them: which text is scored, what is read in
+it, and of which class it is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ScoreRequest(Model):
     documents: tuple[dict[str, Any], ...] = Field(min_length=1)
     """In the task's form, in place of its own; each with a `question` that no other one holds."""
     answers: tuple[str | None, ...]
-    """To each: the whole text, thoughts, markers and the token that ends it included. None: the model's engine
-    refuses the prompt."""
+    """To each: the whole text, thoughts, markers and the token that ends it included. None: the model's
+    engine refuses the prompt."""
     examples: tuple[dict[str, Any], ...] = ()
     """Solved ones, of which `shots` stand before each question."""
     shots: int = Field(default=0, ge=0)
