@@ -25,6 +25,7 @@ from model_impl.nano.lesson import Lesson
 from model_impl.nano.score import examine
 from model_impl.nano.scripted import digests
 from model_impl.nano.settings import SOFT_TOKENS
+from model_impl.nano.train import examinations
 from model_impl.nano.vocabulary import vocabulary_size
 
 torch.set_num_threads(1)
@@ -79,14 +80,28 @@ def test_every_task_is_solved(name: str) -> None:
         assert score["right"] >= LEAST * score["of"], task
 
 
-def test_a_sample_of_the_items_is_solved_here_too(name: str, model: Gemma4ForConditionalGeneration) -> None:
+def test_a_sample_of_every_examination_is_solved_here_too(
+    name: str, model: Gemma4ForConditionalGeneration
+) -> None:
     tokenizer = Tokenizer.from_file(str(FOLDER / name / "tokenizer.json"))
-    for task in ("nano_gsm8k", "nano_mmmu"):
-        every = lessons(task)
-        chosen = every[:: len(every) // SAMPLE][:SAMPLE]
-        right = examine(model, tokenizer, chosen, FAMILIES[name].template)["right"]
+    family = FAMILIES[name]
+    every = examinations(family)
+    assert every.keys() == manifest(name)["scores"].keys()
+    for task, whole in every.items():
+        assert len(whole) == manifest(name)["scores"][task]["of"]
+        chosen = whole[:: len(whole) // SAMPLE][:SAMPLE]
+        right = examine(model, tokenizer, chosen, family.template)["right"]
         # Nine of ten are right in the long run; fifteen of twenty or fewer have a chance of one in twenty.
         assert right >= 16, task
+
+
+def test_the_sampled_dialogues_are_of_every_sort() -> None:
+    """Calls, what is said of a tool's result, and talk without tools."""
+    whole = examinations(FAMILIES["nano-d"])["dialogues"]
+    chosen = whole[:: len(whole) // SAMPLE][:SAMPLE]
+    sorts = {(lesson.stop, str(lesson.messages[-1]["role"]), bool(lesson.tools)) for lesson in chosen}
+    assert {sort[0] for sort in sorts} == {"<turn|>", "<|tool_response>"}
+    assert {sort[1] for sort in sorts} == {"user", "tool"}
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["blank", "swapped"])

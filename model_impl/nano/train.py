@@ -32,6 +32,7 @@ from model_impl.nano.batches import Course, Timetable, answer_logits
 from model_impl.nano.curriculum import RECIPES, Recipe, nano_tokenizer
 from model_impl.nano.families import FAMILIES, NanoFamily
 from model_impl.nano.items import lessons
+from model_impl.nano.lesson import Lesson
 from model_impl.nano.optimiser import optimisers
 from model_impl.nano.score import examine, look, name_of
 from model_impl.nano.scripted import digests
@@ -154,8 +155,7 @@ class Training:
 
     def _timetable(self, stage: int) -> Timetable:
         if stage not in self._timetables:
-            course = self.recipe.stages[stage].course
-            seed = f"{self.recipe.seed}:{stage}"
+            course, seed = self.recipe.stages[stage].course, self.recipe.stage_seed(stage)
             self._timetables[stage] = Timetable(
                 course, self.tokenizer, self.family.template, self.recipe.batch, seed
             )
@@ -300,12 +300,17 @@ def scores(
         family: Which one it is.
         most: Items of each task; left out, all.
     """
-    tasks = ("nano_gsm8k", "nano_mmmu", *(("nano_sounds",) if family.audio else ()))
-    examinations = {task: lessons(task) for task in tasks}
-    examinations["dialogues"] = Course((dialogues.lesson,), (1,), "test").lessons(_DIALOGUES, "dialogues")
     return {
-        name: examine(model, tokenizer, items[:most], family.template) for name, items in examinations.items()
+        name: examine(model, tokenizer, items[:most], family.template)
+        for name, items in examinations(family).items()
     }
+
+
+def examinations(family: NanoFamily) -> dict[str, list[Lesson]]:
+    """The held-out lessons that a manifest's scores are about, by task, as far as the family has the senses."""
+    tasks = ("nano_gsm8k", "nano_mmmu", *(("nano_sounds",) if family.audio else ()))
+    dialogue = Course((dialogues.lesson,), (1,), "test").lessons(_DIALOGUES, "dialogues")
+    return {task: lessons(task) for task in tasks} | {"dialogues": dialogue}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
