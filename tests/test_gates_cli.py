@@ -170,6 +170,24 @@ def test_small_drops_do_not_add_up_unnoticed(reference: Path, gate: Gate, tmp_pa
     assert [entry.accepted for entry in entries] == [False, False, False, True]
 
 
+def test_a_new_reference_may_have_other_words(reference: Path, gate: Gate, tmp_path: Path) -> None:
+    """It is made because answers have changed; how much worse they are is what is judged."""
+    rule = {"margin": 0.1, "floor": 0.09, "items": 500, "max_texts_differ": 0.0}
+    case = f"{write_suite(tmp_path, max_new_tokens=None, gate=rule)}::sums"
+    old = sheet([True] * 500, task="nano_gsm8k", thinking=False, checkpoint="scripted", commit="abc")
+    changed(old, 0, answer="Let me see. 1").write(tmp_path / "new.jsonl")
+    old.write(tmp_path / "old.jsonl")
+    for name in ("old", "new"):
+        code, out, err = gate(
+            "rebaseline", case, "--sheet", str(tmp_path / f"{name}.jsonl"), "--reason", "For this test."
+        )
+        assert code == 0, err
+    assert "1 answers have other words" in out
+    code, out, _ = gate("compare", str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl"), "--case", case)
+    assert code == 1
+    assert "More answers than declared have other words" in out
+
+
 def test_references_are_made_of_committed_sources(
     reference: Path, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

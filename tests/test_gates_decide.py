@@ -100,6 +100,43 @@ def test_answers_that_differ_are_told_though_no_score_does() -> None:
     assert "other words" not in alone.sentence
 
 
+def other_words(target: Sheet, numbers: Iterable[int]) -> Sheet:
+    """The same answers, said otherwise."""
+    for number in numbers:
+        target = changed(target, number, answer=f"Let me see. {target.items[number].answer}")
+    return target
+
+
+def test_more_answers_in_other_words_than_declared_fail_though_all_are_right() -> None:
+    reference, target = arms(1000, 0, 0, 0)
+    for most, differing, verdict in (
+        (None, 40, "pass"),
+        (0.01, 10, "pass"),
+        (0.01, 11, "fail"),
+        (0.0, 1, "fail"),
+    ):
+        decision = decide(paired(max_texts_differ=most), reference, other_words(target, range(differing)))
+        assert (decision.verdict, decision.texts_differ, decision.drop) == (verdict, differing, 0)
+        assert decision.by_words_alone == (verdict == "fail")
+    assert decision.reasons == ("texts",)
+    assert "More answers than declared have other words" in decision.sentence
+
+
+def test_other_words_stand_beside_a_drop_and_do_not_hide_it() -> None:
+    decision = decide(paired(max_texts_differ=0.01), *arms(900, 50, 0, 50))
+    assert (decision.verdict, decision.reasons) == ("fail", ("drop", "alarm", "texts"))
+    assert not decision.by_words_alone
+
+
+def test_other_words_fail_what_is_else_inconclusive_or_flagged() -> None:
+    """A drop that passes and is flagged as changed, and one of which nothing is sure."""
+    for table, verdict in (((895, 5, 0, 100), "pass"), ((850, 40, 30, 80), "inconclusive")):
+        known = judged(*table)
+        assert (known.verdict, known.changed) == (verdict, verdict == "pass")
+        decision = judged(*table, paired(max_texts_differ=0.0))
+        assert (decision.verdict, decision.reasons, decision.changed) == ("fail", ("texts",), False)
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_too_many_transport_errors_are_inconclusive(dropped: bool) -> None:
     """Whether they are told, or their items silently left away: what is gone may be what is wrong."""

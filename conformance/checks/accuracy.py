@@ -3,7 +3,8 @@
 1. The target answers every item greedily; lm-eval's task scores the answers. A sequential gate may stop
    early, to fail.
 2. The gate decides (docs/gates.md): `drop`, `alarm` and `stopped` say that the target is worse, `truncated`
-   and `refused` that it does not answer. What is in between is inconclusive.
+   and `refused` that it does not answer, `texts` that it says something else. What is in between is
+   inconclusive.
 3. What ran, as read back from the engine, must be what was asked for (`wrong-…`).
 4. Sheets that are answers to different questions are an error; so is a reference that was changed by hand.
 """
@@ -124,8 +125,17 @@ def _decision_problems(decision: Decision) -> Iterator[Problem]:
         yield Problem(
             rule=reason,
             message=WHY[reason] if number else decision.sentence,
-            expected={"margin": decision.limits.margin, "floor": decision.limits.floor},
-            got={"drop": decision.drop, "lost": len(decision.lost), "gained": len(decision.gained)},
+            expected={
+                "margin": decision.limits.margin,
+                "floor": decision.limits.floor,
+                "max_texts_differ": decision.limits.max_texts_differ,
+            },
+            got={
+                "drop": decision.drop,
+                "lost": len(decision.lost),
+                "gained": len(decision.gained),
+                "texts_differ": decision.texts_differ,
+            },
         )
 
 

@@ -2,7 +2,8 @@
 
 1. A pass takes the whole sheet. Where more items than declared are missing, lost or refused, no interval and
    no p-value is computed at all.
-2. Answers that broke off have a limit of their own, and count as not correct besides.
+2. Answers that broke off have a limit of their own, and count as not correct besides. Answers in other words
+   have one where the gate declares it, whatever the score.
 3. A gate with `stop_alpha` also replays its sequential test, in the reference's order.
 4. Dependent items (clusters) can only make a gate more careful: limits are the wider ones, and both tests
    must alarm. A paired gate has to declare them, since it was planned with them or without.
@@ -79,7 +80,8 @@ def _paired(spec: PairedRule, reference: Sheet, target: Sheet) -> Decision:
     gone = _gone(spec, found.missing + found.lost_on_the_way, found.refused)
     if gone:
         return _worded(facts | gone)
-    return _worded(_with_truncation(facts | _paired_judgement(spec, found, len(lost), len(gained))))
+    judged = _with_truncation(facts | _paired_judgement(spec, found, len(lost), len(gained)))
+    return _worded(_with_other_words(judged))
 
 
 def measured_clusters(reference: Sheet, target: Sheet) -> dict[str, Any]:
@@ -216,10 +218,20 @@ def _gone(spec: Rule, lost: int, refused: int) -> dict[str, Any] | None:
 
 def _with_truncation(facts: dict[str, Any]) -> dict[str, Any]:
     """Too many answers that broke off fail, whatever else is the case."""
-    if facts["truncated"].share <= facts["limits"].max_truncated:
-        return facts
+    too_many = facts["truncated"].share > facts["limits"].max_truncated
+    return _also_failing(facts, "truncated") if too_many else facts
+
+
+def _with_other_words(facts: dict[str, Any]) -> dict[str, Any]:
+    """Too many answers in other words fail, whatever else is the case, where the gate says how many may be."""
+    most, items = facts["limits"].max_texts_differ, facts["items"]
+    too_many = most is not None and items > 0 and facts["texts_differ"] / items > most
+    return _also_failing(facts, "texts") if too_many else facts
+
+
+def _also_failing(facts: dict[str, Any], reason: Reason) -> dict[str, Any]:
     kept: tuple[Reason, ...] = facts["reasons"] if facts["verdict"] == "fail" else ()
-    return facts | {"verdict": "fail", "reasons": (*kept, "truncated"), "changed": False}
+    return facts | {"verdict": "fail", "reasons": (*kept, reason), "changed": False}
 
 
 def _score(items: Sequence[Item]) -> Rate:
@@ -239,8 +251,7 @@ def _truncated(items: Sequence[Item]) -> Rate:
 
 
 def _limits(spec: Rule) -> Limits:
-    fields = {name: getattr(spec, name) for name in Limits.model_fields if name != "stop_alpha"}
-    return Limits(**fields, stop_alpha=getattr(spec, "stop_alpha", None))
+    return Limits(**{name: getattr(spec, name, None) for name in Limits.model_fields})
 
 
 def _worded(facts: dict[str, Any]) -> Decision:
@@ -253,6 +264,7 @@ WHY: dict[Reason, str] = {
     "stopped": "the sequential test stopped the run",
     "truncated": "too many answers broke off at the token limit",
     "refused": "the target refused too many items",
+    "texts": "more answers than declared have other words than the reference's",
     "transport-errors": "too many items are missing or were lost on the way",
     "within-margin": "the upper limit of the drop is below the margin",
     "between": "the drop may be above the margin, or below",

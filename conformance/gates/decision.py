@@ -14,6 +14,7 @@ Reason = Literal[
     "stopped",  # the sequential test stopped early
     "truncated",  # too many answers broke off
     "refused",  # the target would not take too many items
+    "texts",  # too many answers have other words than the reference's
     "transport-errors",  # too many items are missing or were lost on the way
     "within-margin",  # the upper limit of the drop is below the margin
     "between",  # neither worse nor as good can be told
@@ -53,6 +54,7 @@ class Limits(Record):
     max_refused: float
     max_transport_errors: float
     stop_alpha: float | None = None
+    max_texts_differ: float | None = None
 
 
 class Stop(Record):
@@ -118,6 +120,11 @@ class Decision(Record):
     def discordant(self) -> tuple[int, int]:
         """The numbers of items lost and gained (b, c)."""
         return len(self.lost), len(self.gained)
+
+    @property
+    def by_words_alone(self) -> bool:
+        """Whether it fails for other words alone, and the score says nothing against the target."""
+        return self.verdict == "fail" and self.reasons == ("texts",)
 
 
 class Reading(Record):

@@ -69,6 +69,9 @@ class PairedRule(Rule):
     fail it, never to pass it. The test at the end has the rest. Absent: there is no such test."""
     other_checkpoint: bool = False
     """The arms may have other weights, such as quantised ones; else they must be the same files."""
+    max_texts_differ: float | None = Field(default=None, ge=0, lt=1)
+    """Share of pairs whose answers may have other words, thoughts included, whether right or not; more fails.
+    For targets that must say the same up to near ties: two tokens as likely but for rounding. Absent: any."""
 
     @model_validator(mode="after")
     def _clusters_are_planned_for(self) -> PairedRule:
