@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line as a fixture, no network, and no skip without permission."""
+"""Shared by all tests: the command line as a fixture, no network, deadlines, and no skip without permission."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import pytest_socket
 
 from conformance.plugin import report_verdict
+from tests.deadlines import Deadlines, watch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -80,6 +81,11 @@ def _permits(entry: Mapping[str, str], node_id: str, reason: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipGuard(), "skip-guard")
+    loaded = config.pluginmanager.hasplugin
+    if loaded("timeout") or loaded("pytest_timeout"):  # sessions that tests start load few plugins
+        deadlines = Deadlines()
+        config.pluginmanager.register(deadlines, "deadlines")
+        watch(deadlines.started)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,41 @@ def test_a_runner_over_ranks_is_one_in_this_process(pair: tuple[TextModel, Paral
 # ---------------------------------------------------------------------------- when a rank goes wrong
 
 
+KILLED = {
+    "tensor": ("dense", Layout(tensor=2), r"stage 0, layers 0 to 5, shard 1 of 2"),
+    "expert": ("moe", Layout(tensor=2, expert=True), r"stage 0, layers 0 to \d, shard 1 of 2"),
+    "pipeline and tensor": ("dense", Layout(2, tensor=2), r"stage 0, layers 0 to 2, shard 1 of 2"),
+}
+"""Model, layout, and where rank 1 is in it."""
+
+
+@pytest.mark.parametrize("divided", ["tensor", "expert", "pipeline and tensor"])
+def test_a_rank_that_is_killed_amid_others_is_named_and_nothing_is_left(
+    divided: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards wait for each other within each layer, so that all of them lose touch at once."""
+    name, layout, place = KILLED[divided]
+    monkeypatch.setenv("TEST_MARK", mark := f"killed-{os.getpid()}-{divided}")
+    model = ParallelModel(folder(name), layout)
+    monkeypatch.delenv("TEST_MARK")
+    victim = model.group.process_ids[1]
+    killed = threading.Event()
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        killed.set()
+
+    threading.Timer(0.5, kill).start()
+    with pytest.raises(ParallelError, match=rf"rank 1 \({place}\): was ended by SIGKILL"):
+        while True:
+            model.generate([[2, 3]], max_new_tokens=500)
+    assert killed.is_set()
+    assert not survivors(mark)
+    with pytest.raises(ParallelError, match=r"these processes have ended: .*rank 1"):
+        model.logits(torch.zeros(1, 48))
+    model.close()
+
+
 @pytest.mark.parametrize("when", ["idle", "in a request"])
 def test_a_killed_rank_is_named_and_nothing_is_left(
     when: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
@@ -299,6 +335,8 @@ def test_ranks_end_with_the_process_that_started_them(folder: Folder) -> None:
         stdout=subprocess.PIPE,
     ) as driver:
         assert driver.stdout is not None
-        assert len(driver.stdout.readline().split()) == 2
+        told = wait([driver.stdout], timeout=30)
+        ids = driver.stdout.readline().split() if told else []
         driver.kill()
+    assert len(ids) == 2, "ranks did not start"
     assert not survivors(mark)
