@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line as a fixture, no network, deadlines, and no skip without permission."""
+"""Shared by all tests: the command line as a fixture, no network, deadlines, no skip without permission."""
 
 from __future__ import annotations
 

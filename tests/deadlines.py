@@ -35,7 +35,7 @@ def limit_of(command: Sequence[object] | str) -> float | None:
 
 @dataclass(eq=False)
 class Deadlines:
-    """Sets a test's alarm when it starts the first such process; where it is the module's, for all behind it."""
+    """Sets a test's alarm when it starts the first such process, and those of all behind it in its module."""
 
     _modules: dict[Path, float] = field(default_factory=dict)
     _item: pytest.Item | None = None

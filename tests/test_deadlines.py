@@ -47,7 +47,9 @@ def outcomes(run_pytest: Run, folder: Path, tests: str) -> tuple[list[str], str]
     (folder / "conftest.py").write_text(SESSION)
     (folder / "test_it.py").write_text(HANGING + textwrap.dedent(tests))
     done = run_pytest("-p", "pytest_timeout", "-rA", ".")
-    lines = [line.split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("PASSED ", "FAILED "))]
+    lines = [
+        line.split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("PASSED ", "FAILED "))
+    ]
     return sorted(lines), done.stdout
 
 

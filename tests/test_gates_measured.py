@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from conformance import resources
 from conformance.expectations import Expectations
 from conformance.faults import select as select_faults
-from conformance.gates import sensitivity
+from conformance.gates import record, sensitivity
 from conformance.gates.suite import AccuracyCase, AccuracySuite
 from conformance.loading import LoadedCase, load_suites
 from conformance.scoring import Sheet
@@ -30,37 +32,68 @@ def cases() -> dict[str, LoadedCase]:
 
 
 CASES = cases()
+WHY_NOT = {
+    "no-soft-cap": "soft-cap is monotone",
+    "erf-gelu-in-mlp": "erf instead of tanh",
+    "per-layer-sum-unscaled": "factor on the whole sum of the per-layer inputs",
+}
+"""How docs/gates.md begins to explain what no gate notices."""
 
 
-def tables() -> dict[str, dict[str, str]]:
-    """Gate to fault to cell; under `tensors`, what is said of the suites of tensors, which is asked once."""
-    found: dict[str, dict[str, str]] = {}
-    header: list[str] = []
-    for line in (ROOT / "docs" / "gates.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
-        if cells[:1] == ["fault"]:
-            header = cells[1:]
-        elif cells and header and cells[0].startswith("`"):
-            for name, cell in zip(header, cells[1:], strict=True):
-                found.setdefault(name, {})[cells[0].strip("`")] = cell
-        elif not cells:
-            header = []
-    return found
+def sheet(name: str) -> Sheet:
+    """The stored reference of a gate."""
+    return Sheet.read(resources.suites_dir() / "accuracy" / "references" / f"{name}.jsonl")
 
 
-def test_the_tables_have_all_faults_and_all_gates() -> None:
-    found = tables()
-    assert found.keys() == {"tensors", *CASES}
-    for rows in found.values():
-        assert tuple(rows) == sensitivity.FAULTS
+def written_by() -> ModuleType:
+    """docs/gates.py."""
+    spec = importlib.util.spec_from_file_location("gates_guide", ROOT / "docs" / "gates.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_suites_of_tensors_notice_all_and_gates_alone_most() -> None:
-    found = tables()
-    assert all(int(cell.removesuffix(" cases")) > 0 for cell in found.pop("tensors").values())
-    cells = [(fault, cell) for rows in found.values() for fault, cell in rows.items()]
-    noticed = {fault for fault, cell in cells if cell.startswith("**fail**")}
-    assert len(noticed) >= NOTICED
+guide = written_by()
+
+
+@pytest.fixture(scope="module")
+def found() -> record.SensitivityFile:
+    """The committed record."""
+    return record.read(record.default_path())
+
+
+def test_the_record_has_all_faults_on_all_gates(found: record.SensitivityFile) -> None:
+    wanted = {(fault, case.address) for fault in sensitivity.FAULTS for case in CASES.values()}
+    modes = {(fault, guide.LONG_IMAGES) for fault in guide.MODES}
+    assert {(cell.fault, cell.case) for cell in found.cells} == wanted | modes
+    assert [cell.fault for cell in found.tensors] == list(sensitivity.FAULTS)
+    for cell in found.cells:
+        gate = CASES[cell.case.partition("::")[2]].case
+        assert isinstance(gate, AccuracyCase)
+        assert cell.told.items == gate.gate.items
+
+
+def test_a_score_is_the_references_less_what_was_lost(found: record.SensitivityFile) -> None:
+    for name, case in CASES.items():
+        right = sum(item.outcome == "correct" for item in sheet(name).items)
+        for cell in found.cells:
+            if cell.case == case.address:
+                assert cell.told.right == right - cell.told.lost + cell.told.gained
+
+
+def test_suites_of_tensors_notice_all_and_gates_alone_most(found: record.SensitivityFile) -> None:
+    assert all(cell.cases > 0 for cell in found.tensors)
+    assert len(guide.noticed(found)) >= NOTICED
+
+
+def test_the_guide_has_the_tables_of_the_record(found: record.SensitivityFile) -> None:
+    text = guide.GUIDE.read_text(encoding="utf-8")
+    assert guide.written(text, found) == text, "write them again: python docs/gates.py"
+    for fault in sensitivity.FAULTS:
+        if fault not in guide.noticed(found):
+            assert WHY_NOT[fault] in text.partition(guide.END)[2]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +103,13 @@ def test_suites_of_tensors_notice_all_and_gates_alone_most() -> None:
         ("gsm8k-nano-a", "expert-scale-dropped"),
     ],
 )
-def test_a_row_comes_out_again(case: str, fault: str) -> None:
-    found = sensitivity.measure(select_faults([fault]), [CASES[case]], None, Expectations())
-    row = sensitivity.markdown(found).splitlines()[-1]
-    assert row == f"| `{fault}` | not asked | {tables()[case][fault]} |"
+def test_a_row_comes_out_again(found: record.SensitivityFile, case: str, fault: str) -> None:
+    (row,) = sensitivity.measure(select_faults([fault]), [CASES[case]], None, Expectations())
+    assert row.readings[0].decision is not None
+    again, kept = record.Told.of(row.readings[0].decision), found.cell(fault, CASES[case].address)
+    assert kept is not None
+    unknown = {"texts_differ"} if kept.told.texts_differ is None else set()
+    assert again.model_dump(exclude=unknown) == kept.told.model_dump(exclude=unknown)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,9 +118,8 @@ def test_the_reference_has_the_score_of_the_manifest(name: str) -> None:
     assert isinstance(case, AccuracyCase)
     folder = checkpoint_folder(case.checkpoint)
     score = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["scores"][case.task]
-    sheet = Sheet.read(resources.suites_dir() / "accuracy" / "references" / f"{name}.jsonl")
-    right = sum(item.outcome == "correct" for item in sheet.items)
-    assert (right, len(sheet.items)) == (score["right"], score["of"])
+    items = sheet(name).items
+    assert (sum(item.outcome == "correct" for item in items), len(items)) == (score["right"], score["of"])
 
 
 def test_the_guide_has_the_scores_of_the_manifests() -> None:

@@ -68,8 +68,8 @@ def test_each_fault_is_measured_alone(gate: LoadedSuite) -> None:
     assert sensitivity.markdown(found) == (
         "| fault | tensors | sums |\n"
         "| --- | --- | --- |\n"
-        "| `large` | not asked | **fail**, 82.0%, drop 8.0 (80 lost, 0 gained) |\n"
-        "| `small` | not asked | pass, 89.7%, drop 0.3 (3 lost, 0 gained) |\n"
+        "| `large` | not asked | **fail**, 82.0%, drop 8.0 (80 lost, 0 gained, 80 in other words) |\n"
+        "| `small` | not asked | pass, 89.7%, drop 0.3 (3 lost, 0 gained, 3 in other words) |\n"
     )
 
 

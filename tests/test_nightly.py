@@ -31,7 +31,7 @@ from tests.test_cli import HONEST, validated
 from tests.test_fault_records import QUICK, catch, outcome
 
 DAY = dt.date(2026, 11, 22)
-LONG = frozenset({"ladder", "matrix", "faults-check", "faults-sample", "trials-check"})
+LONG = frozenset({"ladder", "matrix", "faults-check", "faults-sample", "gates-check", "trials-check"})
 """Steps that a test of the others leaves out."""
 
 
@@ -58,7 +58,7 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     found = by_name(replace(night, workers=4, targets=("reference",)))
     assert list(found) == [
         "suites", "matrix", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers",
-        "faults-check", "faults-sample", "trials-check", "clean", "kill",
+        "faults-check", "faults-sample", "gates-check", "trials-check", "clean", "kill",
     ]  # fmt: skip
     suites = found["suites"].arguments
     assert suites[:4] == ("run", *QUICK, "--quick")
@@ -85,7 +85,7 @@ def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
 
 def test_steps_can_be_left_out(night: Night) -> None:
     found = by_name(replace(night, skip=frozenset({"ladder", "matrix", "kill", "faults-check"})))
-    assert list(found) == ["suites", "faults-sample", "trials-check", "clean"]
+    assert list(found) == ["suites", "faults-sample", "gates-check", "trials-check", "clean"]
 
 
 def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(night: Night) -> None:

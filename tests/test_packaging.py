@@ -77,6 +77,7 @@ def test_the_wheel_holds_data_licence_and_entry_points(wheel: Path) -> None:
     assert "conformance/data/ci/matrix.yaml" in names
     assert "conformance/data/ci/faults.json" in names
     assert "conformance/data/ci/trials.json" in names
+    assert "conformance/data/ci/sensitivity.json" in names
     for folder in ("suites/parser", "suites/template", "suites/expectations", "reports/templates"):
         assert any(name.startswith(f"conformance/data/{folder}/") for name in names), folder
     nano = {path for path in (ROOT / "model_impl/nano").rglob("*.*") if "__pycache__" not in path.parts}

@@ -22,7 +22,9 @@ from conformance.commands.output import (
     GateRunOutput,
     PlanRow,
     RebaselineOutput,
+    SensitivityCheckOutput,
     SensitivityOutput,
+    SensitivityRow,
     json_option,
 )
 from conformance.commands.run import execute, print_summary, seconds, summarise
@@ -366,10 +368,18 @@ def _print_decision(decision: Decision) -> None:
 @click.argument("cases", nargs=-1, required=True)
 @click.option("--fault", "faults", multiple=True, metavar="ID", help="Instead of the usual eleven.")
 @click.option("--tensors/--no-tensors", default=True, help="Also run suites of tensors and masks.")
+@click.option(
+    "--record", "path", type=_FILE, help="Keep what is measured, in place of the same faults and gates there."
+)
 @json_option
 @click.pass_context
 def sensitivity_command(
-    context: click.Context, cases: tuple[str, ...], faults: tuple[str, ...], tensors: bool, as_json: bool
+    context: click.Context,
+    cases: tuple[str, ...],
+    faults: tuple[str, ...],
+    tensors: bool,
+    path: Path | None,
+    as_json: bool,
 ) -> None:
     """Switch known bugs on in the bundled implementation, and see what the gates of CASES make of each.
 
@@ -377,21 +387,56 @@ def sensitivity_command(
     """
     from conformance import expectations
     from conformance.faults import select as select_faults
-    from conformance.gates import sensitivity
+    from conformance.gates import record, sensitivity
 
     chosen = select_faults(faults or sensitivity.FAULTS)
     gates = _accuracy_cases(cases).cases
     suites = load_suites() if tensors else None
     known = expectations.load(suites) if suites is not None else expectations.Expectations()
+    if path is not None and path.exists():
+        record.read(path)  # before minutes of work
+    rest_on = record.Grounds(chosen, gates, suites) if path is not None else None
     found = sensitivity.measure(
         chosen, gates, suites, known, progress=lambda line: click.echo(line, err=True)
     )
+    if path is not None and rest_on is not None:
+        record.keep(path, found, rest_on)
     if as_json:
         caught = sum(row.caught for row in found)
         output.emit_json(SensitivityOutput(faults=tuple(found), caught=caught))
     else:
         click.echo(sensitivity.markdown(found), nl=False)
     context.exit(1 if any(row.tensors == () for row in found) else 0)
+
+
+@gate_group.command("check-sensitivity")
+@click.argument("file", required=False, type=_FILE)
+@json_option
+@click.pass_context
+def check_sensitivity_command(context: click.Context, file: Path | None, as_json: bool) -> None:
+    """Check whether a record of `sensitivity` (default: the committed one) still holds; nothing is run.
+
+    Exits with 3 if some of it must be measured again, or something of the usual faults and bundled nano gates
+    was never measured.
+    """
+    from conformance.faults import registry
+    from conformance.gates import record, sensitivity
+
+    path = file or record.default_path()
+    gates = select((sensitivity.GATES,)).cases
+    held = record.check(record.read(path), sensitivity.FAULTS, registry(), gates, load_suites())
+    stale = tuple(
+        SensitivityRow(fault=fault, case=case, reason=why) for (fault, case), why in held.items() if why
+    )
+    if as_json:
+        output.emit_json(SensitivityCheckOutput(file=str(path), cells=len(held), stale=stale))
+    else:
+        for reason in dict.fromkeys(row.reason for row in stale):
+            these = [row for row in stale if row.reason == reason]
+            which = ", ".join(dict.fromkeys(row.case for row in these))
+            click.echo(f"{len(these)} cells to be measured, as each {reason}: {which}")
+        click.echo(f"{len(held) - len(stale)} of {len(held)} cells hold")
+    context.exit(3 if stale else 0)
 
 
 # ---------------------------------------------------------------------------- rebaseline

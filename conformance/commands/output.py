@@ -308,6 +308,23 @@ class SensitivityOutput(Output):
     """Faults that some gate fails by itself."""
 
 
+class SensitivityRow(Output):
+    """What one gate, or the suites of tensors, made of one fault, and why that does not hold any more."""
+
+    fault: str
+    case: str
+    """Address of the gate, or `tensors`."""
+    reason: str
+
+
+class SensitivityCheckOutput(Output):
+    """Output of `conformance gate check-sensitivity`."""
+
+    file: str
+    cells: int
+    stale: tuple[SensitivityRow, ...]
+
+
 class RebaselineOutput(Output):
     """Output of `conformance gate rebaseline`."""
 

@@ -27,6 +27,7 @@ OUTPUTS: dict[str, type[output.Output]] = {
     "gate-compare": output.GateCompareOutput,
     "gate-rebaseline": output.RebaselineOutput,
     "gate-sensitivity": output.SensitivityOutput,
+    "gate-check-sensitivity": output.SensitivityCheckOutput,
     "targets": output.TargetsOutput,
     "doctor": output.DoctorOutput,
     "new-case": output.NewCaseOutput,

@@ -223,7 +223,7 @@ def _with_truncation(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_other_words(facts: dict[str, Any]) -> dict[str, Any]:
-    """Too many answers in other words fail, whatever else is the case, where the gate says how many may be."""
+    """Where the gate says how many answers may have other words, more fail, whatever else is the case."""
     most, items = facts["limits"].max_texts_differ, facts["items"]
     too_many = most is not None and items > 0 and facts["texts_differ"] / items > most
     return _also_failing(facts, "texts") if too_many else facts

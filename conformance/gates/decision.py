@@ -149,5 +149,8 @@ class Sensitivity(Record):
 
     @property
     def caught(self) -> bool:
-        """Whether some gate fails."""
-        return any(reading.verdict == "fail" for reading in self.readings)
+        """Whether some gate fails by its score. Words may change where no answer gets worse."""
+        return any(
+            reading.verdict == "fail" and (reading.decision is None or not reading.decision.by_words_alone)
+            for reading in self.readings
+        )

@@ -13,6 +13,7 @@ from conformance.expectations import Expectations
 from conformance.faults import Fault
 from conformance.faults.run import REFERENCE, REQUEST_SECONDS, BaselineError, detect
 from conformance.gates.decision import Decision, Reading, Sensitivity
+from conformance.gates.record import Told
 from conformance.loading import LoadedCase, LoadedSuites
 from conformance.results import Result
 from conformance.runner import TargetPool, run_case
@@ -31,6 +32,8 @@ FAULTS = (
     "window-one-short",
 )
 """Faults that a table has by default."""
+GATES = "accuracy/nano"
+"""The gates that the record is about."""
 
 
 def measure(
@@ -110,10 +113,6 @@ def markdown(found: Sequence[Sensitivity]) -> str:
 
 
 def _cell(reading: Reading) -> str:
-    decision = reading.decision
-    if decision is None:
+    if reading.decision is None:
         return f"{reading.verdict}: {reading.reason}"
-    verdict = f"**{reading.verdict}**" if reading.verdict == "fail" else reading.verdict
-    lost, gained = decision.discordant
-    drop = f"drop {100 * decision.drop:.1f} ({lost} lost, {gained} gained)"
-    return f"{verdict}, {decision.score.share:.1%}, {drop}"
+    return str(Told.of(reading.decision))

@@ -15,6 +15,7 @@ from conformance.commands.selection import select
 from conformance.errors import ConformanceError
 from conformance.faults import record, registry
 from conformance.faults.record import FaultsFile
+from conformance.gates import record as sensitivity
 from conformance.recording import new_run_id
 from conformance.sealed import RecordError
 from conformance.targets import registry as targets
@@ -110,7 +111,7 @@ class Step:
 
 STEPS = (
     *("suites", "ladder", "matrix", "faults-check", "faults-sample"),
-    *("trials-check", "clean", "kill", "merge", "report"),
+    *("gates-check", "trials-check", "clean", "kill", "merge", "report"),
 )
 """Names that `--skip` takes; a ladder's step is called `ladder-TARGET`."""
 
@@ -143,6 +144,7 @@ def trial_steps(night: Night) -> list[Step]:
     planned = [
         *(_ladder(night, target) for target in night.ladders),
         *_faults(night, _several(night)),
+        _gates_check(),
         _trials_check(),
         Step(
             "clean",
@@ -255,6 +257,13 @@ def _planned_faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:
     work = ("--work", str(night.folder / "faults"))
     measure = ("faults", "measure", *night.cases, *named, "--again", "--out", str(night.record), *work)
     return check, Step("faults-sample", (*measure, *several))
+
+
+def _gates_check() -> Step:
+    """Of the committed record of what gates notice, which takes hours to measure."""
+    if not sensitivity.default_path().is_file():
+        return Step("gates-check", reason=f"there is no record {sensitivity.default_path()} yet")
+    return Step("gates-check", ("gate", "check-sensitivity"))
 
 
 def _trials_check() -> Step:

@@ -307,7 +307,7 @@ def scores(
 
 
 def examinations(family: NanoFamily) -> dict[str, list[Lesson]]:
-    """The held-out lessons that a manifest's scores are about, by task, as far as the family has the senses."""
+    """The held-out lessons that a manifest's scores are about, by task."""
     tasks = ("nano_gsm8k", "nano_mmmu", *(("nano_sounds",) if family.audio else ()))
     dialogue = Course((dialogues.lesson,), (1,), "test").lessons(_DIALOGUES, "dialogues")
     return {task: lessons(task) for task in tasks} | {"dialogues": dialogue}
