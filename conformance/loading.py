@@ -71,8 +71,8 @@ _KINDS: dict[str, type[AnySuite]] = {
     "generation": GenerationSuite,
     "invariance": InvarianceSuite,
     "lora": LoraSuite,
-    "accuracy": AccuracySuite,
     "scoring": ScoringSuite,
+    "accuracy": AccuracySuite,
 }
 
 
