@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from conformance.invariance.models import DrawnModel, TrainedModel
+from conformance.invariance.models import HEADED, DrawnModel, TrainedModel
 from conformance.media import PicturePrompt
 from conformance.suitebase import CaseBase, CaseId, Strict, SuiteBase, Words
 from conformance.targets.protocol import DType, EngineOptions, KVDType, Sampling, Speculation
@@ -19,7 +19,7 @@ SHIFT = 0.03
 
 
 class Draft(Strict):
-    """A draft model for the case's model. A trained model's is trained, and only `tokens` can be chosen."""
+    """A draft model for the case's model. A trained head is as it is: only `tokens` can be chosen."""
 
     guesses: bool = True
     """It knows which token follows which, as far as nothing but the last one counts; else its weights are
@@ -138,7 +138,9 @@ class Acceptance(Strict):
     """What is known of a draft that guesses."""
 
     at_least: float = Field(gt=1)
-    """Tokens a round, the target's own one included: the interval of the mean must not lie below it."""
+    """Tokens a round, the target's own one included, in the mean; its interval is told beside it."""
+    by_place: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Of the tokens drafted at the first, second, ... place of a round: the least part that is accepted."""
 
 
 class InvarianceCase(CaseBase):
@@ -197,6 +199,12 @@ class InvarianceCase(CaseBase):
         self._check_drawn()
         if self.acceptance is not None and self.changed.draft is None:
             raise ValueError("`acceptance` is of a draft; change `eagle3` or `assistant`")
+        if self.acceptance is not None and self.changed.draft is not None:
+            drafted = self.changed.draft.tokens
+            if len(self.acceptance.by_place) > drafted:
+                raise ValueError(
+                    f"`by_place` has {len(self.acceptance.by_place)} places, and {drafted} are drafted"
+                )
         if self.finds and not self.changed.prefix_cache:
             raise ValueError("`finds` needs `prefix_cache: true` in `change`")
         return self
@@ -210,7 +218,14 @@ class InvarianceCase(CaseBase):
         for way in (self.base, self.changed):
             if way.assistant is not None:
                 raise ValueError("trained models have no `assistant`; use `eagle3`")
-            if way.eagle3 is not None and (ignored := way.eagle3.model_fields_set - {"tokens"}):
+            if way.eagle3 is None:
+                continue
+            if self.model not in HEADED:
+                if way.eagle3.guesses:
+                    raise ValueError(
+                        f"no head of {self.model} is trained; `guesses: false` takes one with random weights"
+                    )
+            elif ignored := way.eagle3.model_fields_set - {"tokens"}:
                 names = ", ".join(f"`{name}`" for name in sorted(ignored))
                 raise ValueError(f"a trained head has its own {names}; leave it out")
 

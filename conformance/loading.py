@@ -24,7 +24,7 @@ from conformance.contract_suite import ContractCase, ContractSuite
 from conformance.discovery import EXPECTATIONS_FOLDER
 from conformance.errors import SuiteError, UsageError
 from conformance.gates.suite import AccuracyCase, AccuracySuite
-from conformance.invariance.models import MODELS, DrawnModel
+from conformance.invariance.models import HEADED, MODELS, DrawnModel
 from conformance.invariance_suite import (
     ExamPrompts,
     InvarianceCase,
@@ -312,10 +312,15 @@ def _deciding(case: InvarianceCase) -> Any:
         return bundled.digests()
     if not isinstance(case.prompts, ExamPrompts):
         return MODELS[cast(DrawnModel, case.model)]
-    drafted = case.base.draft is not None or case.changed.draft is not None
-    names = [case.model, *([bundled.draft_name(case.model)] if drafted else [])]
+    names = _bundled_names(case)
     data = resources.task_data(case.prompts.task).read_bytes()
     return {**{name: bundled.digests(name) for name in names}, "data": hashlib.sha256(data).hexdigest()}
+
+
+def _bundled_names(case: InvarianceCase) -> list[str]:
+    """A trained model, and its head where one drafts."""
+    drafted = case.base.draft is not None or case.changed.draft is not None
+    return [case.model, *([bundled.draft_name(case.model)] if drafted and case.model in HEADED else [])]
 
 
 def json_schema() -> dict[str, Any]:
@@ -389,10 +394,7 @@ def _check_cases(document: yamlfile.Document, suite: AnySuite) -> None:
 
 
 def _check_trained(document: yamlfile.Document, loc: tuple[str | int, ...], case: InvarianceCase) -> None:
-    names: list[str] = [case.model]
-    if case.base.draft is not None or case.changed.draft is not None:
-        names.append(bundled.draft_name(case.model))
-    for name in names:
+    for name in _bundled_names(case):
         if not bundled.has(name):
             raise document.error(
                 (*loc, "model"), f"no checkpoint {name!r} is bundled; train it: docs/nano.md says how"

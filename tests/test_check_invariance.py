@@ -24,7 +24,18 @@ from conformance.invariance_suite import (
 from conformance.loading import case_digest, load_suite, load_suites
 from conformance.oracles import Oracles
 from conformance.targets.protocol import EngineOptions, GenerateRequest, Speculation
-from tests.invariance_cases import CHUNKS, LENGTHS, case_of, judged, rules, suite_of
+from tests.invariance_cases import (
+    CHUNKS,
+    LENGTHS,
+    at,
+    case_of,
+    chunked,
+    judged,
+    other_token,
+    rules,
+    suite_of,
+    tie,
+)
 from tests.lying_engines import FEATURES, VOCABULARY, Asked, Change, Engine, Logits, raised
 
 
@@ -33,22 +44,6 @@ def oracles() -> Iterator[Oracles]:
     made = Oracles(lambda spec: pytest.fail(f"{spec} was opened"))
     yield made
     made.close()
-
-
-def chunked(asked: Asked) -> bool:
-    return asked.options.prefill_chunk is not None
-
-
-def at(length: int, place: int) -> Any:
-    """Whether a token is the one at a place of the answer to the prompt of a length."""
-    starts: dict[int, int] = {}
-
-    def here(asked: Asked) -> bool:
-        if asked.place == 0 and len(asked.context) == length:
-            starts[asked.context[0]] = length
-        return starts.get(asked.context[0]) == length and len(asked.context) == length + place
-
-    return here
 
 
 # -------------------------------------------------------------------------------------------- honest engines
@@ -100,15 +95,6 @@ def test_the_baseline_is_asked_once_for_several_cases(oracles: Oracles) -> None:
 # -------------------------------------------------------------------------------------------- each rule, once
 
 
-def other_token() -> Change:
-    here = at(LENGTHS[2], 4)
-
-    def change(asked: Asked, logits: Logits) -> Logits:
-        return raised(logits, logits.index(min(logits)), 0.5) if here(asked) and chunked(asked) else logits
-
-    return change
-
-
 def test_another_token_fails_with_its_place_and_layer(oracles: Oracles) -> None:
     outcome = judged(Engine(other_token(), wrong_layer=3), oracles)
     assert outcome.verdict == "fail"
@@ -151,19 +137,6 @@ def test_a_number_that_is_none_fails(oracles: Oracles) -> None:
     outcome = judged(Broken(), oracles)
     assert rules(outcome) == ["logprobs"]
     assert outcome.problems[0].got == "not a number"
-
-
-def tie(length: int, place: int, gap: float = 1e-6) -> Change:
-    """Two tokens that are equally likely but for rounding, which falls the other way in chunks."""
-    here = at(length, place)
-
-    def change(asked: Asked, logits: Logits) -> Logits:
-        if not here(asked):
-            return logits
-        first, second = (7, 8) if not chunked(asked) else (8, 7)
-        return raised(raised(logits, second, 1.0), first, gap)
-
-    return change
 
 
 def both(*changes: Change) -> Change:
@@ -359,43 +332,6 @@ def test_a_later_repetition_is_judged_too(oracles: Oracles) -> None:
     assert "when asked for time 2" in outcome.problems[0].message
 
 
-def test_a_prefix_cache_that_finds_nothing(oracles: Oracles) -> None:
-    change = Way(prefix_cache=True, repeat=2)
-    assert rules(judged(Engine(cached=0), oracles, change=change, finds=True)) == ["no-hits"]
-    assert judged(Engine(cached=0), oracles, change=change).verdict == "pass"
-    assert judged(Engine(cached=None), oracles, change=change, finds=True).verdict == "pass"
-
-
-def test_a_draft_that_is_right_too_seldom(oracles: Oracles) -> None:
-    change, floor = {"eagle3": {}}, {"at_least": 1.5}
-    seldom = Engine(accepted=lambda _asked: (0, 0, 1, 0))
-    outcome = judged(seldom, oracles, change=change, acceptance=floor)
-    assert rules(outcome) == ["acceptance"]
-    assert outcome.evidence.got["tokens_a_round"] == 1.25
-    assert outcome.evidence.got["tokens_a_round_interval"] == [1.25, 1.25]
-    untold = judged(Engine(accepted=lambda _asked: None), oracles, change=change, acceptance=floor)
-    assert (untold.verdict, untold.evidence.got["rounds_with_a_draft"]) == ("pass", "not told")
-    uncertain = Engine(accepted=lambda asked: (2, 2) if asked.prompt < 2 else (0, 0))
-    assert judged(uncertain, oracles, change=change, acceptance=floor).verdict == "pass"
-
-
-@pytest.mark.parametrize("fields", [{}, {"acceptance": {"at_least": 1.5}}])
-def test_a_target_that_tells_that_it_never_drafts_fails(fields: dict[str, Any], oracles: Oracles) -> None:
-    never = judged(Engine(accepted=lambda _asked: ()), oracles, change={"eagle3": {}}, **fields)
-    assert rules(never) == ["no-drafts"]
-    some = Engine(accepted=lambda asked: (2, 1) if asked.prompt == 1 else ())
-    assert judged(some, oracles, change={"eagle3": {}}, **fields).verdict == "pass"
-
-
-def test_the_same_draft_guesses_the_same(oracles: Oracles) -> None:
-    def fewer(asked: Asked) -> tuple[int, ...]:
-        return (2, 0) if chunked(asked) and asked.prompt == 2 else (2, 1)
-
-    outcome = judged(Engine(accepted=fewer), oracles, base={"eagle3": {}})
-    assert rules(outcome) == ["rounds"]
-    assert (outcome.problems[0].expected, outcome.problems[0].got) == ([2, 1], [2, 0])
-
-
 # ------------------------------------------------------------------------------------------- what is skipped
 
 
@@ -449,6 +385,10 @@ def test_what_a_target_cannot_do_is_skipped(
             "2500 draws do not tell a shift of 0.03; take more draws, or a `shift` of 0.060",
         ),
         ({"acceptance": {"at_least": 1.5}}, "is of a draft"),
+        (
+            {"change": {"eagle3": {"tokens": 1}}, "acceptance": {"at_least": 1.5, "by_place": [0.5, 0.1]}},
+            "`by_place` has 2 places, and 1 are drafted",
+        ),
         ({"finds": True}, "needs `prefix_cache: true`"),
         ({"or_refused": "(chunks"}, "is no regular expression"),
         ({"or_refused": True}, "valid string"),

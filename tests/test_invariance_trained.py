@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from conformance import resources
 from conformance.answering import picture_sha256
 from conformance.errors import SuiteError
 from conformance.invariance.asking import Asker
+from conformance.invariance.models import HEADED, TrainedModel
 from conformance.invariance.prompting import checkpoint_of, prompts_of
 from conformance.invariance_suite import DrawnPrompts, ExamPrompts, Way
 from conformance.loading import case_digest, load_suite
@@ -20,6 +21,7 @@ from conformance.oracles import Oracles
 from conformance.scoring import Sheet
 from conformance.targets import bundled
 from conformance.targets.reference_chat import Chat, checkpoint_folder
+from model_impl.speculative.eagle3 import load_eagle3
 from tests.invariance_cases import case_of, judged, suite_of
 from tests.lying_engines import Engine
 
@@ -63,6 +65,16 @@ def test_the_model_is_the_bundled_one_and_so_is_its_head(oracles: Oracles) -> No
     assert bundled.trained_draft(bundled.checkpoint()) is None
 
 
+def test_a_model_without_a_trained_head_has_a_random_one(oracles: Oracles) -> None:
+    for name in get_args(TrainedModel):
+        assert (bundled.trained_draft(checkpoint_folder(name)) is not None) == (name in HEADED), name
+    case = case_of(**PROBLEMS | {"model": "nano-a", "change": {"eagle3": {"guesses": False}}})
+    folder = oracles.speaking_draft(checkpoint_of(case, oracles), case.changed)
+    assert folder.parent != checkpoint_folder("nano-a").parent
+    assert load_eagle3(folder, target_layers=6).config.decoder.vocab_size > 0
+    assert case_digest(case, suite_of(case))
+
+
 def test_the_control_keeps_the_head_of_the_model_that_it_copies(oracles: Oracles, tmp_path: Path) -> None:
     engine = Engine()
     folder = checkpoint_folder("nano-d")
@@ -92,6 +104,7 @@ def test_of_many_prompts_few_are_asked_alone_for_the_noise(oracles: Oracles) -> 
         ({**PROBLEMS, "change": {"assistant": {}}}, "have no `assistant`"),
         ({**PROBLEMS, "change": {"eagle3": {"guesses": False}}}, "has its own `guesses`"),
         ({**PROBLEMS, "base": {"eagle3": {"layers": [1], "seed": 2}}}, "has its own `layers`, `seed`"),
+        ({**PROBLEMS, "model": "nano-a", "change": {"eagle3": {}}}, "no head of nano-a is trained"),
     ],
 )
 def test_what_a_trained_model_brings_cannot_be_chosen(fields: dict[str, Any], message: str) -> None:

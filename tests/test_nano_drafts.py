@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import one_hot, pad
 
-from model_impl.multimodal import Gemma4ForConditionalGeneration, Media
-from model_impl.nano import drafts, problems
+from model_impl.errors import CheckpointError
+from model_impl.multimodal import Gemma4ForConditionalGeneration, Media, load_multimodal_model
+from model_impl.nano import accepted, drafts, problems
 from model_impl.nano.batches import Course, encode
 from model_impl.nano.curriculum import nano_tokenizer
 from model_impl.nano.drafts import RECIPES, DraftRecipe, fresh_head, loss, publish, said, train
@@ -23,6 +25,7 @@ from model_impl.nano.scripted import digests
 from model_impl.nano.train import Training
 from model_impl.nano.unrolled import unrolled
 from model_impl.speculative.eagle3 import Eagle3, load_eagle3
+from model_impl.speculative.verify import Acceptance
 from model_impl.text import States
 from tests.model_configs import distance, random_ids
 from tests.test_eagle3 import draft
@@ -169,3 +172,51 @@ def test_the_bundled_head_is_the_one_that_its_recipe_made(name: str) -> None:
     own = load_file(CHECKPOINTS / name / "model.safetensors")["model.language_model.embed_tokens.weight"]
     assert torch.equal(head.embed_tokens.weight, own.float())
     assert head.embed_tokens.weight.shape[0] > len(head.d2t)
+    acceptance = manifest["acceptance"]
+    assert (acceptance["task"], acceptance["prompts"], acceptance["drafted"]) == ("nano_gsm8k", 500, 3)
+    low, high = acceptance["interval"]
+    assert 2.5 <= low < acceptance["tokens_a_round"] < high < 4
+    assert acceptance["tokens_a_round"] == pytest.approx(1 + sum(acceptance["by_place"]), abs=0.05)
+
+
+def test_a_bundled_head_is_measured_without_being_trained(tmp_path: Path) -> None:
+    """Of some problems, and by the command's own function, on a copy."""
+    folder = shutil.copytree(CHECKPOINTS / "nano-d-eagle3", tmp_path / "head")
+    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    target = load_multimodal_model(CHECKPOINTS / "nano-d")
+    tokenizer = Tokenizer.from_file(str(CHECKPOINTS / "nano-d" / "tokenizer.json"))
+    manifest = drafts.score(target, tokenizer, folder, "nano-d", most=12)
+    assert json.loads((folder / "manifest.json").read_text(encoding="utf-8")) == manifest
+    whole, part = before.pop("acceptance"), manifest.pop("acceptance")
+    assert manifest == before
+    assert digests(folder) == before["sha256"]
+    assert part["prompts"] == 12
+    assert part["tokens_a_round"] == pytest.approx(whole["tokens_a_round"], abs=0.25)
+
+
+def test_a_head_whose_files_are_others_is_not_measured(
+    target: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(CHECKPOINTS / "nano-d-eagle3", tmp_path / "head")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"not those of manifest\.json"):
+        drafts.score(target, tokenizer, folder, "nano-d")
+
+
+def test_the_command_scores_and_does_not_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Path, str]] = []
+    monkeypatch.setattr(drafts, "train", lambda *_rest: pytest.fail("a head was trained"))
+    monkeypatch.setattr(drafts, "score", lambda _t, _k, folder, name: asked.append((folder, name)) or {})
+    drafts.main(["nano-d", str(tmp_path), "--score", "--threads", "1", "--device", "cpu"])
+    assert asked == [(tmp_path, "nano-d")]
+
+
+def test_what_is_told_of_rounds() -> None:
+    told = accepted.summary([Acceptance((3, 3), (3, 1)), Acceptance(), Acceptance((3,), (0,))])
+    assert (told.prompts, told.rounds) == (2, 3)
+    assert told.tokens_a_round == pytest.approx(1 + 4 / 3)
+    assert told.by_place == pytest.approx((2 / 3, 1 / 3, 1 / 3))
+    # Two prompts: resamples are of one of them, of both, or of the other one.
+    assert told.interval == pytest.approx((1.0, 3.0))
+    with pytest.raises(ValueError, match="1 of 2 answers had a draft"):
+        accepted.summary([Acceptance((3,), (1,)), Acceptance()])

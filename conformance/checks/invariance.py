@@ -6,7 +6,8 @@
 3. The control: a copy of the model, of which one layer is 1 % off, must come out as another one; else the
    case is an `error`, because it would notice nothing.
 4. Tokens, then log-probabilities, are compared by `conformance.invariance.pairs`. Answers that repeat one
-   token do not count. Many near ties are `inconclusive`.
+   token do not count. Many near ties are `inconclusive`, and so is a case that asks for what the target does
+   not tell: what its prefix cache found, what it accepted of drafts.
 5. Drawn answers are compared with the distribution that they should have (`conformance.invariance.drawing`).
 6. A failure names the first place and, where the target shows its states, the first layer.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from conformance.invariance.asking import Answers, Asker, Prompts
 from conformance.invariance.noise import Noise, follow, measure
 from conformance.invariance.pairs import Comparison, Difference, repeats
 from conformance.invariance.prompting import checkpoint_of, prompts_of
-from conformance.invariance_suite import ExamPrompts, InvarianceCase, Way
+from conformance.invariance_suite import Acceptance, ExamPrompts, InvarianceCase, Way
 from conformance.oracles import Oracles
 from conformance.results import Evidence, Problem
 from conformance.targets.protocol import DType, Feature, Generation, Target, TargetInfo
@@ -100,6 +101,8 @@ class _Pair:
         self.asker = Asker(target, oracles, checkpoint_of(case, oracles))
         self.prompts = prompts_of(case, oracles)
         self.found = _Found()
+        self.untold: list[str] = []
+        """What the case asks for and the target does not tell."""
 
     # ------------------------------------------------------------------------------------- greedy answers
 
@@ -190,10 +193,11 @@ class _Pair:
             )
         problems += self._cache_problems(answers)
         problems += self._acceptance_problems(answers)
-        if not tied:
-            problems += self._round_problems(base, answers)
+        problems += self._round_problems(base, answers, tied)
         if problems:
             return self._outcome("fail", problems)
+        if self.untold:
+            return self._outcome("inconclusive", reason="; ".join(self.untold))
         if not counted:
             return self._outcome("inconclusive", reason="every answer repeats one token")
         if len(tied) > TIED * len(counted):
@@ -238,50 +242,80 @@ class _Pair:
         return localising.first_layer(self.asker, self.case.base, self.case.changed, prompt)
 
     def _cache_problems(self, answers: Answers) -> Iterator[Problem]:
-        told = [made.cached_tokens for each in answers.rounds for made in each]
-        if not self.case.finds or None in told:
+        if not self.case.finds:
             return
-        self.found.facts["cached_tokens"] = sum(count or 0 for count in told)
-        if not self.found.facts["cached_tokens"]:
+        counts = [made.cached_tokens for each in answers.rounds for made in each]
+        told = [count for count in counts if count is not None]
+        self.found.facts["cached_tokens"] = sum(told) if told else "not told"
+        if any(told):
+            return
+        if len(told) == len(counts):
             yield Problem(rule="no-hits", message="no token of any prompt was found in the prefix cache")
+        else:
+            self._not_told("how many tokens of a prompt were found in the prefix cache", counts)
 
     def _acceptance_problems(self, answers: Answers) -> Iterator[Problem]:
         if self.case.changed.draft is None:
             return
-        rounds = acceptance.rounds(answers.rounds[0])
+        made = answers.rounds[0]
+        rounds = acceptance.rounds(made)
         self.found.facts["rounds_with_a_draft"] = "not told" if rounds is None else rounds
         if rounds == 0:
             yield Problem(rule="no-drafts", message="no round of any answer had a draft", got=0)
-        length = acceptance.length(answers.rounds[0])
-        if length is None:
             return
-        self.found.facts["tokens_a_round"] = _short(length.mean)
-        self.found.facts["accepted_by_place"] = [_short(part) for part in length.by_place]
+        length = acceptance.length(made)
+        if length is not None:
+            self.found.facts["tokens_a_round"] = _short(length.mean)
+            self.found.facts["accepted_by_place"] = [_short(part) for part in length.by_place]
         if self.case.acceptance is None:
             return
-        floor = self.case.acceptance.at_least
-        limits = acceptance.interval(answers.rounds[0])
-        if limits is None:
-            return
+        told = [each.accepted for each in made]
+        limits = acceptance.interval(made)
+        if None in told:
+            self._not_told("what was accepted of drafts", told)
+        elif length is None or limits is None:
+            self.untold.append("a single answer had drafts, and no interval comes of one")
+        else:
+            yield from self._floor_problems(self.case.acceptance, length, limits)
+
+    def _floor_problems(
+        self, floor: Acceptance, length: acceptance.Length, limits: tuple[float, float]
+    ) -> Iterator[Problem]:
         low, high = limits
         self.found.facts["tokens_a_round_interval"] = [_short(low), _short(high)]
-        if high < floor:
+        if length.mean < floor.at_least:
             yield Problem(
                 rule="acceptance",
                 message=f"a round brings {length.mean:.3g} tokens ({low:.3g} to {high:.3g} at 99 %), which "
-                f"is below {floor:g}: the draft does not guess as it can",
-                expected=floor,
+                f"is below {floor.at_least:g}: the draft does not guess as it can",
+                expected=floor.at_least,
                 got=_short(length.mean),
             )
+        parts = (*length.by_place, *(0.0 for _ in floor.by_place))
+        for place, (least, part) in enumerate(zip(floor.by_place, parts, strict=False), start=1):
+            if part < least:
+                yield Problem(
+                    rule="acceptance-by-place",
+                    message=f"of the tokens drafted at place {place} of a round {part:.3g} were accepted, "
+                    f"which is below {least:g}: what is drafted there is not what it should be",
+                    expected=least,
+                    got=_short(part),
+                )
+                return
 
-    def _round_problems(self, base: Answers, answers: Answers) -> Iterator[Problem]:
+    def _round_problems(self, base: Answers, answers: Answers, tied: Collection[int]) -> Iterator[Problem]:
         """The same draft for the same tokens guesses the same, whatever else has changed."""
         if self.case.base.draft is None or self.case.base.draft != self.case.changed.draft:
             return
         expected = [made.accepted for made in base.rounds[0]]
+        told = [*expected, *(made.accepted for each in answers.rounds for made in each)]
+        if None in told:
+            self._not_told("what was accepted of drafts", told)
+            return
         for turn, each in enumerate(answers.rounds):
             for number, (rounds, made) in enumerate(zip(expected, each, strict=True)):
-                if made.accepted != rounds:
+                # Behind a near tie come other tokens, and so other rounds.
+                if made.accepted != rounds and number not in tied:
                     again = f" when asked for time {turn + 1}" if turn else ""
                     yield Problem(
                         rule="rounds",
@@ -291,6 +325,14 @@ class _Pair:
                         got=list(made.accepted or ()),
                     )
                     return
+
+    def _not_told(self, what: str, told: Sequence[object]) -> None:
+        """Note what the case cannot be decided without."""
+        reason = (
+            f"{self.asker.target.spec} does not tell {what}, in {told.count(None)} of {len(told)} answers"
+        )
+        if reason not in self.untold:
+            self.untold.append(reason)
 
     # -------------------------------------------------------------------------------------- drawn answers
 
@@ -331,6 +373,8 @@ class _Pair:
                 return self._outcome("error", reason=reason)
         problems += self._cache_problems(answers)
         problems += self._acceptance_of_draws(answers)
+        if self.untold and not problems:
+            return self._outcome("inconclusive", reason="; ".join(self.untold))
         return self._outcome("fail" if problems else "pass", problems)
 
     def _acceptance_of_draws(self, answers: Answers) -> Iterator[Problem]:

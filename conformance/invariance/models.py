@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 DrawnModel = Literal["e2b-like", "dense", "moe"]
 TrainedModel = Literal["nano-a", "nano-d", "nano-e"]
-"""Bundled checkpoints. Where one has an Eagle3 head, that is beside it."""
+"""Bundled checkpoints."""
+HEADED: tuple[TrainedModel, ...] = ("nano-d", "nano-e")
+"""Those with a trained Eagle3 head beside them."""
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 VOCAB_SIZE = 128

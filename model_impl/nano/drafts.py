@@ -2,6 +2,9 @@
 
 A head learns to say what its target would say next, on the lessons that the target has learned. The target
 does not change, and what it says is the only label: a head that agrees with it is accepted, right or wrong.
+
+What is written is measured on the held-out word problems, and its manifest says what came out. With `--score`
+a head that is there already is measured again, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_impl.errors import CheckpointError
 from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimodal_model
-from model_impl.nano import dialogues, problems
+from model_impl.nano import accepted, dialogues, problems
 from model_impl.nano.batches import Course, Encoded, Timetable, encode, media
 from model_impl.nano.families import FAMILIES
+from model_impl.nano.items import lessons
 from model_impl.nano.optimiser import optimisers
 from model_impl.nano.scripted import digests
 from model_impl.nano.subjects import SUBJECTS
 from model_impl.nano.unrolled import unrolled
+from model_impl.nano.vocabulary import STOP_IDS
 from model_impl.random_weights import eagle3_config, eagle3_tables, write_eagle3
 from model_impl.speculative.eagle3 import Eagle3, load_eagle3
 
@@ -40,6 +46,8 @@ _SAMPLE = 2000
 """Lessons whose answers decide which tokens can be drafted."""
 _GRADIENT = 1.0
 _NO_LABEL = -100
+_MANIFEST = "manifest.json"
+_TASK = "nano_gsm8k"
 COURSE = Course(
     (problems.lesson, dialogues.lesson, *(subject.lesson for subject in SUBJECTS)),
     (60, 20, *(2,) * len(SUBJECTS)),
@@ -178,7 +186,7 @@ def train(
 def publish(
     head: Eagle3, target: Gemma4ForConditionalGeneration, folder: Path, name: str, recipe: DraftRecipe
 ) -> dict[str, Any]:
-    """Write a head in the published layout, weights in bfloat16, with its manifest.
+    """Write a head in the published layout, weights in bfloat16, with its manifest, which `score` completes.
 
     Returns:
         The content of the manifest.
@@ -201,18 +209,60 @@ def publish(
         "parameters": sum(tensor.numel() for tensor in stored.values()),
         "sha256": digests(folder),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _write(manifest, folder)
     return manifest
 
 
+def score(
+    target: Gemma4ForConditionalGeneration,
+    tokenizer: Tokenizer,
+    folder: Path,
+    name: str,
+    most: int | None = None,
+) -> dict[str, Any]:
+    """Measure a written head on held-out word problems, and add to its manifest how much was accepted.
+
+    Args:
+        target: The model that it drafts for.
+        tokenizer: The target's.
+        folder: Of the head.
+        name: The target's.
+        most: Problems that are asked; left out, all.
+
+    Returns:
+        The content of the manifest.
+
+    Raises:
+        CheckpointError: files of the head are not those that the manifest names.
+    """
+    manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    own = manifest.pop("sha256")
+    if own != digests(folder):
+        raise CheckpointError(f"{folder}: its files are not those of {_MANIFEST}; make the head anew")
+    text = target.language_model
+    head = load_eagle3(folder, target_layers=len(text.layers)).to(text.embed_tokens.weight.device)
+    family = FAMILIES[name].template
+    prompts = [encode(lesson, tokenizer, family).prompt for lesson in lessons(_TASK)[:most]]
+    found = accepted.measure(text, head, prompts, STOP_IDS)
+    told = {"task": _TASK, "drafted": accepted.DRAFTED, "torch": torch.__version__, **found.rounded()}
+    manifest = {**manifest, "acceptance": told, "sha256": own}
+    _write(manifest, folder)
+    return manifest
+
+
+def _write(manifest: Mapping[str, Any], folder: Path) -> None:
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a head."""
+    """Make a head, or measure one."""
     parser = argparse.ArgumentParser(
         prog="python -m model_impl.nano.drafts", description="Make a nano checkpoint's Eagle3 head."
     )
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("folder", nargs="?", type=Path, help="where it is written")
     parser.add_argument("--target", type=Path, help="the checkpoint [the bundled one of that name]")
+    parser.add_argument("--score", action="store_true", help="measure the head that is there, and train none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", help="where it runs [a GPU, if there is one]")
     chosen = parser.parse_args(arguments)
@@ -226,8 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = load_multimodal_model(source).to(device)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     recipe = RECIPES[chosen.name]
-    head = train(target, tokenizer, chosen.name, recipe)
-    sys.stdout.write(json.dumps(publish(head, target, folder, chosen.name, recipe), indent=2) + "\n")
+    if not chosen.score:
+        publish(train(target, tokenizer, chosen.name, recipe), target, folder, chosen.name, recipe)
+    manifest = score(target, tokenizer, folder, chosen.name)
+    sys.stdout.write(json.dumps(manifest, indent=2) + "\n")
 
 
 if __name__ == "__main__":
