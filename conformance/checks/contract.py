@@ -19,6 +19,7 @@ Rules of what comes out:
   output         the hidden states after the final norm are not those of one process
   draft-count    there are more or fewer states for a draft than were asked for
   draft-states   the states for a draft are not those after so many layers of the whole model
+  draft-same     states for a draft after different numbers of layers are the same numbers
   draft-form     the states for a draft come in another form than when more are asked for
   accepted       a request was answered that must be refused
   raised         an error that is not the refusal that the case allows or wants
@@ -320,6 +321,7 @@ def _number_problems(
             index,
             case.tolerance,
         )
+    yield from _same_problems(case, result, found)
     if result.form != one.form:
         yield Problem(
             rule="draft-form",
@@ -327,6 +329,25 @@ def _number_problems(
             expected=one.form,
             got=result.form,
         )
+
+
+def _same_problems(
+    case: ContractCase, result: StagesResult, found: Mapping[str, Tensor]
+) -> Iterator[Problem]:
+    """The stream is another one behind each layer: equal states are one memory, written over later."""
+    import torch
+
+    given = [(index, found.get(f"aux.{n}")) for n, index in enumerate(case.aux_layers[: result.aux])]
+    for (early, one), (late, other) in itertools.combinations(given, 2):
+        if one is not None and other is not None and torch.equal(one, other):
+            yield Problem(
+                rule="draft-same",
+                message=f"the states after {early} layers are the very numbers of those after {late}: the "
+                "two share memory that a layer has written over",
+                expected="two states",
+                got="one state",
+            )
+            return
 
 
 def _compared(

@@ -14,6 +14,7 @@ from model_impl.parallel import stage as stages
 from model_impl.parallel import wire
 from model_impl.parallel.payload import Payload, Slot
 from model_impl.parallel.stage import Stage
+from model_impl.text import DecoderLayer
 
 faults = Collection("contract")
 stage = partial(faults, area="stages")
@@ -119,6 +120,20 @@ def _states_left_behind() -> tuple[Patch, ...]:
         return x, per_layer, aux if self.begins else {}
 
     return replace(Stage, "_start", start), _UNCHECKED
+
+
+@stage("states-share-memory", source=("S09",), module=stages)
+def _states_share_memory() -> Patch:
+    """States for a draft are the stream itself, which the next layer writes over, and no copies of it."""
+    original = Stage._layer
+
+    def layer(self: Stage, index: int) -> DecoderLayer:
+        made = original(self, index)
+        # What a hook returns takes the place of the output.
+        made.register_forward_hook(lambda _layer, given, output: given[0].copy_(output))
+        return made
+
+    return replace(Stage, "_layer", layer)
 
 
 @stage("one-state-bare", source=("spec 9", _PULL), module=stages)

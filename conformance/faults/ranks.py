@@ -5,17 +5,21 @@ A rank is a process of its own: it imports this module, and nothing else of the 
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from conformance.faults.base import Collection, Patch, replace
-from model_impl.config import MoEConfig
-from model_impl.parallel import divided, shards, wire
+from model_impl.config import MoEConfig, TextConfig
+from model_impl.parallel import divided, loading, shards, wire
 from model_impl.parallel import stage as stages
 from model_impl.parallel.divided import SummedLinear, WholeExperts
+from model_impl.parallel.layout import Layout
 from model_impl.parallel.payload import Payload
 from model_impl.parallel.ranks import Ranks
+from model_impl.parallel.shards import Cut
 from model_impl.parallel.stage import Stage
 
 faults = Collection("invariance")
@@ -51,6 +55,31 @@ def _dealt_in_turn() -> Patch:
         return original(heads, ranks, shard) if heads >= ranks else (shard % heads, shard % heads + 1)
 
     return replace(shards, "kv_heads", in_turn)
+
+
+@rank("key-value-heads-of-the-first-rank", source=("P06",), module=loading)
+def _of_the_first_rank() -> Patch:
+    """Full layers, which have few key-value heads, have those of the first rank on every rank."""
+    original = loading.cut_of
+
+    def cut_of(name: str, config: TextConfig, layout: Layout, shard: int) -> Cut | None:
+        layer = re.fullmatch(r"layers\.(\d+)\.self_attn\.[kv]_proj\.weight", name)
+        if layer and config.layers[int(layer[1])].kind == "full_attention":
+            return original(name, config, layout, 0)
+        return original(name, config, layout, shard)
+
+    return replace(loading, "cut_of", cut_of)
+
+
+@rank("unaligned-rest-left-out", source=("P05",), module=divided)
+def _unaligned_rest() -> Patch:
+    """A rank's part of a width that is no multiple of 32 is cut down to one, and not filled up with zeros."""
+
+    def aligned(self: SummedLinear, x: Tensor) -> Tensor:
+        width = x.shape[-1] // 32 * 32
+        return self._ranks.sum(functional.linear(x[..., :width], self.weight[:, :width]))
+
+    return replace(SummedLinear, "forward", aligned)
 
 
 @rank("experts-of-the-next-rank", source=("spec 8.4",), module=divided)

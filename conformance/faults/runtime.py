@@ -6,18 +6,24 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from conformance.faults.base import Collection, Patch, replace
 from model_impl.config import AttentionKind, LayerConfig
+from model_impl.layers import backends
+from model_impl.layers.backends import Mask
 from model_impl.runtime import blocks, engine, generate, paged, prefix, runner, scheduler, stored
+from model_impl.runtime import cache as contiguous
 from model_impl.runtime.blocks import FIRST, BlockPool, Digest
 from model_impl.runtime.engine import Engine
 from model_impl.runtime.masks import Blocks, visible
-from model_impl.runtime.paged import PagedView, Place
-from model_impl.runtime.prefix import FULL, BlockTables, Content, Span
+from model_impl.runtime.paged import NO_TABLE_ENTRY, PagedView, Place
+from model_impl.runtime.prefix import FULL, BlockTables, Content, Held, Span
 from model_impl.runtime.request import Output
 from model_impl.runtime.runner import LocalRunner
 from model_impl.runtime.sampling import Sampling
@@ -31,6 +37,7 @@ from model_impl.text import SoftTokens, States
 faults = Collection("invariance")
 cache = partial(faults, area="invariance-caches")
 draft = partial(faults, area="invariance-speculation")
+backend = partial(faults, area="invariance-backends")
 generating = Collection("generation")
 narrow = partial(generating, area="generation")
 
@@ -114,6 +121,75 @@ def _blind() -> Patch:
         return [None] * length
 
     return replace(prefix, "soft_digests", nothing)
+
+
+@cache("window-not-trimmed-to-the-hit", source=("B08",), module=prefix)
+def _untrimmed() -> tuple[Patch, ...]:
+    """Behind a prefix that is found, sliding layers read the window at the end of the request before."""
+    found, close = BlockTables._found, BlockTables.close
+    ends: WeakKeyDictionary[BlockTables, dict[AttentionKind, list[int]]] = WeakKeyDictionary()
+
+    def remembering(self: BlockTables, held: Held) -> None:
+        ends[self] = {
+            kind: [block for block in table if block != NO_TABLE_ENTRY] for kind, table in held.tables.items()
+        }
+        close(self, held)
+
+    def untrimmed(self: BlockTables, kind: AttentionKind, content: Content, hit: int) -> list[int]:
+        blocks = found(self, kind, content, hit)
+        end = ends.get(self, {}).get(kind, [])
+        if kind == FULL:
+            return blocks
+        read = min(len(blocks) - self._first_read(kind, hit), len(end))
+        return [*blocks[: len(blocks) - read], *end[len(end) - read :]]
+
+    return replace(BlockTables, "close", remembering), replace(BlockTables, "_found", untrimmed)
+
+
+@cache("positions-advanced-in-place", source=("B09",), module=contiguous)
+def _advanced() -> Patch:
+    """In a batch, one kind of layers advances the positions that the other and all rotations read too."""
+    original = contiguous.KVCache._plan
+
+    def advancing(
+        self: contiguous.KVCache,
+        kind: AttentionKind,
+        width: int,
+        positions: Tensor,
+        *others: Any,
+    ) -> contiguous._Plan:
+        made = original(self, kind, width, positions, *others)
+        if kind != FULL and width == 1 and len(positions) > 1:
+            positions += 1
+        return made
+
+    return replace(contiguous.KVCache, "_plan", advancing)
+
+
+@cache("ring-valid-by-wrapped-position", source=("B10",), module=contiguous)
+def _wrapped() -> Patch:
+    """In a batch, slots of a ring behind the newest token's count as empty, though it has gone round."""
+    original = contiguous.KVCache._slot_positions
+
+    def wrapped(self: contiguous.KVCache, slots: int, window: int | None, lengths: Sequence[int]) -> Tensor:
+        found = original(self, slots, window, lengths)
+        if window is None:
+            return found
+        newest = torch.tensor([(length - 1) % window for length in lengths])[:, None]
+        return torch.where(torch.arange(slots)[None] <= newest, found, -1)
+
+    return replace(contiguous.KVCache, "_slot_positions", wrapped)
+
+
+@backend("head-size-of-sliding-layers-for-all", source=("B01", "B03"), module=backends)
+def _one_head_size() -> Patch:
+    """Eager attention has a kernel for heads of sliding layers alone; full ones run with a part of theirs."""
+
+    def narrow(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        d = min(q.shape[-1], 32)  # of the sliding layers in drawn models
+        return functional.pad(backends.eager(q[..., :d], k[..., :d], v[..., :d], mask), (0, q.shape[-1] - d))
+
+    return replace(backends, "BACKENDS", backends.BACKENDS | {"eager": narrow})
 
 
 @cache("window-ignored-in-blocks", source=("B19",), module=paged)
@@ -252,6 +328,29 @@ def _last_block() -> Patch:
         return length
 
     return replace(BlockTables, "without_last", whole)
+
+
+@draft("no-prefix-with-eagle", source=("S12",), module=prefix)
+def _no_prefix() -> Patch:
+    """With a draft head, the last block of a hit is dropped again and again, until nothing is left."""
+
+    def nothing(_self: BlockTables, _length: int) -> int:
+        return 0
+
+    return replace(BlockTables, "without_last", nothing)
+
+
+@draft("kernel-for-one-query-verifies-several", source=("B14", "S13"), module=paged)
+def _one_query() -> Patch:
+    """Drafted tokens are verified by a kernel for a single query: each sees what the last of them sees."""
+    original = PagedView._mask
+
+    def as_one(self: PagedView, seeing: Tensor, *others: Any) -> Mask:
+        if 1 < seeing.shape[1] <= 4 and all(place.start > 0 for place in self._places):
+            seeing = seeing[:, -1:].expand_as(seeing)
+        return original(self, seeing, *others)
+
+    return replace(PagedView, "_mask", as_one)
 
 
 @draft("resampled-from-the-target", source=("spec 9.1",), module=verify)

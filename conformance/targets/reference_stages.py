@@ -79,8 +79,9 @@ def _run(ranks: list[Stage], request: StagesRequest) -> tuple[list[list[Payload]
                 result = stage.run(work, payload, cache)
                 if isinstance(result, Payload):
                     # As on the wire: what arrives has the names of a payload, and nothing else has a place.
+                    # It is a copy, so that no later stage writes into what an earlier one has given.
+                    payload = Payload.of({name: sent.clone() for name, sent in result.named().items()})
                     payloads.append(result)
-                    payload = Payload.of(result.named())
                 else:
                     states.append(result)
             crossed.append(payloads)
