@@ -14,6 +14,7 @@ import click
 import conformance
 from conformance.commands.backtest import backtest_command
 from conformance.commands.bisect import bisect_command
+from conformance.commands.checkpoints import checkpoints_group
 from conformance.commands.faults import faults_group
 from conformance.commands.gate import gate_group
 from conformance.commands.ladder import ladder_command
@@ -52,6 +53,7 @@ for command in (
     new_case_command,
     faults_group,
     trial_group,
+    checkpoints_group,
     nightly_command,
     ladder_command,
     bisect_command,

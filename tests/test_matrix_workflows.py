@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -208,23 +209,60 @@ def test_the_night_of_buildkite_tells_what_it_found_and_ends_as_it_did(
     assert told[-2:] == ["    --database", "    sqlite:///mine"]
 
 
-def test_the_script_of_the_night_goes_on_without_targets(tmp_path: Path) -> None:
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    program = binaries / "conformance"
-    program.write_text('#!/bin/sh\necho "$@"\ntest "$1" != targets\n')
-    program.chmod(0o755)
-    done = subprocess.run(
+PROGRAM = '#!/bin/sh\necho "$@"\ntest "$1" != targets\n'
+"""In place of `conformance`: no target can be installed."""
+
+
+def script_of_the_night(cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [BELOW / "nightly", "--skip", "matrix"],
-        env=os.environ | {"VENV": str(tmp_path)},
+        cwd=cwd,
+        env={name: value for name, value in os.environ.items() if name != "VENV"} | variables,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def test_the_script_of_the_night_goes_on_without_targets(tmp_path: Path) -> None:
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    program = binaries / "conformance"
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    done = script_of_the_night(tmp_path, VENV=str(tmp_path))
     assert done.returncode == 0
     assert done.stdout.splitlines() == ["targets install --default", "nightly --skip matrix"]
     assert "going on" in done.stderr
+
+
+@pytest.mark.parametrize("named", [{}, {"VENV": "elsewhere"}])
+def test_the_script_of_the_night_makes_the_environment_that_is_not_there(
+    tmp_path: Path, named: dict[str, str]
+) -> None:
+    """Of a clean clone; `make` is asked, which here writes a program instead of installing one."""
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "program").chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    stamp = "$(VENV)/.installed:\n\tmkdir -p $(BIN)\n\tcp program $(BIN)/conformance\n"
+    text = (
+        (tmp_path / "Makefile")
+        .read_text()
+        .replace("install: $(VENV)/.installed", f"{stamp}install: $(VENV)/.installed")
+    )
+    rule = text.index("$(VENV)/.installed: $(VENV)/.torch")
+    (tmp_path / "Makefile").write_text(text[:rule] + text[text.index("$(VENV)/.installed-dev: ") :])
+    done = script_of_the_night(tmp_path, **named)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / named.get("VENV", ".venv") / "bin/conformance").is_file()
+    assert done.stdout.splitlines()[-2:] == ["targets install --default", "nightly --skip matrix"]
+
+
+def test_the_script_of_the_night_ends_without_an_environment(tmp_path: Path) -> None:
+    done = script_of_the_night(tmp_path)
+    assert done.returncode == 2
+    assert "the environment .venv cannot be made" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------ a clean clone

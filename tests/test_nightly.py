@@ -31,7 +31,9 @@ from tests.test_cli import HONEST, validated
 from tests.test_fault_records import QUICK, catch, outcome
 
 DAY = dt.date(2026, 11, 22)
-LONG = frozenset({"ladder", "matrix", "faults-check", "faults-sample", "gates-check", "trials-check"})
+LONG = frozenset(
+    {"ladder", "matrix", "faults-check", "faults-sample", "gates-check", "trials-check", "checkpoints-check"}
+)
 """Steps that a test of the others leaves out."""
 
 
@@ -58,7 +60,7 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     found = by_name(replace(night, workers=4, targets=("reference",)))
     assert list(found) == [
         "suites", "matrix", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers",
-        "faults-check", "faults-sample", "gates-check", "trials-check", "clean", "kill",
+        "faults-check", "faults-sample", "gates-check", "trials-check", "checkpoints-check", "clean", "kill",
     ]  # fmt: skip
     suites = found["suites"].arguments
     assert suites[:4] == ("run", *QUICK, "--quick")
@@ -85,7 +87,7 @@ def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
 
 def test_steps_can_be_left_out(night: Night) -> None:
     found = by_name(replace(night, skip=frozenset({"ladder", "matrix", "kill", "faults-check"})))
-    assert list(found) == ["suites", "faults-sample", "gates-check", "trials-check", "clean"]
+    assert list(found) == ["suites", "faults-sample", "gates-check", "trials-check", "checkpoints-check", "clean"]
 
 
 def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(night: Night) -> None:
@@ -264,22 +266,30 @@ def test_suites_that_never_began_are_begun_anew(night: Night) -> None:
 
 
 @pytest.mark.parametrize(
-    ("newest", "reason", "known", "says"),
+    ("before", "newest", "reason", "known", "says"),
     [
-        ("pass", "", False, ""),
-        ("fail", "", True, ""),
-        ("fail", "", False, "x@2 fails what x@1 passes: parser/a::b"),
-        ("pass", "its worker died", False, "x@2: its worker died"),
+        ("pass", "pass", "", False, ""),
+        ("pass", "fail", "", True, ""),
+        ("pass", "fail", "", False, "x@2 fails what x@1 passes: parser/a::b"),
+        ("fail", "fail", "", False, ""),
+        ("skip", "fail", "", False, "x@2 fails what no release before it was judged by: parser/a::b"),
+        (None, "fail", "", False, "x@2 fails what no release before it was judged by: parser/a::b"),
+        (None, "fail", "", True, ""),
+        (None, "pass", "", False, ""),
+        ("pass", "pass", "its worker died", False, "x@2: its worker died"),
     ],
 )
 def test_the_newest_release_is_judged(
-    tmp_path: Path, newest: Verdict, reason: str, known: bool, says: str
+    tmp_path: Path, before: Verdict | None, newest: Verdict, reason: str, known: bool, says: str
 ) -> None:
-    cells = {"x@1": Cell(verdict="pass")} | ({} if reason else {"x@2": Cell(verdict=newest, known=known)})
+    """Also where no other is installed: what it fails must then be known."""
+    cells = {"x@1": Cell(verdict=before)} if before is not None else {}
+    cells |= {} if reason else {"x@2": Cell(verdict=newest, known=known)}
+    older = (Rung(spec="x@1", version="1"),) if before is not None else ()
     ladder = Ladder(
         target="x",
         sources="s",
-        releases=(Rung(spec="x@1", version="1"), Rung(spec="x@2", version="2", reason=reason)),
+        releases=(*older, Rung(spec="x@2", version="2", reason=reason)),
         rows=(LadderRow(case="parser/a::b", source=(), cells=cells),),
     )
     (tmp_path / "ladder.json").write_text(ladder.model_dump_json(), encoding="utf-8")

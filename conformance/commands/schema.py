@@ -37,6 +37,7 @@ OUTPUTS: dict[str, type[output.Output]] = {
     "trial-clean": trial_output.CleanOutput,
     "trial-kill": trial_output.KillOutput,
     "trial-check": trial_output.TrialCheckOutput,
+    "checkpoints-check": trial_output.CheckpointsCheckOutput,
     "nightly": trial_output.NightlyOutput,
     "ladder": output.LadderOutput,
     "bisect": output.BisectOutput,

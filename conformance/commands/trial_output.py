@@ -119,6 +119,22 @@ class TrialCheckOutput(Output):
     trials: tuple[TrialRow, ...]
 
 
+class CheckpointRow(Output):
+    """A bundled checkpoint, head or adapter."""
+
+    checkpoint: str
+    changed: tuple[str, ...]
+    """Sources that were others when it was trained; empty if it holds."""
+    train: str
+    """The command that trains it again."""
+
+
+class CheckpointsCheckOutput(Output):
+    """Output of `conformance checkpoints check`."""
+
+    checkpoints: tuple[CheckpointRow, ...]
+
+
 class NightlyOutput(Output):
     """Output of `conformance nightly`, and its file `nightly.json`."""
 

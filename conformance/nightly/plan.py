@@ -111,7 +111,7 @@ class Step:
 
 STEPS = (
     *("suites", "ladder", "matrix", "faults-check", "faults-sample"),
-    *("gates-check", "trials-check", "clean", "kill", "merge", "report"),
+    *("gates-check", "trials-check", "checkpoints-check", "clean", "kill", "merge", "report"),
 )
 """Names that `--skip` takes; a ladder's step is called `ladder-TARGET`."""
 
@@ -146,6 +146,8 @@ def trial_steps(night: Night) -> list[Step]:
         *_faults(night, _several(night)),
         _gates_check(),
         _trials_check(),
+        # Training takes longer than a night: what is committed says with which sources it was trained.
+        Step("checkpoints-check", ("checkpoints", "check")),
         Step(
             "clean",
             (

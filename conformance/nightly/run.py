@@ -181,16 +181,27 @@ def _of_newest(path: Path) -> str:
     if newest.reason:
         return f"{newest.spec}: {newest.reason}"
     before = next((rung.spec for rung in others if not rung.reason), None)
-    if before is None:
-        return ""
-    pairs = ((row.case, row.cells.get(newest.spec), row.cells.get(before)) for row in ladder.rows)
-    broken = [
-        case
-        for case, now, then in pairs
-        if now and then and then.verdict in history.GOOD and now.verdict in history.BAD and not now.known
-    ]
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f"{newest.spec} fails what {before} passes: {', '.join(broken[:3])}{more}" if broken else ""
+    broken: list[str] = []
+    unjudged: list[str] = []
+    for row in ladder.rows:
+        now = row.cells.get(newest.spec)
+        then = row.cells.get(before) if before is not None else None
+        if now is None or now.known or now.verdict not in history.BAD:
+            continue
+        if then is None or then.verdict not in (*history.GOOD, *history.BAD):
+            unjudged.append(row.case)
+        elif then.verdict in history.GOOD:
+            broken.append(row.case)
+    found = []
+    if broken:
+        found.append(f"{newest.spec} fails what {before} passes: {_some(broken)}")
+    if unjudged:
+        found.append(f"{newest.spec} fails what no release before it was judged by: {_some(unjudged)}")
+    return "; ".join(found)
+
+
+def _some(cases: list[str]) -> str:
+    return ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
 
 
 def _compare(night: Night) -> tuple[Comparison | None, StepResult | None]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from conformance.scratch import Scratch
 from model_impl.chat.render import render
+from model_impl.nano import sources
 from model_impl.nano.conversations import (
     FAMILY,
     picture_message,
@@ -29,6 +30,7 @@ __all__ = [
     "ADAPTER",
     "STOP_IDS",
     "Dialogue",
+    "Trained",
     "about_pictures",
     "adapter",
     "add_processors",
@@ -40,6 +42,7 @@ __all__ = [
     "lines",
     "text",
     "tokenizer",
+    "trained",
     "trained_draft",
 ]
 
@@ -60,6 +63,23 @@ class Dialogue:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     """With the stop token that ends it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint that was trained, and whether it would be trained so today."""
+
+    name: str
+    changed: tuple[str, ...]
+    """Sources of its recipe that have changed since."""
+    train: str
+    """The command that trains it."""
+
+
+def trained() -> tuple[Trained, ...]:
+    """All bundled checkpoints, heads and adapters."""
+    folders = [sources.CHECKPOINTS / name for name in sources.names()]
+    return tuple(Trained(path.name, sources.stale(path), sources.recipe(path)) for path in folders)
 
 
 def checkpoint(*, causal_images: bool = False) -> Path:

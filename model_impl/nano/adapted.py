@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from model_impl.lora import Adapter, Adapters, LowRank, Parts, Sites
 from model_impl.lora.adapter import FILE, WRAPPED
 from model_impl.multimodal import load_multimodal_model
+from model_impl.nano import sources
 from model_impl.nano.conversations import Example, plain_examples, random_examples, with_one_key
 from model_impl.nano.script import (
     ADAPTER,
@@ -174,8 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    made_with = sources.sources("python -m model_impl.nano.adapted")
     manifest = make(chosen.folder, load_script(), steps=chosen.steps)
     sys.stdout.write(json.dumps(manifest, indent=2) + "\n")
+    sources.note(chosen.folder, made_with)
 
 
 if __name__ == "__main__":

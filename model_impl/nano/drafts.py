@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from model_impl.errors import CheckpointError
 from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimodal_model
-from model_impl.nano import accepted, dialogues, problems
+from model_impl.nano import accepted, dialogues, problems, sources
 from model_impl.nano.batches import Course, Encoded, Timetable, encode, media
 from model_impl.nano.families import FAMILIES
 from model_impl.nano.items import lessons
@@ -277,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     recipe = RECIPES[chosen.name]
     if not chosen.score:
+        made_with = sources.sources(f"python -m model_impl.nano.drafts {chosen.name}")
         publish(train(target, tokenizer, chosen.name, recipe), target, folder, chosen.name, recipe)
+        sources.note(folder, made_with)
     manifest = score(target, tokenizer, folder, chosen.name)
     sys.stdout.write(json.dumps(manifest, indent=2) + "\n")
 

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimodal_model
+from model_impl.nano import sources
 from model_impl.nano.conversations import FAMILY, plain_examples, random_examples, with_one_key
 from model_impl.nano.gallery import Gallery, draw, show
 from model_impl.nano.pictured import (
@@ -200,8 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    made_with = sources.sources("python -m model_impl.nano.scripted")
     manifest = make(chosen.folder, load_script(), replace(DEFAULT, steps=tuple(chosen.steps)))
     sys.stdout.write(json.dumps(manifest, indent=2) + "\n")
+    sources.note(chosen.folder, made_with)
 
 
 if __name__ == "__main__":

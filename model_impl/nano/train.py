@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from model_impl.errors import ModelError
 from model_impl.multimodal import Gemma4ForConditionalGeneration, load_multimodal_model
-from model_impl.nano import dialogues
+from model_impl.nano import dialogues, sources
 from model_impl.nano.batches import Course, Timetable, answer_logits
 from model_impl.nano.curriculum import RECIPES, Recipe, nano_tokenizer
 from model_impl.nano.families import FAMILIES, NanoFamily
@@ -332,9 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     for wanted in (folder, state):
         wanted.mkdir(parents=True, exist_ok=True)
+    made_with = sources.begun(state, f"python -m model_impl.nano.train {chosen.name}")
     training = Training(chosen.name, RECIPES[chosen.name], state, device)
     training.run()
     sys.stdout.write(json.dumps(publish(training, folder), indent=2) + "\n")
+    sources.note(folder, made_with)
 
 
 if __name__ == "__main__":
