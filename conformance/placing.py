@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from conformance.checks.base import CheckOutcome
-from conformance.invariance_suite import InvarianceCase
+from conformance.invariance_suite import Draft, InvarianceCase
 from conformance.loading import LoadedCase, case_digest
 from conformance.suitebase import Strict
 from conformance.suites import Case, RandomAdapter, RandomDraft
@@ -43,6 +43,8 @@ class Settings(Strict):
     kv_dtype: KVDType | None = None
     """In which keys and values are stored."""
     eagle3: RandomDraft | None = None
+    assistant: Draft | None = None
+    """A draft model that reads the keys and values of the case's own; comparisons alone have models for one."""
     adapter: RandomAdapter | None = None
 
     @property
@@ -55,7 +57,10 @@ class Settings(Strict):
     @property
     def features(self) -> tuple[Feature, ...]:
         """What a target must be able to do for it."""
-        draft = None if self.eagle3 is None else Speculation(method="eagle3", checkpoint="")
+        draft = None
+        if self.eagle3 is not None or self.assistant is not None:
+            method: Literal["eagle3", "assistant"] = "assistant" if self.eagle3 is None else "eagle3"
+            draft = Speculation(method=method, checkpoint="")
         options = EngineOptions(
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,

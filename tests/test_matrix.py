@@ -344,7 +344,7 @@ def test_a_generation_case_takes_all_settings_of_a_model_without_experts() -> No
     placed = placing.place(loaded, FULL, "some+cell")
     assert isinstance(placed, LoadedCase)
     assert isinstance(placed.case, GenerationCase)
-    names = Settings.model_fields.keys() - {"expert_parallel"}
+    names = Settings.model_fields.keys() - {"expert_parallel", "assistant"}
     assert Settings(**{name: getattr(placed.case, name) for name in names}) == FULL
     assert (placed.cell, placed.address) == ("some+cell", loaded.address)
     assert placed.digest != loaded.digest
@@ -370,6 +370,19 @@ def test_a_comparison_takes_settings_on_its_second_side_and_dtypes_on_both() -> 
     assert changed.eagle3 == Draft(layers=(1, 2))
     assert placed.digest != loaded.digest
     assert "take no `adapter`" in placing.why_not(loaded, Settings(adapter={"modules": ["q_proj"]}))
+    placed = placing.place(loaded, Settings(assistant={"tokens": 2}), "some+cell")
+    assert isinstance(placed, LoadedCase)
+    assert isinstance(placed.case, InvarianceCase)
+    assert placed.case.base.assistant is None
+    assert placed.case.changed.assistant == Draft(tokens=2)
+    both = Settings(eagle3={"layers": [1]}, assistant={})
+    assert "an engine has one draft model" in placing.why_not(loaded, both)
+
+
+def test_an_assistant_is_a_feature_that_a_target_must_have() -> None:
+    assert Settings(assistant={}).features == ("assistant",)
+    assert Settings(eagle3={"layers": [1]}).features == ("eagle3",)
+    assert Settings().features == ()
 
 
 @pytest.mark.parametrize("case", ["layouts::pp-4", "caches::chunks-fp8", "speculation::problems-eagle3"])
@@ -402,6 +415,7 @@ def _parity() -> Iterator[LoadedCase]:
         ("parity/e2b-like", Settings(tensor_parallel=2), "cases of kind `parity` take no `tensor_parallel`"),
         ("parity/e2b-like", Settings(attention="CPU_ATTN"), "take no such `attention`"),
         ("generation/scripted", Settings(expert_parallel=True), "take no `expert_parallel`"),
+        ("generation/scripted", Settings(assistant={}), "take no `assistant`"),
         ("mask/text", Settings(dtype="bfloat16"), "cases of kind `mask` take no `dtype`"),
         ("parser/reasoning", Settings(dtype="bfloat16"), "cases of kind `parser` take no settings"),
     ],
@@ -435,6 +449,6 @@ def test_what_was_asked_for_and_not_used_is_an_error() -> None:
 
 def test_every_setting_is_read_back_by_a_check() -> None:
     """A setting without a rule that compares it with what ran could be ignored by a target unseen."""
-    names = {"eagle3": "wrong-speculation"}
+    names = {"eagle3": "wrong-speculation", "assistant": "wrong-speculation"}
     for name in Settings.model_fields:
         assert names.get(name, f"wrong-{name.replace('_', '-')}") in placing._NOT_USED

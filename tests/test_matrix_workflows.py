@@ -145,6 +145,7 @@ def test_the_night_is_the_script_and_may_write_nothing() -> None:
     assert night["permissions"] == {"contents": "read"}
     run, said = (step for step in night["jobs"]["night"]["steps"] if "runs/night" in step.get("run", ""))
     assert "\nci/nightly --skip matrix " in run["run"]
+    assert '"${CONFORMANCE_DATABASE:-sqlite:///history.sqlite}"' in run["run"], "cells have the same database"
     assert said["if"] == "${{ always() }}"
     assert os.access(BELOW / "nightly", os.X_OK)
     for step in night["jobs"]["night"]["steps"]:
@@ -306,6 +307,7 @@ def shell(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         "SHARD": "1",
         "OMP_NUM_THREADS": "1",
         "CONFORMANCE_HOME": str(home),
+        "GITHUB_STEP_SUMMARY": str(clone / "summary.md"),
     }
 
     def run(command: str) -> str:
@@ -341,9 +343,12 @@ def test_the_steps_of_a_cell_and_of_the_merge_run_in_a_clean_clone(
     assert list(said) == [
         "Install the harness",
         "Merge the run files into the history",
+        "Say what broke",
         "Write the dashboard",
         "Fail if a cell of the tier has no result",
     ]
+    assert "    0 broken, 0 still broken, 0 mended, 6 new\n" in said["Say what broke"]
+    assert (clone / "summary.md").read_text() == said["Say what broke"]
     assert "2 of 2 cells came to their end" in said["Fail if a cell of the tier has no result"]
     assert (clone / "history.sqlite").is_file()
     page = (clone / "site/matrix.html").read_text()

@@ -13,6 +13,7 @@ import pytest
 
 from conformance.cli import invoke
 from conformance.commands.schema import schemas
+from conformance.results import CellRecord
 from tests.history_runs import (
     CASE,
     SUITE,
@@ -144,6 +145,32 @@ def test_show_compares_with_the_run_before(ask: Ask, files: list[str]) -> None:
     assert ask("show", "n1") == {"run": found["run"] | ask("show", "n1")["run"], "since": None, "changes": []}
     back = ask("show", "n1", "--since", "n2")
     assert [(c["before"], c["after"]) for c in back["changes"]] == [("fail", "pass")]
+
+
+def test_compare_says_what_broke_in_cells_too_and_since_when(
+    ask: Ask, command: Command, tmp_path: Path
+) -> None:
+    """Three nights of a suite and of a cell, merged before they are compared."""
+    cell = CellRecord(id="fake+pp2", axes={"layout": "pp2"}, settings={})
+    for night, verdict in ((1, "pass"), (2, "fail"), (3, "fail")):
+        started = f"2026-11-0{night}T02:00:00Z"
+        plain, other = result("one", kind="parser"), result("two", kind="parser", verdict=verdict)
+        write(tmp_path / f"{night}.jsonl", header(f"n{night}", started, manifest=planned(plain)), plain)
+        head = header(f"c{night}", started, manifest=planned(other), cell=cell)
+        write(tmp_path / f"c{night}.jsonl", head, other)
+        ask("merge", f"{night}.jsonl", f"c{night}.jsonl")
+    first = ask("compare", "1.jsonl", "c1.jsonl")
+    assert [entry["state"] for entry in first["comparison"]["entries"]] == ["new", "new"]
+    second = command("compare", "2.jsonl", "c2.jsonl")
+    assert second.code == 0
+    assert second.out.splitlines()[:3] == [
+        "1 broken, 0 still broken, 0 mended, 0 new",
+        "BROKEN: 1",
+        "  accuracy/nano::two [fake+pp2]: pass -> fail",
+    ]
+    third = ask("compare", "3.jsonl", "gone.jsonl", "c3.jsonl", code=2)
+    assert "since 2026-11-02T02:00 (run c2, commit abc123); last good in run c1" in third["text"]
+    assert "error: gone.jsonl: cannot be read" in command("compare", "gone.jsonl").err
 
 
 def test_history_has_scores_and_outcomes(ask: Ask, files: list[str]) -> None:

@@ -50,7 +50,7 @@ from conformance.history import BAD, GOOD, Releases
 from conformance.loading import LoadedCase, LoadedSuites
 from conformance.results import Problem
 from conformance.suites import ExpectedParse, ParserCase, ParserSuite
-from conformance.targets import environments
+from conformance.targets import environments, registry
 from conformance.targets.protocol import Chunking, ParseResult, StreamRequest
 
 State = Literal["detected", "missed", "not reachable"]
@@ -103,6 +103,24 @@ def read_findings(path: Path) -> Findings:
         raise UsageError(
             f"{path}: is not what `conformance backtest --out FILE` writes; write it again"
         ) from error
+
+
+def not_installed(entry: Backtest, table: Table) -> str:
+    """Why a backtest cannot be run here, nor those that it rests on; empty if all releases are installed."""
+    needed = with_besides(table, [entry])
+    versions = ((each.target, version) for each in needed for version in (each.last_bad, each.first_good))
+    specs = dict.fromkeys(f"{target}@{version}" for target, version in versions)
+    return next((f"{spec}: {reason}" for spec in specs if (reason := registry.unavailable(spec))), "")
+
+
+def unreached(entry: Backtest, reason: str) -> BacktestResult:
+    """A backtest that was not run.
+
+    Args:
+        entry: What was not looked for.
+        reason: What is lacking.
+    """
+    return _result(entry, "not reachable", (reason,))
 
 
 def run_all(
@@ -158,15 +176,19 @@ def run(
             lacking = _verdicts(entry, loaded, releases, others or {}, proof)
         proof += [lacking] if lacking else []
         state = "missed" if lacking else "detected"
+    return _result(entry, state, tuple(proof))
+
+
+def _result(entry: Backtest, state: State, proof: tuple[str, ...]) -> BacktestResult:
     return BacktestResult(
         id=entry.id,
         title=entry.title,
         elsewhere=entry.elsewhere,
         case=entry.case,
-        last_bad=bad,
-        first_good=good,
+        last_bad=f"{entry.target}@{entry.last_bad}",
+        first_good=f"{entry.target}@{entry.first_good}",
         state=state,
-        proof=tuple(proof),
+        proof=proof,
     )
 
 
@@ -417,9 +439,11 @@ __all__ = [
     "choose",
     "is_expected",
     "load",
+    "not_installed",
     "read_findings",
     "run",
     "run_all",
     "source_lines",
+    "unreached",
     "with_besides",
 ]

@@ -22,9 +22,16 @@ from conformance.loading import load_suites
 @click.option(
     "--out", type=click.Path(path_type=Path), help="JSON file for `conformance report --backtests`."
 )
+@click.option(
+    "--installed",
+    is_flag=True,
+    help="Leave those of releases that are not installed unreached, which then changes no exit code.",
+)
 @json_option
 @click.pass_context
-def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+def backtest_command(
+    context: click.Context, ids: tuple[str, ...], out: Path | None, installed: bool, as_json: bool
+) -> None:
     """Look for catalogued faults (default: all with a backtest) in the last release that had them.
 
     Also looks for those that the chosen ones rest on: what a release fails by besides.
@@ -37,8 +44,11 @@ def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | N
     if out is not None:
         runfile.check_parent(out)
     suites = load_suites()
+    lacking = {entry: backtests.not_installed(entry, table) for entry in chosen} if installed else {}
     with contextlib.closing(Releases()) as releases:
-        found = backtests.run_all(chosen, table, suites, releases, _tell)
+        asked = [entry for entry in chosen if not lacking.get(entry)]
+        ran = backtests.run_all(asked, table, suites, releases, _tell) if asked else ()
+    found = (*ran, *(backtests.unreached(entry, reason) for entry, reason in lacking.items() if reason))
     reasons = {i: unreached.reason for unreached in table.not_reachable for i in unreached.ids}
     findings = Findings(backtests=found, not_reachable=reasons)
     if out is not None:
@@ -48,7 +58,7 @@ def backtest_command(context: click.Context, ids: tuple[str, ...], out: Path | N
         output.emit_json(BacktestOutput(**dict(findings)))
     else:
         _print(found, {} if ids else reasons)
-    states = {result.state for result in found}
+    states = {result.state for result in ran}
     context.exit(1 if "missed" in states else 3 if "not reachable" in states else 0)
 
 

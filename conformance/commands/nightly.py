@@ -29,6 +29,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--ladder", "ladders", multiple=True, metavar="NAME", help=f"[default: {', '.join(plan.LADDERS)}]"
 )
+@click.option("--backtest", "backtests", multiple=True, metavar="ID", help="Only these, by catalogue ids.")
 @click.option("--sample", type=click.IntRange(min=1), default=3, show_default=True, help="Faults to measure.")
 @click.option(
     "--runs", type=click.IntRange(min=1), default=2, show_default=True, help="Runs without a fault."
@@ -54,6 +55,7 @@ def nightly_command(
     cells: tuple[str, ...],
     matrix: Path | None,
     ladders: tuple[str, ...],
+    backtests: tuple[str, ...],
     sample: int,
     runs: int,
     kills: int,
@@ -83,6 +85,7 @@ def nightly_command(
         cells=cells,
         matrix=matrix,
         ladders=ladders or plan.LADDERS,
+        backtests=backtests,
         sample=sample,
         clean_runs=runs,
         kills=kills,

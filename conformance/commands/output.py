@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from conformance.backtests import BacktestResult
+from conformance.comparison import Comparison
 from conformance.explain import visible
 from conformance.gates.decision import Decision, Sensitivity
 from conformance.history import Bisection, Ladder
@@ -221,6 +222,14 @@ class StoreShowOutput(Output):
     """The run that it is compared with; null where there is no earlier one."""
     changes: tuple[Change, ...]
     """Verdicts that differ between the two."""
+
+
+class StoreCompareOutput(Output):
+    """Output of `conformance store compare`."""
+
+    comparison: Comparison
+    text: str
+    """What broke and since when, and what was mended."""
 
 
 class StoreHistoryOutput(Output):

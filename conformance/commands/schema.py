@@ -19,6 +19,7 @@ OUTPUTS: dict[str, type[output.Output]] = {
     "probe": output.ProbeOutput,
     "report": output.ReportOutput,
     "store-merge": output.StoreMergeOutput,
+    "store-compare": output.StoreCompareOutput,
     "store-list": output.StoreListOutput,
     "store-show": output.StoreShowOutput,
     "store-history": output.StoreHistoryOutput,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from conformance import runfile
 from conformance.commands import output
 from conformance.commands.output import (
     MergedRow,
+    StoreCompareOutput,
     StoreHistoryOutput,
     StoreListOutput,
     StoreMergeOutput,
@@ -93,6 +95,40 @@ def _tell(row: MergedRow) -> None:
         else "nothing new"
     )
     click.echo(f"{row.run_file}: run {merged.run_id}: {what}")
+
+
+@store_group.command("compare")
+@click.argument("run_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@_database
+@json_option
+@click.pass_context
+def compare_command(
+    context: click.Context, run_files: tuple[Path, ...], database: str | None, as_json: bool
+) -> None:
+    """Say what broke in run files, and since when, beside what the database has of before they began.
+
+    The files are of one night or one job, with all its cells; whether they are merged already does not
+    matter. What can be read is compared; exits with 2 if some file could not be, else with 0, whatever broke.
+    """
+    from conformance.comparison import compare
+    from conformance.nightly.text import told_of_changes
+    from conformance.store.history import Store
+
+    runs, unread = [], False
+    for path in run_files:
+        try:
+            runs.append(runfile.read(path))
+        except ConformanceError as error:
+            unread = True
+            click.echo(f"error: {error}", err=True)
+    with Store(database) as store:
+        found = compare(store, runs)
+    text = told_of_changes(found)
+    if as_json:
+        output.emit_json(StoreCompareOutput(comparison=found, text=text))
+    else:
+        click.echo(text, nl=False)
+    context.exit(2 if unread else 0)
 
 
 @store_group.command("remove")

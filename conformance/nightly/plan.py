@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conformance import grounds, runfile
+from conformance import backtests, grounds, runfile
 from conformance.commands.selection import select
 from conformance.errors import ConformanceError
 from conformance.faults import record, registry
@@ -46,6 +46,8 @@ class Night:
     """Cells of the tier, by id or pattern; empty for all."""
     matrix: Path | None = None
     ladders: tuple[str, ...] = LADDERS
+    backtests: tuple[str, ...] = ()
+    """Catalogue ids of faults that are looked for in the releases that had them; empty for all."""
     sample: int = 3
     """Faults that are measured."""
     clean_runs: int = 2
@@ -89,6 +91,11 @@ class Night:
         return self.folder / f"ladder-{target}.json"
 
     @property
+    def backtests_file(self) -> Path:
+        """What became of backtests."""
+        return self.folder / "backtests.json"
+
+    @property
     def site(self) -> Path:
         """The dashboard."""
         return self.folder / "site"
@@ -110,7 +117,7 @@ class Step:
 
 
 STEPS = (
-    *("suites", "ladder", "matrix", "faults-check", "faults-sample"),
+    *("suites", "ladder", "backtests", "matrix", "faults-check", "faults-sample"),
     *("gates-check", "trials-check", "checkpoints-check", "clean", "kill", "merge", "report"),
 )
 """Names that `--skip` takes; a ladder's step is called `ladder-TARGET`."""
@@ -143,6 +150,7 @@ def trial_steps(night: Night) -> list[Step]:
     """The steps that are about releases, and about the harness itself."""
     planned = [
         *(_ladder(night, target) for target in night.ladders),
+        _backtests(night),
         *_faults(night, _several(night)),
         _gates_check(),
         _trials_check(),
@@ -185,6 +193,8 @@ def report(night: Night) -> Step:
     for target in night.ladders:
         if night.ladder_file(target).exists():
             options += ["--ladder", str(night.ladder_file(target))]
+    if night.backtests_file.exists():
+        options += ["--backtests", str(night.backtests_file)]
     if night.cells_folder.is_dir() and any(night.cells_folder.glob("*.jsonl")):
         options += ["--matrix", str(night.cells_folder)]
     if night.record.exists():
@@ -225,7 +235,24 @@ def _ladder(night: Night, target: str) -> Step:
     usable = [spec for spec in every[-2:] if not targets.unavailable(spec)]
     rungs = tuple(word for spec in usable for word in ("--release", spec.partition("@")[2]))
     path = night.ladder_file(target)
-    return Step(name, ("ladder", "--target", target, *rungs, "--out", str(path)), ladder=path)
+    asked = ("ladder", *night.cases, "--target", target, *rungs, "--out", str(path))
+    return Step(name, asked, ladder=path)
+
+
+def _backtests(night: Night) -> Step:
+    """Those faults that were public, in the releases that had them, as far as both are installed."""
+    try:
+        table = backtests.load()
+        reasons = [
+            backtests.not_installed(entry, table) for entry in backtests.choose(table, night.backtests)
+        ]
+    except ConformanceError as error:
+        return Step("backtests", wrong=str(error))
+    if all(reasons):
+        return Step("backtests", reason=reasons[0])
+    return Step(
+        "backtests", ("backtest", *night.backtests, "--installed", "--out", str(night.backtests_file))
+    )
 
 
 def _faults(night: Night, several: tuple[str, ...]) -> Sequence[Step]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from conformance import execute, history, runfile
+from conformance import backtests, execute, history, runfile
 from conformance.comparison import Comparison, compare
 from conformance.errors import ConformanceError, RunFileError, UsageError
 from conformance.execute import Job, LocalExecutor
@@ -245,9 +245,18 @@ def _not_run(night: Night, results: list[StepResult]) -> Iterator[NotRun]:
                 suites["the run did not come to it"] += 1
             elif result.verdict == "skip":
                 suites[result.reason] += 1
-    for what, tally in (("suites", suites), ("matrix", cells)):
+    for what, tally in (("suites", suites), ("matrix", cells), ("backtests", _unreached(night))):
         for reason, count in tally.most_common():
             yield NotRun(what=what, count=count, reason=reason)
+
+
+def _unreached(night: Night) -> Counter[str]:
+    """Backtests whose releases are not here, by what is lacking."""
+    try:
+        found = backtests.read_findings(night.backtests_file).backtests
+    except ConformanceError:
+        return Counter()
+    return Counter(result.proof[-1] for result in found if result.state == "not reachable")
 
 
 def _gates(night: Night) -> dict[str, int]:

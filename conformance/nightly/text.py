@@ -18,19 +18,18 @@ def told(night: NightResult) -> str:
     return "\n".join(_lines(night)) + "\n"
 
 
+def told_of_changes(found: Comparison) -> str:
+    """The same of what changed alone, for runs that are no night, such as those of cells."""
+    return "\n".join((_counted(found), *_changes(found))) + "\n"
+
+
 def _lines(night: NightResult) -> Iterator[str]:
     found = night.comparison
     yield f"{_headline(night)}: exit code {night.exit_code}"
     if not night.over:
         yield "The night is not over: this is what is known after the steps below."
     if found is not None:
-        yield from _cases("BROKEN", found.of("broken"))
-        yield from _cases("STILL BROKEN", found.of("still-broken"))
-        yield from _cases("FAILED BEFORE, NOT JUDGED NOW", found.of("unjudged"))
-        yield from _cases("FAILED BEFORE, IS GONE NOW", [e for e in found.of("gone") if e.before in BAD])
-        yield from _cases("MENDED", found.of("mended"))
-        if not found.before:
-            yield "The history holds no earlier results of these cases: there is nothing to compare with."
+        yield from _changes(found)
     elif night.over:
         failed = any(step.name == "compare" for step in night.steps)
         why = "could not be asked" if failed else "was not asked"
@@ -55,14 +54,26 @@ def _lines(night: NightResult) -> Iterator[str]:
         yield f"good: {', '.join(good)}"
 
 
+def _changes(found: Comparison) -> Iterator[str]:
+    yield from _cases("BROKEN", found.of("broken"))
+    yield from _cases("STILL BROKEN", found.of("still-broken"))
+    yield from _cases("FAILED BEFORE, NOT JUDGED NOW", found.of("unjudged"))
+    yield from _cases("FAILED BEFORE, IS GONE NOW", [e for e in found.of("gone") if e.before in BAD])
+    yield from _cases("MENDED", found.of("mended"))
+    if not found.before:
+        yield "The history holds no earlier results of these cases: there is nothing to compare with."
+
+
 def _headline(night: NightResult) -> str:
     found = night.comparison if night.comparison is not None else Comparison(runs=(), before=(), entries=())
-    counts = found.counts
-    told: tuple[State, ...] = ("broken", "still-broken", "mended", "new")
-    words = [f"{counts.get(state, 0)} {state.replace('-', ' ')}" for state in told]
     steps = Counter(step.state for step in night.steps)
     bad = f"; {steps['bad']} of {len(night.steps)} steps failed" if steps["bad"] else ""
-    return ", ".join(words) + bad
+    return _counted(found) + bad
+
+
+def _counted(found: Comparison) -> str:
+    told: tuple[State, ...] = ("broken", "still-broken", "mended", "new")
+    return ", ".join(f"{found.counts.get(state, 0)} {state.replace('-', ' ')}" for state in told)
 
 
 def _cases(title: str, entries: list[Compared]) -> Iterator[str]:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from conformance.errors import TargetError
 from conformance.scratch import Scratch
 from model_impl.chat.render import render
+from model_impl.errors import ModelError
 from model_impl.nano import sources
 from model_impl.nano.conversations import (
     FAMILY,
@@ -77,9 +79,16 @@ class Trained:
 
 
 def trained() -> tuple[Trained, ...]:
-    """All bundled checkpoints, heads and adapters."""
+    """All bundled checkpoints, heads and adapters.
+
+    Raises:
+        TargetError: a manifest does not say with which sources.
+    """
     folders = [sources.CHECKPOINTS / name for name in sources.names()]
-    return tuple(Trained(path.name, sources.stale(path), sources.recipe(path)) for path in folders)
+    try:
+        return tuple(Trained(path.name, sources.stale(path), sources.recipe(path)) for path in folders)
+    except ModelError as error:
+        raise TargetError(str(error)) from error
 
 
 def checkpoint(*, causal_images: bool = False) -> Path:
