@@ -44,7 +44,7 @@ class Settings(Strict):
     """In which keys and values are stored."""
     eagle3: RandomDraft | None = None
     assistant: Draft | None = None
-    """A draft model that reads the keys and values of the case's own; comparisons alone have models for one."""
+    """A draft model that reads the keys and values of the case's own; only comparisons have one."""
     adapter: RandomAdapter | None = None
 
     @property

@@ -74,7 +74,14 @@ def make_pages(
             faults=FaultsView(faults, site) if faults is not None else None,
             trials=TrialsView(trials, site) if trials is not None else None,
             comparison=ComparisonView(comparison, site, matrix) if comparison is not None else None,
-            runs=RunsView(runs, run.header.run_id, served=served) if runs else None,
+            runs=RunsView(
+                runs,
+                run.header.run_id,
+                served=served,
+                cells={cell.run.header.run_id: cell.page for cell in matrix.entries},
+            )
+            if runs
+            else None,
         ),
     )
 

@@ -210,6 +210,43 @@ def test_every_counted_number_is_the_length_of_the_list_it_links_to(written, nam
     assert counted or name == "empty"
 
 
+NO_COUNTS = frozenset(
+    {"Threads", "Processes", "Order", "Hash seed", "Chunkings", "Seconds", "Exit code"}
+    | {"this target", "reference"}  # settings of accuracy
+)
+"""Columns of tables whose numbers count no results: what was measured, set or dated."""
+
+
+_COUNT = re.compile(r"[1-9][\d,]*|.*\b[1-9]\d* (?:" + "|".join(s.word for s in SIGNS.values()) + r")\b.*")
+
+
+def unlinked(tree: Tree) -> set[tuple[str, str]]:
+    """Column and text of each cell of a table that counts something and is no link.
+
+    A text counts if it is a whole number, or one in front of the word of a sign. Left out are counts whose
+    results the site does not hold (`elsewhere`); such pages say where they are. Tables without a head
+    are of settings.
+    """
+    found = set()
+    for row in tree.xpath("//main//table//tr[td]"):
+        heads = row.xpath("ancestor::table/thead/tr/th")
+        for cell in row.xpath("./td[not(contains(concat(' ', @class, ' '), ' elsewhere '))]"):
+            at = int(cell.xpath("count(preceding-sibling::td) + count(preceding-sibling::th)"))
+            column = text_of(heads[at]) if at < len(heads) else ""
+            if not heads:
+                continue
+            for text in cell.xpath(".//text()[not(ancestor::a or ancestor::code or ancestor::pre)]"):
+                if column not in NO_COUNTS and _COUNT.fullmatch(" ".join(text.split())):
+                    found.add((column, " ".join(text.split())))
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_number_in_a_table_is_a_link(written, name):
+    for page in written[name]:
+        assert unlinked(written[name].tree(page)) == set(), page
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_sign_has_its_glyph_and_its_word(written, name):
     pairs = {(sign.glyph, sign.word) for sign in SIGNS.values()}

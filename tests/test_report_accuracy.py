@@ -46,6 +46,7 @@ STRUCTURE = [
     test_report.test_tables_have_captions_scopes_and_a_keyboard,
     test_report.test_nothing_is_asked_from_elsewhere,
     test_report.test_every_internal_link_resolves,
+    test_report.test_every_number_in_a_table_is_a_link,
     test_report.test_every_counted_number_is_the_length_of_the_list_it_links_to,
     test_report.test_every_sign_has_its_glyph_and_its_word,
 ]

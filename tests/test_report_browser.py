@@ -13,6 +13,8 @@ from conformance.report import write_site
 from conformance.reporting.view import Site
 from tests import run_fixtures as fixtures
 from tests.browsers import chromium
+from tests.report_beside import PAGES as BESIDE
+from tests.report_beside import write_beside
 
 pytestmark = pytest.mark.xdist_group("report-browser")  # its fixtures take long: one process makes them
 
@@ -82,6 +84,7 @@ def sites(tmp_path_factory) -> Sites:
     }
     for name, (run, loaded) in runs.items():
         write_site(run, root / name, loaded)
+    write_beside(fixtures.wide_run(3), root / "beside", root / "history.sqlite")
     entries = Site(real, suites).entries
 
     def case(rule: str) -> Path:
@@ -105,6 +108,7 @@ def sites(tmp_path_factory) -> Sites:
         "eight targets": root / "wide/index.html",
         "hostile overview": root / "hostile/index.html",
     }
+    kinds |= {kind: root / "beside" / page for kind, page in BESIDE.items()}
     by_size = sorted((root / "hostile/cases").rglob("*.html"), key=lambda page: page.stat().st_size)
     hostile = [by_size[0], by_size[len(by_size) // 2], by_size[-2], by_size[-1]]
     kinds |= {f"hostile case {n}": page for n, page in enumerate(hostile)}
@@ -196,6 +200,8 @@ def test_hostile_output_runs_nothing_even_where_scripts_may_run(opened, sites):
     watched = opened(DESK, "light", scripts=True)
     pages = sorted((sites.root / "hostile").rglob("*.html"))
     assert len(pages) > 20
+    pages += [sites.kinds[kind] for kind in BESIDE]
+    pages += sorted((sites.root / "beside/cells").iterdir())
     for path in pages:
         watched.open(path)
         assert "Gemma 4 conformance" in watched.page.title(), path
@@ -260,6 +266,38 @@ def test_wide_tables_scroll_with_the_keyboard(opened, sites):
     region = watched.page.locator("#results .wide")
     region.focus()
     press(watched.page, "ArrowRight", region, "(e) => e.scrollLeft > 0")
+    assert watched.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+@pytest.mark.parametrize("kind", ["matrix", "ladder", "faults", "trials", "runs"])
+def test_tables_beside_a_run_scroll_and_their_numbers_open_with_the_keyboard(opened, sites, kind):
+    watched = opened(PHONE, "light")
+    watched.open(sites.kinds[kind])
+    page = watched.page
+    regions = page.locator("main .wide").all()
+    wide = [region for region in regions if region.evaluate("(e) => e.scrollWidth > e.clientWidth")]
+    assert wide, "a phone is narrower than this table"
+    wide[0].focus()
+    press(page, "ArrowRight", wide[0], "(e) => e.scrollLeft > 0")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    link = page.locator("main .wide td a").first
+    link.focus()
+    press(page, "Enter", page.locator("html"), f"() => location.href !== {sites.kinds[kind].as_uri()!r}")
+    assert page.locator("main h1").is_visible()
+    fragment = page.url.partition("#")[2]
+    assert not fragment or page.locator(f"[id='{fragment}']").count() == 1
+
+
+@pytest.mark.parametrize("kind", ["comparison", "alone", "backtests", "release", "fault"])
+def test_lists_beside_a_run_are_reached_with_the_keyboard(opened, sites, kind):
+    watched = opened(DESK, "light")
+    watched.open(sites.kinds[kind])
+    first = watched.page.locator("main a").first
+    for _ in range(60):
+        watched.page.keyboard.press("Tab")
+        if first.evaluate("(e) => e === document.activeElement"):
+            break
+    assert first.evaluate("(e) => e === document.activeElement"), "its first link has no tab stop"
     assert watched.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 

@@ -136,7 +136,10 @@ def test_what_needs_a_gpu_is_shown_as_not_run(site: Pages) -> None:
     assert found["flash-attn", "single"].startswith("s-not-run: ")
     assert "1 not run" in found["flash-attn", "single"]
     (idle,) = site.tree("matrix.html").xpath("//section[@id='idle']")
-    assert [text_of(part) for part in idle.xpath(".//dt | .//dd")] == ["2 cells", "needs CUDA"]
+    assert [text_of(part) for part in idle.xpath(".//dt | .//dd/text()[1]/..")][0] == "2 cells"
+    (reason,) = idle.xpath(".//dd")
+    assert text_of(reason).startswith("needs CUDA These cells")
+    assert len(reason.xpath(".//*[@data-item]/a")) == 2
 
 
 def test_only_the_newest_run_of_a_cell_counts(site: Pages) -> None:
@@ -178,6 +181,7 @@ def test_the_pages_keep_the_rules_of_all_pages(site: Pages) -> None:
     rules.test_tables_have_captions_scopes_and_a_keyboard(written, "matrix")
     rules.test_nothing_is_asked_from_elsewhere(written, "matrix")
     rules.test_every_internal_link_resolves(written, "matrix")
+    rules.test_every_number_in_a_table_is_a_link(written, "matrix")
     rules.test_every_counted_number_is_the_length_of_the_list_it_links_to(written, "matrix")
     rules.test_every_sign_has_its_glyph_and_its_word(written, "matrix")
 

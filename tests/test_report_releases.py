@@ -291,6 +291,7 @@ def test_the_pages_keep_the_rules_of_all_pages(site: Pages) -> None:
     rules.test_tables_have_captions_scopes_and_a_keyboard(written, "releases")
     rules.test_nothing_is_asked_from_elsewhere(written, "releases")
     rules.test_every_internal_link_resolves(written, "releases")
+    rules.test_every_number_in_a_table_is_a_link(written, "releases")
     rules.test_every_counted_number_is_the_length_of_the_list_it_links_to(written, "releases")
     rules.test_every_sign_has_its_glyph_and_its_word(written, "releases")
 

@@ -12,8 +12,11 @@ from playwright.sync_api import Browser, Page, Route
 
 from conformance.results import Run
 from conformance.service.guard import POLICY
+from conformance.store.history import Store
 from tests import run_fixtures as fixtures
 from tests.browsers import chromium
+from tests.report_beside import PAGES as BESIDE
+from tests.report_beside import beside
 from tests.services import SENDER, Running, lines, running
 
 pytestmark = pytest.mark.xdist_group("service-browser")  # its fixtures take long: one process makes them
@@ -55,7 +58,12 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("served")
-    with running(folder, f"sqlite:///{folder}/history.sqlite") as found:
+    shown = beside(fixtures.wide_run(1))
+    database = f"sqlite:///{folder}/history.sqlite"
+    with Store(database, create=True) as store:
+        for cell in shown.cells:
+            store.merge(cell, lines=len(cell.results))
+    with running(folder, database, options=shown.files(folder)) as found:
         answer = httpx2.post(f"{found.url}/api/v1/runs", content=hostile_file(), headers=SENDER, timeout=120)
         assert answer.status_code == 201, answer.text
         yield found
@@ -101,6 +109,10 @@ def test_hostile_output_runs_nothing_and_asks_nothing_elsewhere(
     opened, wrong = page
     assert len(paths) > 20
     assert any("/cases/" in path for path in paths)
+    for page_beside in BESIDE.values():
+        # Only one target is asked, and nothing that one alone fails.
+        assert page_beside == "alone.html" or any(path.endswith(f"/{page_beside}") for path in paths)
+    assert any("/cells/" in path and "script" in path for path in paths)
     for path in paths:
         answer = opened.goto(served.url + path)
         assert answer.status == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from conformance.faults.places import CLASSES, Class
@@ -42,6 +43,15 @@ class FaultView:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the rates count: the faults of which it holds, by class."""
+
+    slug: str
+    title: str
+    by_class: dict[Class, list[FaultView]]
+
+
+@dataclass(frozen=True)
 class ClassView:
     """Faults of one class, by the areas in which they were noticed."""
 
@@ -68,6 +78,33 @@ class FaultsView:
         by_class = rates_by_class(file.faults)
         self.classes = [self._class(name, by_class[name]) for name in CLASSES if name in by_class]
         self.area_slugs = Slugs()
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The columns of the rates, under the names of the rates."""
+        columns: dict[str, tuple[str, Callable[[FaultRecord], bool]]] = {
+            "detected": ("Noticed", lambda found: found.last.detected),
+            "detected_first": ("Noticed in first runs", lambda found: found.first.detected),
+            "localised": ("Noticed where they are", lambda found: found.localised(found.last)),
+            "localised_first": (
+                "Noticed where they are, in first runs",
+                lambda found: found.localised(found.first),
+            ),
+            "in_area": ("Noticed in their area", lambda found: found.in_area(found.last)),
+            "in_area_first": (
+                "Noticed in their area, in first runs",
+                lambda found: found.in_area(found.first),
+            ),
+            "crash_only": ("Noticed by crashes only", lambda found: found.last.crash_only),
+        }
+        return {
+            name: Measure(
+                name.replace("_", "-"),
+                title,
+                {c.name: [fault for fault in c.faults if holds(fault.record)] for c in self.classes},
+            )
+            for name, (title, holds) in columns.items()
+        }
 
     @property
     def unnoticed(self) -> list[FaultView]:

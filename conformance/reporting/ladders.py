@@ -19,6 +19,7 @@ from conformance.reporting.view import Case, Site
 
 Turn = Literal["mended", "broke"]
 _FAILING: tuple[Status, ...] = ("fail", "xfail")
+_IN_STREAMS = "fail in streams only"
 
 
 @dataclass(eq=False)
@@ -82,10 +83,24 @@ class Release:
     mended: list[Line] = field(default_factory=list)
     broke: list[Line] = field(default_factory=list)
 
+    lines: list[tuple[Line, Step]] = field(default_factory=list)
+    """The cases that it was asked, with what it came to."""
+    page: str = ""
+    """With all of them, from the site's root."""
+
     @property
     def total(self) -> int:
         """How many cases it was asked."""
         return self.tally.total()
+
+    @property
+    def listed(self) -> dict[str, tuple[Status, str, list[Line]]]:
+        """The cases behind each of `parts`, by the anchor of their list: sign, words and cases."""
+        found: dict[str, tuple[Status, str, list[Line]]] = {}
+        for status, words, *_ in self.parts:
+            lines = [line for line, step in self.lines if _words(step) == words]
+            found[words.replace(" ", "-")] = status, words, lines
+        return found
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -98,8 +113,8 @@ class Release:
         failing = sum(self.tally[status] for status in _FAILING)
         found: list[tuple[Status, str, int]] = [
             ("pass", SIGNS["pass"].word, self.tally["pass"]),
-            ("skip", "fail in streams only", self.streams_only),
-            ("fail", "fail", failing - self.streams_only),
+            ("skip", _IN_STREAMS, self.streams_only),
+            ("fail", SIGNS["fail"].word, failing - self.streams_only),
         ]
         found += [
             (status, SIGNS[status].word, number)
@@ -158,6 +173,8 @@ class LadderView:
         slugs = Slugs()
         self._rungs = [rung for rung in ladder.releases if not rung.reason]
         self.releases = [Release(rung.version, slugs[rung.version]) for rung in self._rungs]
+        for release in self.releases:
+            release.page = f"ladders/{slug}/{release.slug}.html"
         self.missing: list[Rung] = [rung for rung in ladder.releases if rung.reason]
         self.suites: list[LadderSuite] = []
         self._site = site
@@ -205,6 +222,7 @@ class LadderView:
                 continue
             release.tally[step.status] += 1
             release.streams_only += step.streams_only
+            release.lines.append((line, step))
             good = True if cell.verdict in GOOD else False if cell.verdict in BAD else None
             if good is not None and before is not None and good != before:
                 step.turn = "mended" if good else "broke"
@@ -228,6 +246,14 @@ class LadderView:
             self._suite_by_id[suite_id] = suite
             self.suites.append(suite)
         return self._suite_by_id[suite_id]
+
+
+def _words(step: Step) -> str:
+    """Under which words a release counts a case."""
+    if step.streams_only:
+        return _IN_STREAMS
+    status = "fail" if step.status in _FAILING else step.status
+    return SIGNS[status].word if status is not None else ""
 
 
 def status_of_cell(cell: Cell) -> Status:

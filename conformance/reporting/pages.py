@@ -202,6 +202,8 @@ class Pages:
         yield "policies.html", self._render("policies.html", 0)
         for ladder in self._ladders:
             yield ladder.page, self._render("ladder.html", 1, ladder=ladder)
+            for release in ladder.releases:
+                yield release.page, self._render("ladder_release.html", 2, ladder=ladder, release=release)
         if self._backtests is not None:
             yield "backtests.html", self._render("backtests.html", 0)
         if self._matrix is not None:

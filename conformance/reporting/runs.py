@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -22,6 +22,8 @@ class RunRow:
     """Its dashboard; None where that is not here."""
     own: bool
     """Whether it is the run of this dashboard."""
+    cell: str | None = None
+    """Page of its cell in this dashboard, from the site's root."""
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -40,11 +42,21 @@ class RunsView:
         runs: All, newest first.
         own: Id of the run of this dashboard.
         served: Whether every run has a dashboard at `/runs/ID/`.
+        cells: Pages of the runs of cells that this dashboard shows, from the site's root, by run.
     """
 
-    def __init__(self, runs: Sequence[StoredRun], own: str, *, served: bool) -> None:
+    def __init__(
+        self, runs: Sequence[StoredRun], own: str, *, served: bool, cells: Mapping[str, str] | None = None
+    ) -> None:
+        self.served = served
+        pages = cells or {}
         self.total = len(runs)
         self.rows = [
-            RunRow(run, f"/runs/{quote(run.run_id, safe='')}/" if served else None, run.run_id == own)
+            RunRow(
+                run,
+                f"/runs/{quote(run.run_id, safe='')}/" if served else None,
+                run.run_id == own,
+                pages.get(run.run_id),
+            )
             for run in runs[:MOST]
         ]
