@@ -15,7 +15,8 @@ from conformance.report import write_site
 from conformance.results import Run
 from conformance.store.history import Store
 from conformance.trials.record import TrialsFile
-from tests.test_report_extras import record_of, trials_of
+from tests.run_fixtures import wide_run
+from tests.test_report_extras import changed, record_of, trials_of
 from tests.test_report_matrix import HOSTILE, RUNS
 from tests.test_report_releases import ROWS, ladder_of
 
@@ -52,6 +53,11 @@ class Beside:
         (folder / "backtests.json").write_text(self.backtests.model_dump_json())
         names = {"--faults": "faults", "--trials": "trials", "--ladder": "ladder", "--backtests": "backtests"}
         return [word for option, name in names.items() for word in (option, str(folder / f"{name}.json"))]
+
+
+def run_of_three() -> Run:
+    """A run in which some cases are failed by one of three targets alone."""
+    return changed(wide_run(3), "run-of-tonight", 3, ["fail", "fail", "pass", "skip", "pass"])
 
 
 def beside(run: Run) -> Beside:

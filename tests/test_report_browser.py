@@ -14,7 +14,7 @@ from conformance.reporting.view import Site
 from tests import run_fixtures as fixtures
 from tests.browsers import chromium
 from tests.report_beside import PAGES as BESIDE
-from tests.report_beside import write_beside
+from tests.report_beside import run_of_three, write_beside
 
 pytestmark = pytest.mark.xdist_group("report-browser")  # its fixtures take long: one process makes them
 
@@ -84,7 +84,7 @@ def sites(tmp_path_factory) -> Sites:
     }
     for name, (run, loaded) in runs.items():
         write_site(run, root / name, loaded)
-    write_beside(fixtures.wide_run(3), root / "beside", root / "history.sqlite")
+    write_beside(run_of_three(), root / "beside", root / "history.sqlite")
     entries = Site(real, suites).entries
 
     def case(rule: str) -> Path:
