@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conformance import runfile
+from conformance.cli import invoke
 from conformance.comparison import Compared, Comparison, Since
 from conformance.errors import UsageError
 from conformance.execute import Ended, Job
@@ -32,9 +33,19 @@ from tests.test_fault_records import QUICK, catch, outcome
 
 DAY = dt.date(2026, 11, 22)
 LONG = frozenset(
-    {"ladder", "matrix", "faults-check", "faults-sample", "gates-check", "trials-check", "checkpoints-check"}
+    {
+        "ladder",
+        "backtests",
+        "matrix",
+        "faults-check",
+        "faults-sample",
+        "gates-check",
+        "trials-check",
+        "checkpoints-check",
+    }
 )
 """Steps that a test of the others leaves out."""
+PAIR = ("vllm@0.23.0", "vllm@0.24.0")
 
 
 @pytest.fixture
@@ -59,14 +70,14 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     monkeypatch.setattr(targets, "unavailable", lambda spec: "")
     found = by_name(replace(night, workers=4, targets=("reference",)))
     assert list(found) == [
-        "suites", "matrix", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers",
+        "suites", "matrix", "ladder-vllm", "ladder-sglang-parsers", "ladder-transformers", "backtests",
         "faults-check", "faults-sample", "gates-check", "trials-check", "checkpoints-check", "clean", "kill",
     ]  # fmt: skip
     suites = found["suites"].arguments
     assert suites[:4] == ("run", *QUICK, "--quick")
     assert suites[-2:] == ("--out", str(night.suites_file))
-    assert found["ladder-vllm"].arguments[:7] == (
-        "ladder", "--target", "vllm", "--release", "0.31.0", "--release", "0.32.0",
+    assert found["ladder-vllm"].arguments[:9] == (
+        "ladder", *QUICK, "--target", "vllm", "--release", "0.31.0", "--release", "0.32.0",
     )  # fmt: skip
     assert "--tier" in found["matrix"].arguments
     assert "-n" in found["faults-sample"].arguments
@@ -78,16 +89,48 @@ def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
     monkeypatch.setattr(targets, "unavailable", lambda spec: "is not installed" if "vllm" in spec else "")
     assert by_name(night)["ladder-vllm"].reason == "vllm@0.32.0: is not installed"
     monkeypatch.setattr(targets, "unavailable", lambda spec: "gone" if spec.endswith("0.31.0") else "")
-    assert by_name(night)["ladder-vllm"].arguments[3:5] == ("--release", "0.32.0")
+    assert by_name(night)["ladder-vllm"].arguments[5:7] == ("--release", "0.32.0")
     assert (
         "no target with versions"
         in by_name(replace(night, ladders=("reference",)))["ladder-reference"].reason
     )
 
 
+def test_backtests_are_of_what_is_installed(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "" if spec in PAIR else "is not installed")
+    assert by_name(night)["backtests"].arguments == (
+        "backtest", "--installed", "--out", str(night.backtests_file),
+    )  # fmt: skip
+    assert by_name(replace(night, backtests=("R01",)))["backtests"].reason.endswith("is not installed")
+    assert by_name(replace(night, backtests=("R04",)))["backtests"].arguments[:2] == ("backtest", "R04")
+    assert "'X99' has no backtest" in by_name(replace(night, backtests=("X99",)))["backtests"].wrong
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "is not installed")
+    assert "is not installed" in by_name(night)["backtests"].reason
+
+
+def test_backtests_of_other_releases_are_told_as_not_run(
+    night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command with nothing installed: all are in its file, and nothing is missed or open."""
+    monkeypatch.setattr(targets, "unavailable", lambda spec: "is not installed")
+    assert invoke(["backtest", "R04", "--installed", "--out", str(night.backtests_file)]) == 0
+    assert "0 detected, 0 missed, 1 not reachable" in capsys.readouterr().out
+    (reason,) = nights._unreached(night)
+    assert reason.endswith("is not installed")
+    assert invoke(["backtest", "R04"]) == 3
+
+
 def test_steps_can_be_left_out(night: Night) -> None:
     found = by_name(replace(night, skip=frozenset({"ladder", "matrix", "kill", "faults-check"})))
-    assert list(found) == ["suites", "faults-sample", "gates-check", "trials-check", "checkpoints-check", "clean"]
+    assert list(found) == [
+        "suites",
+        "backtests",
+        "faults-sample",
+        "gates-check",
+        "trials-check",
+        "checkpoints-check",
+        "clean",
+    ]
 
 
 def test_faults_whose_record_does_not_hold_come_first_then_others_each_night(night: Night) -> None:
