@@ -60,7 +60,7 @@ def _dealt_in_turn() -> Patch:
 @rank("key-value-heads-of-the-first-rank", source=("P06",), module=loading)
 def _of_the_first_rank() -> Patch:
     """Full layers, which have few key-value heads, have those of the first rank on every rank."""
-    original = loading.cut_of
+    original = shards.cut_of
 
     def cut_of(name: str, config: TextConfig, layout: Layout, shard: int) -> Cut | None:
         layer = re.fullmatch(r"layers\.(\d+)\.self_attn\.[kv]_proj\.weight", name)
