@@ -46,11 +46,25 @@ class Row:
     bandwidth: float
     """Part of the measured memory bandwidth that reading the used weights once a step amounts to."""
 
-    @staticmethod
-    def ratios(what: dict[str, float]) -> list[float]:
-        """How many times faster the first peer is than each of the others."""
-        first, *others = what.values()
-        return [other / first for other in others]
+    rounds: dict[str, dict[str, list[float]]]
+    """The times of `prefill` and `decode` round by round, per peer."""
+
+    def ratios(self, what: str) -> dict[str, float]:
+        """How many times faster the first peer is than each of the others: the median of the rounds' ratios.
+
+        The turns of a round follow each other, so that what slows down a while of a run slows down all of them.
+
+        Args:
+            what: `prefill` or `decode`.
+        """
+        first, *others = self.rounds[what]
+        own = self.rounds[what][first]
+        return {
+            peer: statistics.median(
+                other / time for other, time in zip(self.rounds[what][peer], own, strict=True)
+            )
+            for peer in others
+        }
 
 
 def arguments_of(about: str | None) -> argparse.ArgumentParser:
@@ -123,7 +137,29 @@ def measure(
                 decode=step,
                 memory={name: about[name]["memory"] for name in about},
                 bandwidth=about[first]["read_per_step"] / step[first] / bandwidth,
+                rounds={"prefill": prefill, "decode": decode},
             )
+
+
+def below(rows: Sequence[Row], peer: str, tolerance: float) -> list[str]:
+    """Where the first peer is slower than another by more than noise, or takes more memory, in words.
+
+    Args:
+        rows: From `measure`.
+        peer: The other one.
+        tolerance: Part of a ratio that counts as noise; memory has none.
+    """
+    found = []
+    for row in rows:
+        for what in ("prefill", "decode"):
+            ratio = row.ratios(what)[peer]
+            if ratio < 1 - tolerance:
+                found.append(f"batch {row.batch}: {what} is {ratio:.2f} times as fast as with {peer}")
+        own = next(iter(row.memory))
+        if row.memory[own] > row.memory[peer]:
+            mine, other = row.memory[own] / 1e6, row.memory[peer] / 1e6
+            found.append(f"batch {row.batch}: {mine:.0f} MB, and {peer} takes {other:.0f}")
+    return found
 
 
 @contextmanager

@@ -7,23 +7,29 @@ its own, taking turns. Columns: bench/README.md.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.generation import PROMPT, THREADS, Row, arguments_of, measure, memory_bandwidth
+from bench.generation import PROMPT, THREADS, Row, arguments_of, below, measure, memory_bandwidth
 from bench.text_model import MODELS
 
 PEERS = ("engine", "generate", "transformers", "vllm")
+FLOOR = "transformers"
+"""The peer that the engine must not be slower than, nor take more memory than."""
+TOLERANCE = 0.05
+"""Part of a ratio of times that counts as noise. Ratios are medians of rounds whose turns follow each other."""
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure, print, and return 1 if the engine is below its floor."""
     parser = arguments_of(__doc__)
     parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=PEERS[1:], help="beside the engine")
     parser.add_argument("--model", choices=MODELS, default="per-layer embeddings")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the floor, for noise")
     arguments = parser.parse_args()
     bandwidth = memory_bandwidth()
     rows = list(
@@ -41,6 +47,10 @@ def main() -> None:
         print(json.dumps({"bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
         show(rows, bandwidth)
+    found = below(rows, FLOOR, arguments.tolerance) if FLOOR in arguments.peers else []
+    for line in found:
+        print(f"below the floor: {line}", file=sys.stderr)
+    return int(bool(found))
 
 
 def show(rows: Sequence[Row], bandwidth: float) -> None:
@@ -53,7 +63,7 @@ def show(rows: Sequence[Row], bandwidth: float) -> None:
     ):  # fmt: skip
         table.add_column(column)
     for row in rows:
-        prefill, decode = ([1.0, *row.ratios(what)] for what in (row.prefill, row.decode))
+        prefill, decode = ([1.0, *row.ratios(what).values()] for what in ("prefill", "decode"))
         for place, peer in enumerate(row.decode):
             table.add_row(
                 str(row.batch),
@@ -69,4 +79,4 @@ def show(rows: Sequence[Row], bandwidth: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -107,9 +107,9 @@ def show(rows: Sequence[Row], bandwidth: float) -> None:
             f"{row.parameters / 1e6:.0f} M",
             str(row.batch),
             f"{row.prefill['generate']:.2f} : {row.prefill['transformers']:.2f}",
-            f"{row.ratios(row.prefill)[0]:.2f}",
+            f"{row.ratios('prefill')['transformers']:.2f}",
             f"{row.decode['generate'] * 1e3:.1f} : {row.decode['transformers'] * 1e3:.1f}",
-            f"{row.ratios(row.decode)[0]:.2f}",
+            f"{row.ratios('decode')['transformers']:.2f}",
             f"{row.memory['generate'] / 1e6:.0f} : {row.memory['transformers'] / 1e6:.0f}",
             f"{row.bandwidth:.0%}" if row.batch == 1 else "",
         )

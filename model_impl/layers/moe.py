@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from model_impl.config import MoEConfig
 from model_impl.layers.mlp import gelu_tanh
 from model_impl.layers.norm import RMSNorm
+
+
+_ROWS = 4096
+"""Rows that run through experts at a time, unless one expert has more: what lies between its two projections
+then stays in a processor's caches, and is not the largest thing in memory."""
 
 
 class Router(nn.Module):
@@ -97,15 +102,30 @@ class Experts(nn.Module):
         """
         sorted_experts, order = experts.sort(stable=True)
         found, numbers = torch.unique_consecutive(sorted_experts, return_counts=True)
-        rows = Rows(tokens[order], len(z), found.tolist(), numbers.tolist())
-        gate, up = self._project("gate_up_proj", z[rows.tokens], rows).chunk(2, dim=-1)
-        outputs = self._project("down_proj", gelu_tanh(gate) * up, rows)
-        weighted = outputs * weights[order, None]
-        return torch.zeros_like(z).index_add_(0, rows.tokens, weighted.to(z.dtype))
+        result, start = torch.zeros_like(z), 0
+        for hit, counts in _parts(found.tolist(), numbers.tolist()):
+            here = order[start : start + sum(counts)]
+            start += len(here)
+            rows = Rows(tokens[here], len(z), hit, counts)
+            gate, up = self._project("gate_up_proj", z[rows.tokens], rows).chunk(2, dim=-1)
+            outputs = self._project("down_proj", gelu_tanh(gate) * up, rows)
+            result.index_add_(0, rows.tokens, (outputs * weights[here, None]).to(z.dtype))
+        return result
 
     def _project(self, name: str, x: Tensor, rows: Rows) -> Tensor:
         y = grouped_linear(x, getattr(self, name), rows.hit, rows.counts)
         return y if self.change is None else self.change(name, x, y, rows)
+
+
+def _parts(hit: list[int], counts: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Experts and their numbers of rows, a few experts at a time: as many as have `_ROWS` rows together."""
+    first = rows = 0
+    for place, count in enumerate(counts):
+        if rows and rows + count > _ROWS:
+            yield hit[first:place], counts[first:place]
+            first, rows = place, 0
+        rows += count
+    yield hit[first:], counts[first:]
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, hit: list[int], counts: list[int]) -> Tensor:
