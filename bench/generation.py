@@ -52,7 +52,7 @@ class Row:
     def ratios(self, what: str) -> dict[str, float]:
         """How many times faster the first peer is than each of the others: the median of the rounds' ratios.
 
-        The turns of a round follow each other, so that what slows down a while of a run slows down all of them.
+        The turns of a round follow each other, so that what slows the machine for a while slows all of them.
 
         Args:
             what: `prefill` or `decode`.

@@ -21,7 +21,7 @@ PEERS = ("engine", "generate", "transformers", "vllm")
 FLOOR = "transformers"
 """The peer that the engine must not be slower than, nor take more memory than."""
 TOLERANCE = 0.05
-"""Part of a ratio of times that counts as noise. Ratios are medians of rounds whose turns follow each other."""
+"""Part of a ratio of times that counts as noise; the ratio is the median of the rounds'."""
 
 
 def main() -> int:

@@ -237,9 +237,13 @@ def test_a_rank_that_is_killed_amid_others_is_named_and_nothing_is_left(
         killed.set()
 
     threading.Timer(0.5, kill).start()
-    with pytest.raises(ParallelError, match=rf"rank 1 \({place}\): was ended by SIGKILL"):
+
+    def ask_on() -> None:
         while True:
             model.generate([[2, 3]], max_new_tokens=500)
+
+    with pytest.raises(ParallelError, match=rf"rank 1 \({place}\): was ended by SIGKILL"):
+        ask_on()
     assert killed.is_set()
     assert not survivors(mark)
     with pytest.raises(ParallelError, match=r"these processes have ended: .*rank 1"):

@@ -251,7 +251,8 @@ def _truncated(items: Sequence[Item]) -> Rate:
 
 
 def _limits(spec: Rule) -> Limits:
-    return Limits(**{name: getattr(spec, name, None) for name in Limits.model_fields})
+    fields: dict[str, Any] = {name: getattr(spec, name, None) for name in Limits.model_fields}
+    return Limits(**fields)
 
 
 def _worded(facts: dict[str, Any]) -> Decision:

@@ -275,7 +275,7 @@ def table(file: SensitivityFile, faults: Sequence[str], gates: Sequence[str], *,
 
 def where_from(file: SensitivityFile) -> str:
     """A sentence: with which commits the cells of a record were measured, and which of them have grounds."""
-    each = [*file.cells, *file.tensors]
+    each: list[Cell | TensorsCell] = [*file.cells, *file.tensors]
     commits = dict.fromkeys((one.made.commit or "an installed version")[:10] for one in each)
     unknown = sum(one.made.basis == UNKNOWN for one in each)
     said = f"{len(each)} cells, measured at {', '.join(commits)}."

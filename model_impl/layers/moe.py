@@ -13,7 +13,6 @@ from model_impl.config import MoEConfig
 from model_impl.layers.mlp import gelu_tanh
 from model_impl.layers.norm import RMSNorm
 
-
 _ROWS = 4096
 """Rows that run through experts at a time, unless one expert has more: what lies between its two projections
 then stays in a processor's caches, and is not the largest thing in memory."""
