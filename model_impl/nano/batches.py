@@ -6,9 +6,8 @@ exactly where it stopped, without any state of a source of chance.
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,19 +102,13 @@ class Timetable:
             self._pool = (pool, self._drawn(pool))
         return self._pool[1][place]
 
-    def lessons(self, batches: int) -> Iterator[Lesson]:
-        """What so many batches, from the first, are made of; those that are drawn with the last one too."""
-        for pool in range(math.ceil(batches / _POOL)):
-            yield from self._lessons(pool)
-
-    def _lessons(self, pool: int) -> list[Lesson]:
-        return self._course.lessons(_POOL * self._size, f"{self._seed}:{pool}")
-
     def _drawn(self, pool: int) -> list[list[Encoded]]:
-        encoded = [encode(lesson, self._tokenizer, self._family) for lesson in self._lessons(pool)]
+        seed = f"{self._seed}:{pool}"
+        lessons = self._course.lessons(_POOL * self._size, seed)
+        encoded = [encode(lesson, self._tokenizer, self._family) for lesson in lessons]
         encoded.sort(key=lambda one: one.length)
         batches = [encoded[start : start + self._size] for start in range(0, len(encoded), self._size)]
-        random.Random(f"{self._seed}:{pool}").shuffle(batches)  # noqa: S311 - not a secret
+        random.Random(seed).shuffle(batches)  # noqa: S311 - not a secret
         return batches
 
 

@@ -85,10 +85,6 @@ class Recipe:
         left = (self.steps - step) / (self.steps * self.cooldown)
         return min(1.0, (step + 1) / self.warmup, left)
 
-    def stage_seed(self, number: int) -> str:
-        """Of the lessons of a stage, whatever the checkpoint."""
-        return f"{self.seed}:{number}"
-
     def stage(self, step: int) -> tuple[int, int]:
         """Which stage a step belongs to, and its number there."""
         for number, stage in enumerate(self.stages):

@@ -155,7 +155,8 @@ class Training:
 
     def _timetable(self, stage: int) -> Timetable:
         if stage not in self._timetables:
-            course, seed = self.recipe.stages[stage].course, self.recipe.stage_seed(stage)
+            course = self.recipe.stages[stage].course
+            seed = f"{self.recipe.seed}:{stage}"
             self._timetables[stage] = Timetable(
                 course, self.tokenizer, self.family.template, self.recipe.batch, seed
             )
