@@ -18,7 +18,7 @@ from model_impl.nano import sources
 PACKAGE = Path(sources.__file__).parent
 BOOKKEEPING = {
     "train": {"sources", "items", "score", "scripted", "dialogues"},
-    "drafts": {"sources", "scripted"},
+    "drafts": {"sources", "scripted", "items", "accepted"},
     "scripted": {"sources"},
     "adapted": {"sources", "scripted"},
 }

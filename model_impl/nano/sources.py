@@ -6,7 +6,7 @@ that decides what is learned, and how: generators, courses, configurations, opti
 code, which is held against its oracle by other means.
 
 Checkpoints that were trained before manifests said so get the sources of the oldest commit whose manifest
-tells of the same training, by `python -m model_impl.nano.sources NAME...`: every entry but digests is the
+tells of the same training, by `python -m model_impl.nano.sources NAME...`: every entry but later ones is the
 same, the seconds that it took among them.
 """
 
@@ -32,7 +32,8 @@ KEY, COMMIT = "sources", "sources_at"
 Read = Callable[[str], bytes | None]
 """Content of a file below `model_impl/nano`; None if there is none."""
 _PACKAGE = "model_impl.nano"
-_DIGESTS = ("sha256", KEY, COMMIT)
+_LATER = ("sha256", KEY, COMMIT, "acceptance")
+"""Entries that a manifest may get after its training, and digests."""
 _SHORT = 16
 _BEGUN = "sources.json"
 
@@ -198,7 +199,7 @@ def note_afterwards(folder: Path) -> str:
 
 
 def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in manifest.items() if name not in _DIGESTS}
+    return {name: value for name, value in manifest.items() if name not in _LATER}
 
 
 def _parsed(command: str) -> tuple[str, list[str]]:
