@@ -89,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         type=int,
         default=0,
-        help="seed of sampled stream chunkings (default: 0)",
+        help="seed of sampled stream chunkings and drawn answers (default: 0)",
     )
     group.addoption(
         "--conformance-shuffle",

@@ -76,7 +76,7 @@ class TargetPool:
     Args:
         timeout: Seconds for one request.
         record: The target whose answers are recorded, and the new file for them.
-        seed: Of the chunkings that are sampled.
+        seed: Of the chunkings that are sampled, and of answers that are drawn.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ def run_case(
     if loaded.cell:
         outcome = placing.settle(outcome)
     result = _result(loaded, spec, outcome, expectation, stderr, time.perf_counter() - started)
-    # Without its seed the line would sample other chunkings.
+    # Without its seed the line would sample other chunkings, and draw other answers.
     return (
         result.model_copy(update={"repeat": f"{result.repeat} --seed {pool.seed}"}) if pool.seed else result
     )

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from conformance.checks import judge
 from conformance.invariance import acceptance, drawing
 from conformance.invariance_suite import DrawnPrompts
 from conformance.oracles import Oracles
-from conformance.targets.protocol import GenerateRequest, Generation, Sampling
-from tests.invariance_cases import judged, rules
+from conformance.targets.protocol import GenerateRequest, GenerateResult, Generation, Sampling
+from tests.invariance_cases import case_of, judged, rules, suite_of
 from tests.lying_engines import Engine
 
 
@@ -34,6 +35,28 @@ def test_draws_of_the_right_distribution_pass(oracles: Oracles) -> None:
     outcome = judged(Engine(), oracles, **DRAWN)
     assert (outcome.verdict, outcome.problems, outcome.reason) == ("pass", (), "")
     assert len(outcome.evidence.got["distribution"]) == 3
+
+
+def test_the_seed_of_a_run_draws_other_answers(oracles: Oracles) -> None:
+    """So that repeated clean runs say something of the statistics and not of one draw."""
+    seeds: list[set[int]] = []
+
+    class Listening(Engine):
+        def generate(self, request: GenerateRequest) -> GenerateResult:
+            if request.sampling is not None:
+                seeds[-1].add(request.sampling.seed)
+            return super().generate(request)
+
+    found = []
+    for seed in (0, 1):
+        seeds.append(set())
+        oracles.forget()
+        case = case_of(**DRAWN)
+        found.append(judge(case, suite_of(case), Listening(), oracles=oracles, seed=seed))
+    assert [outcome.verdict for outcome in found] == ["pass", "pass"]
+    assert seeds == [{3}, {4}]
+    told = [outcome.evidence.got["distribution"] for outcome in found]
+    assert told[0] != told[1]
 
 
 def test_draws_of_another_distribution_fail(oracles: Oracles) -> None:

@@ -32,8 +32,8 @@ def test_circumstances_differ_and_can_be_had_again() -> None:
     assert one == two
     assert one != other
     assert one[0].options[:2] == ("--shuffle", str(one[0].order))
-    assert (one[0].threads, one[0].workers, one[0].chunkings) == (1, 0, 0)
-    for name in ("threads", "workers", "hash_seed", "order", "chunkings"):
+    assert (one[0].threads, one[0].workers, one[0].sampling) == (1, 0, 0)
+    for name in ("threads", "workers", "hash_seed", "order", "sampling"):
         assert len({getattr(found, name) for found in one}) > 1, name
 
 

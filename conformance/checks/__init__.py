@@ -60,7 +60,7 @@ def judge(
         case: The case; its type matches the suite's kind.
         suite: The suite it stands in, for toolsets.
         target: Who is asked.
-        seed: Seeds the sampled chunkings, so that a failing run can be repeated.
+        seed: Seeds sampled chunkings and drawn answers, so that a failing run can be repeated.
         search: How much is spent on visiting every chunking; what is not searched is sampled.
         oracles: Needed for suites that run models, but for those of the kind `accuracy`.
         folder: Of the suite's file; needed for the kind `accuracy`.
@@ -91,7 +91,7 @@ def judge(
         return generation_check.judge(case, target, oracles)
     if isinstance(suite, InvarianceSuite) and isinstance(case, InvarianceCase):
         assert oracles is not None
-        return invariance_check.judge(case, target, oracles)
+        return invariance_check.judge(case, target, oracles, seed=seed)
     if isinstance(suite, LoraSuite) and isinstance(case, LoraCase):
         assert oracles is not None
         return lora_check.judge(case, suite, target, oracles)

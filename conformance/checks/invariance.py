@@ -40,8 +40,14 @@ _SHOWN = 3
 """Differences that are told one by one."""
 
 
-def judge(case: InvarianceCase, target: Target, oracles: Oracles) -> CheckOutcome:
+def judge(case: InvarianceCase, target: Target, oracles: Oracles, *, seed: int = 0) -> CheckOutcome:
     """Ask in both ways, and compare.
+
+    Args:
+        case: The case.
+        target: Who is asked.
+        oracles: Make its model.
+        seed: Added to that with which answers are drawn.
 
     Raises:
         EngineError: from the target, where it is set up as the baseline.
@@ -51,6 +57,9 @@ def judge(case: InvarianceCase, target: Target, oracles: Oracles) -> CheckOutcom
     reason = _cannot(case, target, info)
     if reason:
         return CheckOutcome("skip", reason=reason)
+    if case.sampling is not None and seed:
+        drawn = case.sampling.model_copy(update={"seed": case.sampling.seed + seed})
+        case = case.model_copy(update={"sampling": drawn})
     pair = _Pair(case, target, oracles, info.features)
     return pair.drawn() if case.sampling is not None else pair.greedy()
 

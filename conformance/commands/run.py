@@ -90,7 +90,11 @@ def seconds(_context: click.Context, _option: click.Parameter, value: float) -> 
     help="Seconds for one request.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampled stream chunkings."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of sampled stream chunkings and drawn answers.",
 )
 @click.option("--shuffle", type=click.IntRange(min=0), metavar="SEED", help="In an order drawn from it.")
 @click.option("--exitfirst", "-x", is_flag=True, help="Stop at the first failure.")

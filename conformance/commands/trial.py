@@ -70,7 +70,7 @@ def clean_command(
 ) -> None:
     """Run the quick cases (or CASES of them) again and again with no fault, and list every alarm.
 
-    Threads, processes, the order of cases, PYTHONHASHSEED and the seed of sampled chunkings differ from run
+    Threads, processes, the order of cases, PYTHONHASHSEED and the seed of sampling differ from run
     to run. Exits with 1 if a case fails, or does not come out as it did before. Known failures are no alarms.
     """
     plan = cleaning.CleanPlan(cases, targets or _DEFAULT_TARGET, out or _folder(), runs, seed, limit)
@@ -175,7 +175,7 @@ def _told(run: cleaning.CleanRun) -> str:
     alarms = f"; {len(run.alarms)} ALARMS" if run.alarms else ""
     reason = f"; {run.reason}" if run.reason else ""
     c = run.circumstances
-    how = f"{c.threads} threads, {c.workers} processes, order {c.order}, chunkings {c.chunkings}"
+    how = f"{c.threads} threads, {c.workers} processes, order {c.order}, sampling {c.sampling}"
     return f"{how}: {words} in {run.seconds:.0f} s{alarms}{reason}"
 
 

@@ -1,7 +1,7 @@
 """Runs without any fault, under circumstances that must not matter: every alarm in them is a false one.
 
 Each run has its own number of threads and processes, order of cases, `PYTHONHASHSEED`, and seed of sampled
-chunkings, all drawn from one seed.
+chunkings and drawn answers, all drawn from one seed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Circumstances(Record):
     hash_seed: int
     order: int
     """Seed of the order of cases."""
-    chunkings: int
-    """Seed of sampled chunkings."""
+    sampling: int
+    """Seed of sampled chunkings and drawn answers."""
 
     @property
     def environment(self) -> tuple[tuple[str, str], ...]:
@@ -52,7 +52,7 @@ class Circumstances(Record):
         """As options of `conformance run`."""
         return (
             *(("-n", str(self.workers)) if self.workers else ()),
-            *("--shuffle", str(self.order), "--seed", str(self.chunkings)),
+            *("--shuffle", str(self.order), "--seed", str(self.sampling)),
         )
 
 
@@ -111,7 +111,7 @@ def drawn(seed: int) -> Iterator[Circumstances]:
             workers=0 if first else source.choice(_WORKERS),
             hash_seed=source.randrange(2**32),
             order=source.randrange(10**6),
-            chunkings=0 if first else source.randrange(1, 10**6),
+            sampling=0 if first else source.randrange(1, 10**6),
         )
         first = False
 
