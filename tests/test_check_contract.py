@@ -41,6 +41,7 @@ CAUGHT_BY = {
     ),
     "one-state-bare": ("dense-one-state", {"draft-form"}),
     "shared-keys-not-sent": ("e2b-halves", {"missing", "empty", "output"}),
+    "states-share-memory": ("dense-states-of-all-stages", {"draft-same", "draft-states"}),
 }
 """A case that notices a fault, and the rules that it may break there; one of them at least."""
 

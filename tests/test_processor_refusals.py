@@ -192,11 +192,20 @@ def test_both_can_be_wrong(setting: Setting) -> None:
     assert rules(setting.run(target, pieces=[BAD], refused=True)) == ["unnamed-input", "next-request"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"pieces": [BAD], "refused": True}])
-def test_a_processor_that_exits_has_not_refused(setting: Setting, changes: dict[str, Any]) -> None:
+def test_a_processor_that_exits_has_not_refused(setting: Setting) -> None:
+    """Also one that names the input before."""
+    target = Fake(fails=fails_at(0, error=EngineError("image-1.png", exited=True)))
+    outcome = setting.run(target, pieces=[BAD], refused=True)
+    assert rules(outcome) == ["exits"]
+    assert outcome.problems[0].got == "image-1.png"
+    target = Fake(fails=fails_at(0, 1, error=EngineError("image-1.png", exited=True)))
+    assert rules(setting.run(target, pieces=[BAD], refused=True)) == ["exits", "next-request"]
+
+
+def test_a_processor_that_exits_where_it_need_not_refuse_judges_nothing(setting: Setting) -> None:
     target = Fake(fails=fails_at(0, error=EngineError("image-1.png", exited=True)))
     with pytest.raises(EngineError, match=r"^image-1\.png$"):
-        setting.run(target, **changes)
+        setting.run(target)
 
 
 def test_what_an_error_says_is_no_exit(setting: Setting) -> None:
@@ -281,8 +290,9 @@ def test_a_worker_tells_exits_from_what_is_said(tmp_path: Path) -> None:
 
 def test_a_processor_that_exits_after_a_refusal(setting: Setting) -> None:
     target = Fake(fails=fails_at(1, error=EngineError("SystemExit: 1", exited=True)))
-    with pytest.raises(EngineError, match="SystemExit"):
-        setting.run(target, pieces=[BAD], refused=True)
+    outcome = setting.run(target, pieces=[BAD], refused=True)
+    assert "next-request" in rules(outcome)
+    assert "SystemExit" in outcome.problems[-1].message
 
 
 SUITE = """\

@@ -9,7 +9,8 @@
 3. What is `refused` must raise an error that names the input, by its file or by its number among those of its
    kind, and the next request must be answered. Videos are handed over as frames, so that an engine need not
    know their files: of one video by itself any error will do. No oracle is asked about what is refused.
-4. A processor that exits judges nothing: the case is an error.
+4. A processor that exits has refused nothing. Where no refusal is asked for, that judges nothing either: the
+   case is an error.
 5. A target whose adapter cannot hand a piece to its engine is not judged: the case is skipped. What the
    adapter says is no refusal of the engine's.
 """
@@ -106,7 +107,7 @@ def judge(case: ProcessorCase, suite: ProcessorSuite, target: Target, oracles: O
 
     Raises:
         EngineError: the oracle raised, could not be asked, or gave what contradicts the case; or the target's
-            processor exited.
+            processor exited where it need not refuse.
         WorkerDiedError, TargetTimeoutError: from the target or the oracle.
     """
     try:
@@ -170,9 +171,12 @@ def _judge_refusal(case: ProcessorCase, target: Target, oracles: Oracles) -> Che
     try:
         answer = _ask(case, target, request)
     except EngineError as error:
-        told = _told(error, request)
+        told = _words(error, request)
         got = {"error": told}
-        if names and not any(re.search(rf"(?i)(?<!\w){re.escape(name)}(?!\d)", told) for name in names):
+        if error.exited:
+            message = "the processor meant to end its process, which is no refusal"
+            problems.append(Problem(rule="exits", message=message, expected=wanted, got=told))
+        elif names and not any(re.search(rf"(?i)(?<!\w){re.escape(name)}(?!\d)", told) for name in names):
             problems.append(
                 Problem(
                     rule="unnamed-input", message=f"the error does not name {named}", expected=named, got=told
@@ -240,7 +244,7 @@ def _next_problems(case: ProcessorCase, target: Target, oracles: Oracles) -> Ite
     try:
         answer = _ask(good, target, request)
     except EngineError as error:
-        told = _told(error, request)
+        told = _words(error, request)
         yield Problem(rule="next-request", message=f"the request after it raised {told}", got=told)
         return
     wanted = request.prompt.replace(_PLACEHOLDERS[kind], expanded)
@@ -412,13 +416,18 @@ def _short(prompt: str) -> str:
 
 
 def _told(error: EngineError, request: PreprocessRequest) -> str:
-    """What an error says, without the folder of the files, which has another name in each run.
+    """What an error says of a request that is not to be refused.
 
     Raises:
-        EngineError: the engine did not refuse the request but meant to end its process.
+        EngineError: the engine meant to end its process.
     """
     if error.exited:
         raise error
+    return _words(error, request)
+
+
+def _words(error: EngineError, request: PreprocessRequest) -> str:
+    """What an error says, without the folder of the files, which has another name in each run."""
     text = str(error)
     for folder in {str(Path(file.path).parent) for file in request.media}:
         text = text.replace(f"{folder}/", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 from unittest.mock import patch
 
 Patch = Callable[[], AbstractContextManager[object]]
@@ -34,8 +33,6 @@ class Fault:
     patches: tuple[Patch, ...]
     where: str = ""
     """Pattern of the module that a parity case must name first; empty for other kinds."""
-    alarm: Literal["fail", "error"] = "fail"
-    """How the cases that notice it come out: an answer is judged, or there is none to be judged."""
     written_in: str = __name__
     """Dotted name of the module of `conformance.faults` that holds the patch."""
     in_ranks: bool = False
@@ -80,7 +77,6 @@ class Collection:
         area: str,
         module: object,
         where: str = "",
-        alarm: Literal["fail", "error"] = "fail",
         in_ranks: bool = False,
     ) -> Callable[[Callable[[], Patch | tuple[Patch, ...]]], None]:
         """Register the decorated function: its docstring is the title, its result the patch."""
@@ -92,7 +88,7 @@ class Collection:
             patches = made if isinstance(made, tuple) else (made,)
             here = make.__module__
             self.faults.append(
-                Fault(fault_id, title, source, self.kind, area, name, patches, where, alarm, here, in_ranks)
+                Fault(fault_id, title, source, self.kind, area, name, patches, where, here, in_ranks)
             )
 
         return register

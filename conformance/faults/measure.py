@@ -156,7 +156,7 @@ def look_for(fault: Fault, cases: Sequence[LoadedCase], clean: Clean) -> Found:
     others = [case for case in asked if case not in gates]
     with contextlib.closing(TargetPool(timeout=REQUEST_SECONDS)) as pool, fault.applied():
         caught = failures(others, known, pool)
-        if any(notices(fault, catch) for catch in caught):
+        if any(notices(catch) for catch in caught):
             gates = []
         caught += failures(gates, known, pool)
     return Found(
@@ -225,7 +225,7 @@ def recorded(
     """
     place = place_of(fault)
     caught = found.caught if found is not None else ()
-    noticed = [catch for catch in caught if notices(fault, catch)]
+    noticed = [catch for catch in caught if notices(catch)]
     levels = Counter(LEVEL_OF_KIND[catch.kind] for catch in noticed)
     lowest: Level | None = next((level for level in LEVELS if levels[level]), None)
     judged = any(c.verdict == "fail" and set(c.rules) - {"raised"} for c in caught)

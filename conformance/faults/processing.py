@@ -28,13 +28,7 @@ of_sounds = partial(faults, area="sound-input")
 # ---------------------------------------------------------------------------------------------- images
 
 
-@faults(
-    "processor-exits",
-    source=("M14",),
-    area="malformed-input",
-    module=images,
-    alarm="error",
-)
+@faults("processor-exits", source=("M14",), area="malformed-input", module=images)
 def _exits() -> Patch:
     """A budget that there is not ends the process."""
     original = images.target_size

@@ -149,17 +149,16 @@ def _first_module(result: Result) -> str:
     return parity.first.module if parity is not None and parity.first is not None else ""
 
 
-def notices(fault: Fault, catch: Catch) -> bool:
-    """Whether a case that failed has noticed the fault.
+def notices(catch: Catch) -> bool:
+    """Whether a case that did not pass has noticed a fault.
 
-    An exception says that something is broken, not what: the case must have judged an answer, unless the
-    fault is that there is none.
+    An exception says that something is broken, not what: the case must have judged an answer.
     """
-    return catch.verdict == fault.alarm and (fault.alarm == "error" or bool(set(catch.rules) - {"raised"}))
+    return catch.verdict == "fail" and bool(set(catch.rules) - {"raised"})
 
 
 def _detection(fault: Fault, caught: list[Catch], cases: Sequence[LoadedCase]) -> Detection:
-    judged = [c for c in caught if notices(fault, c)]
+    judged = [c for c in caught if notices(c)]
     sources = {case.address: set(case.case.source) for case in cases}
     return Detection(
         fault=fault.id,
