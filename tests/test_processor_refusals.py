@@ -19,7 +19,7 @@ from conformance.loading import LoadedCase, load_suites
 from conformance.media import MARKERS, MediaPiece
 from conformance.runner import TargetPool, run_case
 from conformance.targets.process import WorkerTarget
-from conformance.targets.protocol import PreprocessRequest
+from conformance.targets.protocol import PreprocessRequest, PreprocessResult
 from model_impl.preprocess import images
 from tests.lying_processors import BAD, CLIPS, SOUNDS, TWO, Fake, Setting, Tensors, fails_at, rules
 
@@ -202,6 +202,14 @@ def test_a_processor_that_exits_has_not_refused(setting: Setting) -> None:
     assert rules(setting.run(target, pieces=[BAD], refused=True)) == ["exits", "next-request"]
 
 
+def test_an_exit_in_this_process_is_one_too(setting: Setting) -> None:
+    class Exits(Fake):
+        def preprocess(self, request: PreprocessRequest) -> PreprocessResult:
+            raise SystemExit(1)
+
+    assert rules(setting.run(Exits(), pieces=[BAD], refused=True)) == ["exits", "next-request"]
+
+
 def test_a_processor_that_exits_where_it_need_not_refuse_judges_nothing(setting: Setting) -> None:
     target = Fake(fails=fails_at(0, error=EngineError("image-1.png", exited=True)))
     with pytest.raises(EngineError, match=r"^image-1\.png$"):
@@ -338,8 +346,7 @@ def test_an_exit_inside_a_processor_costs_one_case(
     monkeypatch.setattr(images, "load_image", exits_once)
     with contextlib.closing(TargetPool()) as pool:
         first, second = (run_case(case, "reference", pool, Expectations(())) for case in loaded)
-    assert (first.verdict, first.reason) == ("error", f"SystemExit: {code}")
-    assert "exits_once" in first.stderr
+    assert [(problem.rule, problem.got) for problem in first.problems] == [("exits", f"SystemExit: {code}")]
     assert second.verdict == "pass"
 
 

@@ -287,9 +287,15 @@ def _prompt(case: ProcessorCase) -> str:
 
 
 def _ask(case: ProcessorCase, target: Target, request: PreprocessRequest) -> _Answer:
-    """The target's answer; its file of tensors is deleted, as some are large."""
+    """The target's answer; its file of tensors is deleted, as some are large.
+
+    Raises:
+        EngineError: from the target, which may run in this process and exit.
+    """
     try:
         return _read(case, target.preprocess(request))
+    except SystemExit as error:
+        raise EngineError(f"SystemExit: {error}", exited=True) from error
     finally:
         Path(request.output).unlink(missing_ok=True)
 
