@@ -119,7 +119,7 @@ def test_every_step_ran_and_none_is_bad(made: Made) -> None:
         for entry in backtests.choose(backtests.load(), [BACKTEST])
     ]
     assert states.pop("backtests") == ("not run" if all(reasons) else "good")
-    assert set(states) == {"faults-check", "trials-check", "checkpoints-check"}
+    assert set(states) == {"faults-check", "gates-check", "trials-check", "checkpoints-check"}
     assert set(states.values()) <= {"good", "open"}, made.steps
     assert made.told["exit_code"] in (0, 3)
 
@@ -199,7 +199,7 @@ def test_gates_of_a_night_have_a_page(tmp_path: Path) -> None:
     answers = suite.parent / "references" / "sums.jsonl"
     baseline.store(answers, asked(suite), reason="For this test.", comparison=None)
     skipped = (
-        *("ladder", "backtests", "matrix", "faults-check", "faults-sample", "trials-check"),
+        *("ladder", "backtests", "matrix", "faults-check", "faults-sample", "gates-check", "trials-check"),
         *("checkpoints-check", "clean", "kill"),
     )
     found = night(tmp_path, str(suite), "-t", SOLVER, *(w for name in skipped for w in ("--skip", name)))
