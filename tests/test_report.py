@@ -211,7 +211,7 @@ def test_every_counted_number_is_the_length_of_the_list_it_links_to(written, nam
 
 
 NO_COUNTS = frozenset(
-    {"Threads", "Processes", "Order", "Hash seed", "Chunkings", "Seconds", "Exit code"}
+    {"Threads", "Processes", "Order", "Hash seed", "Sampling seed", "Seconds", "Exit code"}
     | {"this target", "reference"}  # settings of accuracy
 )
 """Columns of tables whose numbers count no results: what was measured, set or dated."""
