@@ -184,6 +184,37 @@ def generation(asked: list[dict[str, Any]], given: Tensors) -> tuple[Any, Tensor
     return answers, made
 
 
+def adapter(asked: dict[str, Any], given: Tensors) -> tuple[Any, Tensors]:
+    """Requests to the harness's own adapter, and how many passes the target made for each."""
+    from conformance.worker.adapters import transformers_generate
+
+    del given
+    passes: list[int] = []
+    usual = transformers_generate.load
+
+    def load(*arguments: Any) -> Any:
+        model = usual(*arguments)
+        passes.append(0)
+
+        def count(*_: Any) -> None:
+            passes[-1] += 1
+
+        model.register_forward_pre_hook(count)
+        return model
+
+    found: dict[str, Any] = {"refused": {}}
+    with mock.patch.object(transformers_generate, "load", load):
+        for name, request in asked["refused"].items():
+            try:
+                found["refused"][name] = str(transformers_generate.generate(request))
+            except (TypeError, transformers_generate.RequestError) as error:
+                found["refused"][name] = f"{type(error).__name__}: {error}"
+        passes.clear()
+        with startable():
+            found["answers"] = [transformers_generate.generate(request) for request in asked["requests"]]
+    return found | {"passes": passes}, {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -191,7 +222,7 @@ def main() -> None:
     given = load_file(folder / "input.safetensors")
     answers: dict[str, Any] = {}
     made: Tensors = {}
-    for task in (steps, generation):
+    for task in (steps, generation, adapter):
         if task.__name__ in asked:
             answers[task.__name__], tensors = task(asked[task.__name__], given)
             made |= {name: tensor.contiguous() for name, tensor in tensors.items()}

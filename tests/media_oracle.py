@@ -67,7 +67,7 @@ def ask(
 
 
 def _run(script: str, folder: Path, status: environments.EnvironmentStatus) -> None:
-    path = [*map(str, status.import_paths), os.environ.get("PYTHONPATH", "")]
+    path = [*map(str, status.import_paths), str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [status.python, _SCRIPTS / f"{script}_in_transformers.py", folder],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"},

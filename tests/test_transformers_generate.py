@@ -47,7 +47,7 @@ def test_it_says_so(target: Target) -> None:
     assert "generate" in info.capabilities
     assert info.features[0] == "media"  # of forward passes
     images = "preprocess" in info.capabilities
-    always = {"prefill-chunk", "threads", "sampling", "repeat", "states"}
+    always = {"assistant", "prefill-chunk", "threads", "sampling", "repeat", "states"}
     media = {"images", "sounds"} if images else set()
     adapters = {"lora", "mixed-adapters"} if "lora" in info.features else set()  # where PEFT is installed
     assert set(info.features[1:]) == always | media | adapters
@@ -104,7 +104,7 @@ def test_without_stop_tokens_only_the_limit_ends_an_answer(target: Target) -> No
         ({"options": EngineOptions(pipeline_parallel=2)}, "without pipeline parallelism"),
         (
             {"options": EngineOptions(speculation=Speculation(method="eagle3", checkpoint="x"))},
-            "without speculative decoding",
+            "without speculative decoding by an Eagle3 head",
         ),
         ({"adapter": "somewhere"}, "."),
         ({"prompts": ((2, 3),), "images": (("a.png",),)}, "."),

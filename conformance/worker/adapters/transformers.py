@@ -39,7 +39,7 @@ from conformance.worker.adapter import Json, search, stream
 
 _MODEL = SimpleNamespace(config=SimpleNamespace(model_type="gemma4"))
 """All that the parsing functions ask of the model."""
-_GENERATION = ("prefill-chunk", "threads", "sampling", "repeat", "states")
+_GENERATION = ("assistant", "prefill-chunk", "threads", "sampling", "repeat", "states")
 """What `transformers_generate` can do besides."""
 _CHOICES = {"attention": ["eager", "sdpa", "flex"], "cache": ["dynamic", "static"]}
 _IMAGES = {"torchvision": "torchvision", "PIL": "pillow"}

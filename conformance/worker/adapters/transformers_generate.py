@@ -7,6 +7,8 @@
   away. No processor of the checkpoint's `generation_config.json` changes them, because it is not used.
 * Each repetition has a cache of its own: nothing is shared between requests, so that they must agree.
 * Likelihoods are read from one pass without a cache.
+* With an assistant, prompts run one by one, as its drafts are for one row. How many stayed is read from what
+  `generate` streams, a round at a time. It takes no prefill in chunks then, whatever it is told.
 * Adapters are PEFT's affair, which loads them into the model's modules. Prompts with different adapters run
   one group after the other, as most of its users let them. Where they have to share a batch, they do, if PEFT
   can: it takes several for linears and embeddings, and a row's adapter in a tower by the place of the row.
@@ -27,7 +29,12 @@ from transformers import GenerationConfig, LogitsProcessor  # type: ignore[impor
 from transformers.utils import logging  # type: ignore[import-not-found]
 
 from conformance.worker.adapter import Json
-from conformance.worker.adapters.transformers_model import effective, fresh_compiler, load
+from conformance.worker.adapters.transformers_model import (
+    effective,
+    fresh_compiler,
+    load,
+    load_assistant,
+)
 
 _PADDING = 0
 """Token in places that the attention mask hides, and behind the stop token of a row that has ended."""
@@ -59,6 +66,8 @@ def generate(request: Json) -> Json:
             _write_states(model, request)
         for _ in range(request["repeat"]):
             if request["mixed"] and len(set(wanted)) > 1:
+                if model.conformance_assistant is not None:
+                    raise RequestError("an assistant drafts for one row, and a batch of adapters has several")
                 from conformance.worker.adapters.transformers_lora import Mixed
 
                 mixed = Mixed(model, [folder for folder in dict.fromkeys(wanted) if folder is not None])
@@ -153,7 +162,7 @@ def _answers(
         raise RequestError("prompts with media of different forms do not fit into one batch")
     made: list[list[Json]] = [[] for _ in rows]
     for form, numbers in together.items():
-        most = _MOST_WITH_MEDIA if form else _MOST_ROWS
+        most = _most_rows(request, with_media=bool(form))
         for start in range(0, len(numbers), most):
             part = numbers[start : start + most]
             run = model.generate if generate is None else generate(part)
@@ -161,6 +170,13 @@ def _answers(
             for number, answer in zip(part, answers, strict=True):
                 made[number].append(answer)
     return made
+
+
+def _most_rows(request: Json, *, with_media: bool) -> int:
+    """How many rows `generate` takes at a time."""
+    if request["options"]["speculation"] is not None:
+        return 1
+    return _MOST_WITH_MEDIA if with_media else _MOST_ROWS
 
 
 def loglikelihood(request: Json) -> Json:
@@ -187,11 +203,12 @@ def _prepare(request: Json) -> Any:
         RequestError: it cannot be.
     """
     options = request["options"]
+    draft = options["speculation"]
     asked = {
         "tensor parallelism": options["tensor_parallel"] > 1,
         "pipeline parallelism": options["pipeline_parallel"] > 1,
         "expert parallelism": options["expert_parallel"],
-        "speculative decoding": options["speculation"] is not None,
+        "speculative decoding by an Eagle3 head": draft is not None and draft["method"] == "eagle3",
         "a prefix cache": options["prefix_cache"] is not None,
         "blocks in its cache": options["block_size"] is not None,
         "a limit of sequences": options["max_sequences"] is not None,
@@ -204,6 +221,12 @@ def _prepare(request: Json) -> Any:
     fresh_compiler(attention)
     model = load(Path(request["checkpoint"]), options["dtype"], attention)
     model.generation_config = GenerationConfig()
+    model.conformance_assistant = None
+    if draft is not None:
+        folder = Path(draft["checkpoint"])
+        model.conformance_assistant = load_assistant(
+            folder, options["dtype"], attention, tokens=draft["tokens"]
+        )
     return model
 
 
@@ -215,7 +238,8 @@ def _check_length(longest: int, options: Json) -> None:
 
 def _effective(model: Any, options: Json) -> Json:
     """What ran. The chunk is an argument of `generate`, so that there is nothing to read it back from."""
-    chunk = options["prefill_chunk"]
+    drafts = model.conformance_assistant is not None
+    chunk = options["prefill_chunk"] if not drafts else None
     return {
         **effective(model),
         "threads": str(torch.get_num_threads()),
@@ -223,7 +247,7 @@ def _effective(model: Any, options: Json) -> Json:
         **({"cache": model.conformance_cache} if hasattr(model, "conformance_cache") else {}),
         "tensor_parallel": "1",
         "pipeline_parallel": "1",
-        "speculation": "none",
+        "speculation": "assistant" if drafts else "none",
         "adapter": "none",
     }
 
@@ -233,6 +257,7 @@ def _batch(
 ) -> list[Json]:
     """The answers to rows of one width, by a model's `generate`."""
     sampling, options = request["sampling"], request["options"]
+    assistant = model.conformance_assistant
     chosen = _Chosen(request["top_logprobs"], greedy=sampling is None)
     warping: Json = {"do_sample": False}
     if sampling is not None:
@@ -257,6 +282,7 @@ def _batch(
                 return_dict_in_generate=True,
             ),
             logits_processor=[chosen],
+            **({"assistant_model": assistant, "streamer": chosen} if assistant is not None else {}),
             **media,
         )
     model.conformance_cache = _CACHES.get(type(output.past_key_values).__name__, "unknown")
@@ -345,7 +371,11 @@ def _stacked(model: Any, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tens
 
 
 class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not here when types are checked
-    """Sees the scores of each step, leaves them as they are, and keeps what is asked of them."""
+    """Sees the scores of each step, leaves them as they are, and keeps what is asked of them.
+
+    With an assistant it is the streamer as well: a round has scores behind each drafted token, and then says
+    how many tokens it brought. Scores behind the others are dropped.
+    """
 
     def __init__(self, alternatives: int, *, greedy: bool) -> None:
         self._alternatives = alternatives
@@ -353,6 +383,25 @@ class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not her
         self._best: list[list[int]] = []
         self._logprobs: list[torch.Tensor] = []
         self._top: list[list[dict[int, float]]] = []
+        self._brought: int | None = None
+        """Tokens of all rounds so far; None before the prompt has come."""
+        self._rounds: list[tuple[int, int]] = []
+        """How many tokens of each round that had a draft were drafted, and how many of them stayed."""
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """The prompt, or the tokens of a round: those of the draft that stayed, and the target's own."""
+        if self._brought is None:
+            self._brought = 0
+            return
+        brought = tokens.numel()
+        if drafted := len(self._best) - self._brought - 1:
+            self._rounds.append((drafted, brought - 1))
+        self._brought += brought
+        for kept in (self._best, self._logprobs, self._top):
+            del kept[self._brought :]
+
+    def end(self) -> None:
+        """Nothing more comes."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logprobs = scores.float().log_softmax(dim=-1)
@@ -375,6 +424,8 @@ class _Chosen(LogitsProcessor):  # type: ignore[misc]  # transformers is not her
             "finish_reason": "length" if end is None else "stop",
             "logprobs": [float(logprobs[row, token]) for logprobs, token in steps],
             "top": [top[row] for top in self._top[: len(answer)]] if self._alternatives else [],
+            "drafted": [drafted for drafted, _ in self._rounds],
+            "accepted": None if self._brought is None else [stayed for _, stayed in self._rounds],
         }
 
 

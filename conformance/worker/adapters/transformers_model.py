@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import (  # type: ignore[import-not-found]
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     DynamicCache,
     Gemma4ForCausalLM,
@@ -92,11 +93,41 @@ def load(folder: Path, dtype: str, attention: str) -> Any:
             key_mapping={r"^model\.language_model\.": "model."},
             **options,
         )
+    _check_fit(folder, report)
+    return model.eval()
+
+
+def load_assistant(folder: Path, dtype: str, attention: str, *, tokens: int) -> Any:
+    """Load a draft model that reads the target's keys and values.
+
+    Args:
+        folder: Of its checkpoint.
+        dtype: Of the target.
+        attention: Of the target.
+        tokens: That it drafts a round.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=_DTYPES[dtype],
+        attn_implementation=_ATTENTION[attention],
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    _check_fit(folder, report)
+    model.generation_config.num_assistant_tokens = tokens
+    return model.eval()
+
+
+def _check_fit(folder: Path, report: Json) -> None:
+    """Raise a `CheckpointError` for what `from_pretrained` only warns of."""
     wrong = {kind: sorted(map(str, found)) for kind, found in report.items() if found}
     if wrong:
         text = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in wrong.items())
         raise CheckpointError(f"{folder}: the tensors do not fit the configuration: {text}")
-    return model.eval()
 
 
 def _is_whole(config: Any) -> bool:
