@@ -47,6 +47,10 @@ _COMMANDS = ("run.py", "selection.py")
 """Those commands that bear on verdicts: what is run, and how it is gone on with."""
 OF_TRIALS = ("conformance/execute.py", "conformance/trials")
 """Files that bear on trials only."""
+OF_ENGINES = tuple(
+    f"conformance/worker/adapters/{name}" for name in ("sglang_parsers", "transformers", "vllm", "wave")
+)
+"""Beginnings of files that drive engines in environments of their own, and never the bundled implementation."""
 _SHORT = 16
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from conformance import grounds
 from conformance.commands.selection import select
 from conformance.errors import UsageError
 from conformance.execute import Ended, Job
@@ -177,6 +179,22 @@ def test_a_record_is_stale_when_what_it_rests_on_has_changed(part: str, says: st
     assert record.stale(found, TODAY) == ""
     assert says in record.stale(found, TODAY.model_copy(update={part: "other"}))
     assert record.stale(None, TODAY) == "was never measured"
+
+
+def test_of_adapters_only_what_the_bundled_implementation_uses_counts() -> None:
+    root = Path(grounds.__file__).parent
+    adapters = root / "worker" / "adapters"
+    others = [path for path in root.rglob("*.py") if adapters not in path.parents]
+    used = {
+        name for path in others for name in re.findall(r"worker\.adapters\.(\w+) import", path.read_text())
+    }
+    counted = {
+        path.stem
+        for path in adapters.glob("[a-z]*.py")
+        if not f"conformance/worker/adapters/{path.name}".startswith(grounds.OF_ENGINES)
+    }
+    assert counted == used
+    assert used
 
 
 def test_what_an_outcome_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:

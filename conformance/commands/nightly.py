@@ -34,7 +34,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--runs", type=click.IntRange(min=1), default=2, show_default=True, help="Runs without a fault."
 )
-@click.option("--kills", type=click.IntRange(min=1), default=20, show_default=True, help="Kills of a run.")
+@click.option("--kills", type=click.IntRange(min=1), default=50, show_default=True, help="Kills of a run.")
 @click.option("--skip", multiple=True, type=click.Choice(plan.STEPS), help="Leave this step out; repeatable.")
 @click.option("-n", "workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option(

@@ -217,7 +217,7 @@ def basis(fault: Fault, cases: Sequence[LoadedCase]) -> Basis:
         raise RecordError(f"the fault {fault.id} {wrong}")
     place = place_of(fault).model_dump_json(exclude={"faults"})
     return Basis(
-        sources=grounds.sources(*grounds.OF_TRIALS),
+        sources=grounds.sources(*grounds.OF_TRIALS, *grounds.OF_ENGINES),
         cases=grounds.of_cases(cases),
         fault=grounds.of_text(f"{_source_of(fault)}\n{place}"),
     )

@@ -51,7 +51,7 @@ class Night:
     sample: int = 3
     """Faults that are measured."""
     clean_runs: int = 2
-    kills: int = 20
+    kills: int = 50
     workers: int = 1
     skip: frozenset[str] = frozenset()
     """Names of steps that are left out."""
