@@ -50,7 +50,7 @@ OF_TRIALS = ("conformance/execute.py", "conformance/trials")
 OF_ENGINES = tuple(
     f"conformance/worker/adapters/{name}" for name in ("sglang_parsers", "transformers", "vllm", "wave")
 )
-"""Beginnings of files that drive engines in environments of their own, and never the bundled implementation."""
+"""Beginnings of files that drive engines in environments of their own, never the bundled implementation."""
 _SHORT = 16
 
 
