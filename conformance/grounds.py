@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import model_impl
 from conformance import commands, runfile
 from conformance.loading import LoadedCase
 
@@ -62,7 +63,14 @@ def sources(*without: str) -> str:
     """
     others = (path.name for path in Path(commands.__path__[0]).glob("*.py") if path.name not in _COMMANDS)
     of_others = (f"conformance/commands/{name}" for name in sorted(others))
-    return runfile.harness_digest((*_OF_NO_VERDICT, *of_others, *without))[:_SHORT]
+    return runfile.harness_digest((*_OF_NO_VERDICT, *of_others, *_manifests(), *without))[:_SHORT]
+
+
+def _manifests() -> list[str]:
+    """Of bundled checkpoints: how they came about. Their other files count, in which it would show."""
+    root = Path(model_impl.__path__[0])
+    found = sorted(root.glob("nano/checkpoints/*/manifest.json"))
+    return [f"model_impl/{path.relative_to(root).as_posix()}" for path in found]
 
 
 def of_cases(cases: Iterable[LoadedCase]) -> str:

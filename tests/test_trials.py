@@ -263,6 +263,23 @@ def test_commands_that_run_cases_count_and_others_do_not(
     assert f"conformance/commands/{name}.py".startswith(left_out[0]) is not counts
 
 
+def test_of_a_checkpoint_what_it_computes_with_counts_and_not_how_it_came_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left_out: list[tuple[str, ...]] = []
+
+    def note(without: tuple[str, ...]) -> str:
+        left_out.append(without)
+        return "x" * 64
+
+    monkeypatch.setattr(runfile, "harness_digest", note)
+    grounds.sources()
+    folder = "model_impl/nano/checkpoints/scripted"
+    assert f"{folder}/manifest.json".startswith(left_out[0])
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert not f"{folder}/{name}".startswith(left_out[0])
+
+
 def test_a_record_of_a_trial_that_went_wrong_is_bad() -> None:
     assert records.bad(trials(alarms=True)) == {"clean"}
     assert records.bad(trials(lost=("parser/a::b [reference]",))) == {"kill"}
