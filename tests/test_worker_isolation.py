@@ -92,6 +92,17 @@ def test_the_worker_sees_its_own_environment_only(
     assert json.loads(facts["import"]) == ["conformance"]
 
 
+@pytest.mark.parametrize(("set_to", "seen"), [(None, "0"), ("7", "7")])
+def test_sets_have_the_same_order_in_every_worker_unless_somebody_varies_it(
+    liar: Callable[..., WorkerTarget], monkeypatch: pytest.MonkeyPatch, set_to: str | None, seen: str
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("PYTHONHASHSEED", set_to)
+    variables = json.loads(liar().describe().environment["variables"])
+    assert variables["PYTHONHASHSEED"] == seen
+
+
 def test_prints_do_no_harm(liar: Callable[..., WorkerTarget]) -> None:
     target = liar()
     assert target.parse(_request("print hello")).content == "printed"

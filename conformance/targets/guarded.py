@@ -23,7 +23,7 @@ STOP_GRACE = 3.0
 
 _PASSED_ON = (
     "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LOGNAME",
-    "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "PATH", "TZ", "USER",
+    "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "PATH", "PYTHONHASHSEED", "TZ", "USER",
 )  # fmt: skip
 """All that an engine gets to see of this process's environment: the rest may hold secrets or change
 how the engine behaves."""
@@ -69,6 +69,9 @@ def variables(scratch: Path, extra: Mapping[str, str], import_paths: Sequence[Pa
     paths = [scratch / "import", *import_paths]
     return {
         "OMP_NUM_THREADS": "1",
+        # Sets of strings have an order by chance otherwise, and with it what an engine does: F-252 in
+        # docs/findings.md answers with another adapter in each process. Trials vary it.
+        "PYTHONHASHSEED": "0",
         **passed_on,
         **_FIXED,
         "TMPDIR": str(scratch / "tmp"),
