@@ -23,7 +23,8 @@ STOP_GRACE = 3.0
 
 _PASSED_ON = (
     "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LOGNAME",
-    "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "PATH", "PYTHONHASHSEED", "TZ", "USER",
+    "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "PATH", "PYTHONHASHSEED",
+    "TZ", "USER",
 )  # fmt: skip
 """All that an engine gets to see of this process's environment: the rest may hold secrets or change
 how the engine behaves."""
