@@ -214,14 +214,19 @@ PROGRAM = '#!/bin/sh\necho "$@"\ntest "$1" != targets\n'
 """In place of `conformance`: no target can be installed."""
 
 
-INSTALLED = ["targets install --default", "targets install vllm@0.23.0 vllm@0.24.0", "nightly --skip matrix"]
+INSTALLED = [
+    "targets install --default",
+    "targets install vllm@0.23.0 vllm@0.24.0",
+    "nightly -n 2 --skip matrix",
+]
 
 
 def script_of_the_night(cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [BELOW / "nightly", "--skip", "matrix"],
         cwd=cwd,
-        env={name: value for name, value in os.environ.items() if name != "VENV"} | variables,
+        env={name: value for name, value in os.environ.items() if name not in ("VENV", "WORKERS")}
+        | variables,
         capture_output=True,
         text=True,
         timeout=60,
@@ -239,6 +244,15 @@ def test_the_script_of_the_night_goes_on_without_targets(tmp_path: Path) -> None
     assert done.returncode == 0
     assert done.stdout.splitlines() == INSTALLED
     assert "going on" in done.stderr
+
+
+def test_the_script_of_the_night_is_told_how_many_processes_there_are(tmp_path: Path) -> None:
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    (binaries / "conformance").write_text(PROGRAM)
+    (binaries / "conformance").chmod(0o755)
+    done = script_of_the_night(tmp_path, VENV=str(tmp_path), WORKERS="7")
+    assert done.stdout.splitlines()[-1] == "nightly -n 7 --skip matrix"
 
 
 @pytest.mark.parametrize("named", [{}, {"VENV": "elsewhere"}])
