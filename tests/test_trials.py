@@ -245,12 +245,22 @@ def test_a_record_of_few_cases_or_of_another_target_does_not_hold() -> None:
     }
 
 
+FOLDER = "model_impl/nano/checkpoints/scripted"
+
+
 @pytest.mark.parametrize(
-    ("name", "counts"),
-    [("run", True), ("selection", True), ("serve", False), ("targets", False)],
+    ("file", "counts"),
+    [
+        ("conformance/commands/run.py", True),
+        ("conformance/commands/selection.py", True),
+        ("conformance/commands/serve.py", False),
+        ("conformance/commands/targets.py", False),
+        *((f"{FOLDER}/{name}", True) for name in ("config.json", "model.safetensors", "tokenizer.json")),
+        (f"{FOLDER}/manifest.json", False),
+    ],
 )
-def test_commands_that_run_cases_count_and_others_do_not(
-    name: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_computes_counts_and_what_tells_of_it_does_not(
+    file: str, counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_out: list[tuple[str, ...]] = []
 
@@ -260,24 +270,7 @@ def test_commands_that_run_cases_count_and_others_do_not(
 
     monkeypatch.setattr(runfile, "harness_digest", note)
     grounds.sources()
-    assert f"conformance/commands/{name}.py".startswith(left_out[0]) is not counts
-
-
-def test_of_a_checkpoint_what_it_computes_with_counts_and_not_how_it_came_about(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    left_out: list[tuple[str, ...]] = []
-
-    def note(without: tuple[str, ...]) -> str:
-        left_out.append(without)
-        return "x" * 64
-
-    monkeypatch.setattr(runfile, "harness_digest", note)
-    grounds.sources()
-    folder = "model_impl/nano/checkpoints/scripted"
-    assert f"{folder}/manifest.json".startswith(left_out[0])
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
-        assert not f"{folder}/{name}".startswith(left_out[0])
+    assert file.startswith(left_out[0]) is not counts
 
 
 def test_a_record_of_a_trial_that_went_wrong_is_bad() -> None:
