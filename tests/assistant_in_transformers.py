@@ -190,14 +190,16 @@ def adapter(asked: dict[str, Any], given: Tensors) -> tuple[Any, Tensors]:
 
     del given
     passes: list[int] = []
+    inside: set[str] = set()
     usual = transformers_generate.load
 
     def load(*arguments: Any) -> Any:
         model = usual(*arguments)
         passes.append(0)
 
-        def count(*_: Any) -> None:
+        def count(target: Any, _inputs: Any) -> None:
             passes[-1] += 1
+            inside.update(type(module).__name__ for module in target.modules())
 
         model.register_forward_pre_hook(count)
         return model
@@ -212,7 +214,7 @@ def adapter(asked: dict[str, Any], given: Tensors) -> tuple[Any, Tensors]:
         passes.clear()
         with startable():
             found["answers"] = [transformers_generate.generate(request) for request in asked["requests"]]
-    return found | {"passes": passes}, {}
+    return found | {"passes": passes, "inside": sorted(inside)}, {}
 
 
 def main() -> None:

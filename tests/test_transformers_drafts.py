@@ -78,7 +78,7 @@ def found(
         name: answer | {"passes": passes}
         for name, answer, passes in zip(requests, made["answers"], made["passes"], strict=True)
     }
-    return results | {"refused": made["refused"]}
+    return results | {"refused": made["refused"], "inside": made["inside"]}
 
 
 def _ask(
@@ -144,6 +144,12 @@ def test_without_an_assistant_nothing_is_told_of_rounds(found: dict[str, Any]) -
     assert {made.accepted for made in answers_of(found["alone"])} == {None}
     assert found["alone"]["effective"]["speculation"] == "none"
     assert found["alone"]["passes"] == ANSWER
+
+
+def test_an_assistant_is_no_part_of_its_target(found: dict[str, Any]) -> None:
+    """An adapter for the target would adapt it too, as their modules have the same names."""
+    assert "Gemma4ForCausalLM" in found["inside"]
+    assert not [name for name in found["inside"] if "Assistant" in name]
 
 
 def test_a_chunk_that_is_not_obeyed_is_not_claimed(found: dict[str, Any]) -> None:

@@ -221,12 +221,12 @@ def _prepare(request: Json) -> Any:
     fresh_compiler(attention)
     model = load(Path(request["checkpoint"]), options["dtype"], attention)
     model.generation_config = GenerationConfig()
-    model.conformance_assistant = None
+    assistant = None
     if draft is not None:
         folder = Path(draft["checkpoint"])
-        model.conformance_assistant = load_assistant(
-            folder, options["dtype"], attention, tokens=draft["tokens"]
-        )
+        assistant = load_assistant(folder, options["dtype"], attention, tokens=draft["tokens"])
+    # Beside the model's modules and not among them, where PEFT would adapt it too.
+    vars(model)["conformance_assistant"] = assistant
     return model
 
 
