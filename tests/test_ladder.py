@@ -341,7 +341,7 @@ def test_the_terminal_names_changes(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"parser/demo::mended +│ Fs\. +│ mended in 3\.0", shown)
     assert "releases: 1.0 2.0 3.0" in shown
     assert "parser/demo::steady" not in shown
-    assert "1 cases change; 1 do not, 0 of which pass on every release" in shown
+    assert "cases that differ: 1; that do not: 1, of which 0 pass on every release" in shown
 
 
 def test_ladder_without_any_release(run_conformance: Run, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def _print(ladder: Ladder, path: Path) -> None:
     always = sum(all(cell.verdict == "pass" for cell in row.cells.values()) for row in steady)
     screen.print(_LEGEND, markup=False)
     screen.print(
-        f"{len(changing)} cases change; {len(steady)} do not, {always} of which pass on every release",
+        f"cases that differ: {len(changing)}; that do not: {len(steady)}, "
+        f"of which {always} pass on every release",
         markup=False,
     )
     for rung in ladder.releases:
