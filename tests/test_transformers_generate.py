@@ -18,6 +18,7 @@ from conformance.targets.protocol import (
     Speculation,
     Target,
 )
+from tests.lora_adapters import pair, write
 
 LINES = ("plain", "unicode", "thought", "call-nested")
 DIALOGUES = bundled.dialogues("alone", LINES) + bundled.dialogues("all", LINES)
@@ -115,3 +116,17 @@ def test_without_stop_tokens_only_the_limit_ends_an_answer(target: Target) -> No
 def test_what_it_cannot_do_is_refused(target: Target, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         ask(target, **changes)
+
+
+def test_whose_a_picture_is_cannot_be_told_if_some_prompts_have_none(target: Target, tmp_path: Path) -> None:
+    name = "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear"
+    adapter = write(tmp_path / "adapter", pair(name, 48, 48), target_modules=[name])
+    has_peft = "mixed-adapters" in registry.describe(target).features
+    with pytest.raises(EngineError, match="by its place; give each prompt exactly one" if has_peft else "."):
+        ask(
+            target,
+            prompts=((2, 5), (2, 5)),
+            images=((), ("unread.png",)),
+            adapters=(str(adapter), None),
+            mixed=True,
+        )
