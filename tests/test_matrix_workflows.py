@@ -217,7 +217,7 @@ PROGRAM = '#!/bin/sh\necho "$@"\ntest "$1" != targets\n'
 INSTALLED = [
     "targets install --default",
     "targets install vllm@0.23.0 vllm@0.24.0",
-    "nightly -n 2 --skip matrix",
+    "nightly -n 2 --spread 3 --skip matrix",
 ]
 
 
@@ -225,7 +225,7 @@ def script_of_the_night(cwd: Path, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(
         [BELOW / "nightly", "--skip", "matrix"],
         cwd=cwd,
-        env={name: value for name, value in os.environ.items() if name not in ("VENV", "WORKERS")}
+        env={name: value for name, value in os.environ.items() if name not in ("VENV", "WORKERS", "SPREAD")}
         | variables,
         capture_output=True,
         text=True,
@@ -246,13 +246,13 @@ def test_the_script_of_the_night_goes_on_without_targets(tmp_path: Path) -> None
     assert "going on" in done.stderr
 
 
-def test_the_script_of_the_night_is_told_how_many_processes_there_are(tmp_path: Path) -> None:
+def test_the_script_of_the_night_is_told_processes_and_nights(tmp_path: Path) -> None:
     binaries = tmp_path / "bin"
     binaries.mkdir()
     (binaries / "conformance").write_text(PROGRAM)
     (binaries / "conformance").chmod(0o755)
-    done = script_of_the_night(tmp_path, VENV=str(tmp_path), WORKERS="7")
-    assert done.stdout.splitlines()[-1] == "nightly -n 7 --skip matrix"
+    done = script_of_the_night(tmp_path, VENV=str(tmp_path), WORKERS="7", SPREAD="1")
+    assert done.stdout.splitlines()[-1] == "nightly -n 7 --spread 1 --skip matrix"
 
 
 @pytest.mark.parametrize("named", [{}, {"VENV": "elsewhere"}])

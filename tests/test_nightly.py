@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conformance import matrix as matrices
 from conformance import runfile
 from conformance.cli import invoke
 from conformance.comparison import Compared, Comparison, Since
@@ -81,6 +82,17 @@ def test_the_steps_are_commands_that_can_be_repeated(night: Night, monkeypatch: 
     )  # fmt: skip
     assert "--tier" in found["matrix"].arguments
     assert "-n" in found["faults-sample"].arguments
+
+
+def test_cells_take_turns(night: Night) -> None:
+    assert "--shard" not in by_name(night)["matrix"].arguments
+    shares = []
+    for days in range(4):
+        wanted = replace(night, spread=3, today=DAY + dt.timedelta(days))
+        arguments = by_name(wanted)["matrix"].arguments
+        shares.append(arguments[arguments.index("--shard") + 1])
+    assert sorted(shares[:3]) == ["1/3", "2/3", "3/3"]
+    assert shares[3] == shares[0]
 
 
 def test_a_missing_release_is_a_reason_and_only_the_newest_counts(
@@ -347,6 +359,22 @@ def test_what_could_not_run_is_counted_with_its_reason(night: Night, monkeypatch
     rows = [row for row in found.not_run if row.what == "suites"]
     assert sum(row.count for row in rows) == len(skipped)
     assert runfile.read(night.suites_file).header.manifest
+
+
+def test_cells_that_wait_for_their_turn_are_counted(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "LocalExecutor", Processes({}))
+    cells = matrices.load().select(("reference+masks*",), "nightly")
+    rows = {}
+    for spread in (1, 2):
+        wanted = replace(night, folder=night.folder / str(spread), cells=("reference+masks*",), spread=spread)
+        wanted.cells_folder.mkdir(parents=True)
+        (wanted.cells_folder / cells[0].file_name).touch()
+        found = nights.run(replace(wanted, skip=LONG))
+        rows[spread] = [(row.count, row.reason) for row in found.not_run if row.what == "matrix"]
+    ((count, reason),) = rows[2]
+    assert rows[1] == []
+    assert count == len(cells) - 1 > 0
+    assert reason.endswith("this one has shard 1/2")
 
 
 # ------------------------------------------------------------------------------------------- the text

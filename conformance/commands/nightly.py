@@ -25,6 +25,13 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--tier", default="nightly", show_default=True, help="Of the matrix.")
 @click.option("--cell", "cells", multiple=True, metavar="ID", help="Only these cells; ids or patterns.")
+@click.option(
+    "--spread",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Nights over which these cells are spread, in shards that take turns.",
+)
 @matrix_option
 @click.option(
     "--ladder", "ladders", multiple=True, metavar="NAME", help=f"[default: {', '.join(plan.LADDERS)}]"
@@ -53,6 +60,7 @@ def nightly_command(
     targets: tuple[str, ...],
     tier: str,
     cells: tuple[str, ...],
+    spread: int,
     matrix: Path | None,
     ladders: tuple[str, ...],
     backtests: tuple[str, ...],
@@ -83,6 +91,7 @@ def nightly_command(
         targets=targets,
         tier=tier,
         cells=cells,
+        spread=spread,
         matrix=matrix,
         ladders=ladders or plan.LADDERS,
         backtests=backtests,

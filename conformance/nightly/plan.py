@@ -44,6 +44,8 @@ class Night:
     tier: str = "nightly"
     cells: tuple[str, ...] = ()
     """Cells of the tier, by id or pattern; empty for all."""
+    spread: int = 1
+    """Over how many nights on end these cells are spread: each has its turn in one of them."""
     matrix: Path | None = None
     ladders: tuple[str, ...] = LADDERS
     backtests: tuple[str, ...] = ()
@@ -70,6 +72,11 @@ class Night:
             if name not in ("folder", "workers", "limit", "skip")
         }
         return grounds.of_text(f"{sorted(told.items())} {runfile.harness_digest()}")
+
+    @property
+    def share(self) -> str:
+        """The part of the cells whose turn it is, as `--shard` takes it."""
+        return f"{self.today.toordinal() % self.spread + 1}/{self.spread}"
 
     @property
     def suites_file(self) -> Path:
@@ -130,6 +137,7 @@ def steps(night: Night) -> list[Step]:
     runfile.discard_unbegun(night.suites_file)
     where = "--resume" if night.suites_file.exists() else "--out"
     matrix = ("--matrix", str(night.matrix)) if night.matrix is not None else ()
+    share = ("--shard", night.share) if night.spread > 1 else ()
     planned = [
         Step(
             "suites",
@@ -138,7 +146,7 @@ def steps(night: Night) -> list[Step]:
         Step(
             "matrix",
             (
-                *("matrix", "run", *night.cells, "--tier", night.tier, *matrix, *several),
+                *("matrix", "run", *night.cells, "--tier", night.tier, *share, *matrix, *several),
                 *("--out", str(night.cells_folder), "--resume"),
             ),
         ),

@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from conformance import backtests, execute, history, runfile
+from conformance import matrix as matrices
 from conformance.comparison import Comparison, compare
 from conformance.errors import ConformanceError, RunFileError, UsageError
 from conformance.execute import Job, LocalExecutor
@@ -245,9 +246,19 @@ def _not_run(night: Night, results: list[StepResult]) -> Iterator[NotRun]:
                 suites["the run did not come to it"] += 1
             elif result.verdict == "skip":
                 suites[result.reason] += 1
+    if waiting := _waiting(night):
+        cells[f"their turn is another night's; this one has shard {night.share}"] += waiting
     for what, tally in (("suites", suites), ("matrix", cells), ("backtests", _unreached(night))):
         for reason, count in tally.most_common():
             yield NotRun(what=what, count=count, reason=reason)
+
+
+def _waiting(night: Night) -> int:
+    """How many cells are left to other nights."""
+    if night.spread == 1 or not night.cells_folder.is_dir():
+        return 0
+    chosen = {cell.file_name for cell in matrices.load(night.matrix).select(night.cells, night.tier)}
+    return len(chosen - {path.name for path in night.cells_folder.iterdir()})
 
 
 def _unreached(night: Night) -> Counter[str]:
