@@ -44,6 +44,9 @@ class Circumstances(Record):
         return (
             ("OMP_NUM_THREADS", str(self.threads)),  # of engines in processes of their own
             (shares.THREADS, str(self.threads)),  # of the bundled implementation
+            # There may be more threads than cores: one that spins while it waits would take the turns of the
+            # others, for which they wait.
+            ("OMP_WAIT_POLICY", "PASSIVE"),
             ("PYTHONHASHSEED", str(self.hash_seed)),
         )
 
