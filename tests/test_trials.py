@@ -300,9 +300,9 @@ def test_the_committed_record_is_sound() -> None:
     assert records.bad(file) == frozenset()
     assert file.kill is not None
     assert len(file.kill.trial.kills) >= records.KILLS
-    if file.clean is not None:
-        assert len(file.clean.runs) >= records.CLEAN_RUNS
-        assert file.clean.made.selection == (), "all quick cases"
+    assert file.clean is not None
+    assert len(file.clean.runs) >= records.CLEAN_RUNS
+    assert file.clean.made.selection == (), "all quick cases"
 
 
 # ------------------------------------------------------------------------------------------- killed runs
