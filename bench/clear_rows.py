@@ -10,8 +10,8 @@ what follows them, so those already taken stay clear. Row k has the seed k. No t
 
 prints them as a suite's `rows`, and how far the oracle's own bfloat16 logits of the router are from float32.
 With `--measure` it prints the largest such distance over 250 random rows of six tokens in which rounding
-changes no expert of the first layer. The margin is at least four times that: a target whose logits are twice
-as far from float32 as the oracle's, as a case allows, still chooses the same experts.
+changes no expert of the first layer. The margin is at least eight times that: a target of which one logit is
+four times as far from float32 as any of the oracle's, as a case allows, still chooses the same experts.
 """
 
 from __future__ import annotations

@@ -197,7 +197,8 @@ class ParityCase(CaseBase):
     tolerance: Tolerance = Tolerance()
     factor: float = Field(default=2.0, ge=1)
     """In bfloat16, a tensor may be this many times as far from the float32 oracle as the oracle's own
-    bfloat16 tensor is. It is compared so with float32's tolerance as the least."""
+    bfloat16 tensor is, and by its largest difference twice as many. It is compared so with float32's
+    tolerance as the least."""
     modules: tuple[str, ...] = ()
     """Modules to compare; empty: every module that the configuration has, and the logits."""
 

@@ -257,6 +257,15 @@ def test_bfloat16_is_judged_by_the_oracles_own_error(setting: Setting) -> None:
     assert 1e-4 < limit < 1e-2, "twice the rounding of bfloat16"
 
 
+def test_the_largest_of_many_roundings_may_differ_more_than_their_norm(setting: Setting) -> None:
+    outcome = run(setting, Fake(), dtype="bfloat16")
+    assert outcome.evidence.parity is not None
+    for module in outcome.evidence.parity.modules:
+        # The fake rounds as the oracle does, so that these are the oracle's own distances from float32.
+        assert module.relative_limit == pytest.approx(2 * (module.relative or 0.0), rel=1e-2)
+        assert module.maximum_limit == pytest.approx(4 * (module.maximum or 0.0), rel=1e-2)
+
+
 def test_an_oracle_whose_rounding_chooses_other_experts_decides_nothing(setting: Setting) -> None:
     config = CONFIG | {"enable_moe_block": True}
     assert run(setting, Fake(), config, dtype="bfloat16").verdict == "pass"

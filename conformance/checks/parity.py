@@ -4,8 +4,9 @@
    in which they came about in the oracle; the first one that differs is named, because what comes after
    it differs as a consequence.
 2. In float32 the limits are the case's. In bfloat16 the oracle runs twice, and a tensor may be `factor`
-   times as far from the float32 oracle as the oracle's own bfloat16 tensor is. Where rounding alone makes
-   the oracle choose other experts, that distance says nothing, and the case is inconclusive.
+   times as far from the float32 oracle as the oracle's own bfloat16 tensor is, by its norm; by its largest
+   difference twice that, as the largest of many varies more. Where rounding alone makes the oracle choose
+   other experts, that distance says nothing, and the case is inconclusive.
 3. What the target says it ran must be what was asked for, and a tower must run once for all images, once for
    all frames and once for all sounds, or so for each row where the target runs rows one by one: images
    encoded one by one are a fault that no number shows.
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ORACLE_BACKENDS = {"attention": "sdpa", "experts": "eager"}
+EXTREMES = 2.0
+"""In bfloat16, how much more the largest difference may be above the oracle's than the norm of all.
+
+Backends that are all right are up to 2.6 times as far from float32 as the oracle by the one, and up to 1.5
+times by the other: `bench/rounding.py`."""
 
 
 def judge(case: ParityCase, suite: ParitySuite, target: Target, oracles: Oracles) -> CheckOutcome:
@@ -203,7 +209,7 @@ def _compare(
             apart = tensors.distance(theirs_own[name], theirs[name])
             limits = Tolerance(
                 relative=max(limits.relative, case.factor * apart.relative),
-                maximum=max(limits.maximum, case.factor * apart.maximum),
+                maximum=max(limits.maximum, EXTREMES * case.factor * apart.maximum),
             )
         common = ModuleError(
             module=name,
@@ -328,7 +334,8 @@ def _expected(case: ParityCase, oracle: str) -> str:
         return f"Every module's output is that of {oracle}, within {limits}."
     return (
         f"Every module's output is at most {case.factor:g} times as far from that of {oracle} in float32 as "
-        f"that of {oracle} in {case.dtype} is, or within {limits}."
+        f"that of {oracle} in {case.dtype} is ({EXTREMES * case.factor:g} times by the largest difference), "
+        f"or within {limits}."
     )
 
 
