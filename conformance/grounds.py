@@ -41,6 +41,7 @@ _OF_NO_VERDICT = (
     *("conformance/report.py", "conformance/history.py", "conformance/matrix.py", "conformance/covering.py"),
     *("conformance/ray_executor.py", "conformance/cli.py", "conformance/nightly"),
     *("conformance/comparison.py", "conformance/resources.py"),
+    *("model_impl/nano/sources.py", "model_impl/nano/drawn.py"),
 )
 """Beginnings of files whose change makes no result doubtful. Each fault's own patch and place count by
 themselves."""
