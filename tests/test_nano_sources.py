@@ -174,6 +174,29 @@ def test_older_checkpoints_get_the_sources_of_the_commit_that_brought_their_trai
         sources.note_afterwards(folder)
 
 
+def test_the_commit_of_sources_is_the_newest_that_has_them_all(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    folder = package / "checkpoints/x"
+    folder.mkdir(parents=True)
+    git(tmp_path, "init", "-q")
+    committed(package, recipe="of a time without generators")
+    for path in PACKAGE.rglob("*.py"):
+        there = package / path.relative_to(PACKAGE)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copy(path, there)
+    said = {"recipe": command("train"), "sources": sources.sources(command("train")), "sha256": {}}
+    committed(package, **said)
+    (package / "score.py").write_text("AS_IT_WAS = True\n")
+    newest = committed(package, **said)
+    (package / "optimiser.py").write_text("AS_IT_WAS = True\n")
+    committed(package, **said)
+    assert sources.commit_of(folder) == newest
+    said["sources"] |= {"optimiser.py": "0" * 16}
+    committed(package, **said)
+    with pytest.raises(sources.SourcesError, match="no commit has all sources that it names"):
+        sources.commit_of(folder)
+
+
 def test_each_recipe_notes_its_sources() -> None:
     for module in sources.RECIPES:
         tree = ast.parse((PACKAGE / f"{module}.py").read_text())

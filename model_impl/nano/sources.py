@@ -27,12 +27,13 @@ from model_impl.errors import ModelError
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MANIFEST = "manifest.json"
-KEY, COMMIT = "sources", "sources_at"
-"""Entries of a manifest: digests by file, and the commit that they were read from afterwards."""
+KEY, COMMIT, AGREED = "sources", "sources_at", "sources_agree_with"
+"""Entries of a manifest: digests by file; the commit that they were read from afterwards; and, where they are
+later than the training, what showed that they make the same (`model_impl.nano.drawn`)."""
 Read = Callable[[str], bytes | None]
 """Content of a file below `model_impl/nano`; None if there is none."""
 _PACKAGE = "model_impl.nano"
-_LATER = ("sha256", KEY, COMMIT, "acceptance")
+_LATER = ("sha256", KEY, COMMIT, AGREED, "acceptance")
 """Entries that a manifest may get after its training, and digests."""
 _SHORT = 16
 _BEGUN = "sources.json"
@@ -158,17 +159,26 @@ def begun(state: Path, command: str) -> dict[str, str]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def note(folder: Path, found: Mapping[str, str], commit: str | None = None) -> None:
+def note(
+    folder: Path,
+    found: Mapping[str, str],
+    commit: str | None = None,
+    agreed: Mapping[str, str] | None = None,
+) -> None:
     """Put the sources into a checkpoint's manifest.
 
     Args:
         folder: The checkpoint's.
         found: What `sources` gave.
         commit: Where they were read, if that was later than the training.
+        agreed: If they are not those of the training: the commit of those, and the digest of what both give.
     """
-    manifest = {name: value for name, value in _manifest(folder).items() if name not in (KEY, COMMIT)}
+    about = (KEY, COMMIT, AGREED)
+    manifest = {name: value for name, value in _manifest(folder).items() if name not in about}
     digests = manifest.pop("sha256")
-    at = {COMMIT: commit} if commit is not None else {}
+    at: dict[str, Any] = {COMMIT: commit} if commit is not None else {}
+    if agreed is not None:
+        at[AGREED] = dict(agreed)
     content = {**manifest, KEY: dict(found), **at, "sha256": digests}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -196,6 +206,25 @@ def note_afterwards(folder: Path) -> str:
             note(folder, sources(manifest["recipe"], there), commit)
             return commit
     raise SourcesError(f"{folder}: no commit has a manifest that tells of this training")
+
+
+def commit_of(folder: Path) -> str:
+    """The newest commit with the sources that a manifest has.
+
+    Args:
+        folder: The checkpoint's, in a git repository with its whole history.
+
+    Raises:
+        SourcesError: no commit has them all.
+    """
+    manifest, package = _manifest(folder), folder.parent.parent
+    for commit in _git(package, "log", "--format=%H", "--", ".").stdout.decode().split():
+        try:
+            if sources(manifest["recipe"], _at(package, commit)) == manifest[KEY]:
+                return commit
+        except SourcesError:
+            continue  # it has no such recipe, or not yet all of it
+    raise SourcesError(f"{folder / MANIFEST}: no commit has all sources that it names")
 
 
 def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
